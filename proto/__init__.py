@@ -1,0 +1,1 @@
+"""Wire formats: the .proto files, their generated stubs, and the step messages as dataclasses."""

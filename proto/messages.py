@@ -1,0 +1,332 @@
+"""The messages of a step as frozen dataclasses, and their wire form.
+
+Router and shards compute with these; `headgate.proto.shard_pb2` is only how they
+travel. Lists of numbers travel packed (little-endian, 4 bytes each), because
+protobuf decodes repeated fields element by element in Python.
+"""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+from headgate.proto import shard_pb2
+
+_SWAP = sys.byteorder == "big"
+
+
+class RowEnd(IntEnum):
+    """Why a shard ended a row by itself."""
+
+    NONE = 0
+    LENGTH = 1
+    EOS = 2
+    STOP_TOKEN = 3
+
+
+@dataclass(frozen=True, slots=True)
+class RowSampling:
+    """How a shard chooses a row's tokens and when it ends the row. Neutral by default (greedy)."""
+
+    max_new_tokens: int  # including those generated before a preemption
+    temperature: float = 0.0  # 0: greedy
+    top_k: int = 0  # 0: off
+    top_p: float = 1.0
+    typical_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    seed: int = 0
+    sample_index: int = 0
+    min_new_tokens: int = 0
+    ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+    logprobs: bool = False
+    top_n_tokens: int = 0
+    prompt_logprobs: bool = False
+    prompt_top_n_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class NewRow:
+    """A row the shard does not hold, in full."""
+
+    id: int
+    prompt_ids: Sequence[int]
+    sampling: RowSampling
+    output_ids: Sequence[int] = ()
+    num_computed_tokens: int = 0  # tokens whose KV is there already
+    block_ids: Sequence[int] = ()
+    lockstep: bool = False
+    adapter_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Fork:
+    """A new row that continues a copy of another's tokens."""
+
+    parent: int
+    child: int
+    sample_index: int
+    block_ids: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One iteration: what changed since the last plan, and how many tokens of which rows to compute."""
+
+    epoch: int
+    sequence: int
+    rows: Sequence[int] = ()  # row ids to compute, in batch order
+    counts: Sequence[int] = ()  # tokens to compute of each
+    new_rows: Sequence[NewRow] = ()
+    removed: Sequence[int] = ()
+    block_rows: Sequence[int] = ()  # row id of each new block ...
+    block_ids: Sequence[int] = ()  # ... and the block
+    copies: Sequence[tuple[int, int]] = ()  # (from block, to block)
+    forks: Sequence[Fork] = ()
+    reset: bool = False
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.counts)
+
+
+@dataclass(frozen=True, slots=True)
+class TopTokens:
+    """The most likely tokens at one place, best first."""
+
+    ids: Sequence[int]
+    logprobs: Sequence[float]
+
+
+@dataclass(frozen=True, slots=True)
+class PromptLogprobs:
+    """Logprobs of consecutive prompt tokens of one row, from position `start` (>= 1)."""
+
+    row: int
+    start: int
+    logprobs: Sequence[float]
+    top: Sequence[TopTokens] = ()  # one per token, or empty
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step produced: at most one token per scheduled row (rows still in their prompt sample none)."""
+
+    epoch: int
+    sequence: int
+    rows: Sequence[int] = ()
+    token_ids: Sequence[int] = ()
+    logprobs: Sequence[float] = ()  # one per row
+    ends: Sequence[RowEnd] = ()  # one per row
+    top: Sequence[TopTokens] = ()  # one per row, or empty when no row asked
+    prompt_logprobs: Sequence[PromptLogprobs] = ()
+    refused: str = ""  # why the group refused the plan; empty: it ran
+    forward_ns: int = 0
+    total_ns: int = 0
+
+
+# ------------------------------------------------------------------ packing
+
+
+def pack_ids(ids: Iterable[int]) -> bytes:
+    """Little-endian uint32s. Raises OverflowError for numbers that do not fit."""
+    return _to_bytes(array("I", ids))
+
+
+def unpack_ids(data: bytes) -> list[int]:
+    return _from_bytes("I", data).tolist()
+
+
+def pack_floats(values: Iterable[float]) -> bytes:
+    """Little-endian float32s."""
+    return _to_bytes(array("f", values))
+
+
+def unpack_floats(data: bytes) -> list[float]:
+    return _from_bytes("f", data).tolist()
+
+
+def _to_bytes(values: array) -> bytes:
+    if _SWAP:
+        values.byteswap()
+    return values.tobytes()
+
+
+def _from_bytes(code: str, data: bytes) -> array:
+    values = array(code)
+    values.frombytes(data)
+    if _SWAP:
+        values.byteswap()
+    return values
+
+
+# ------------------------------------------------------------------ plans
+
+_SAMPLING_FIELDS = tuple(RowSampling.__dataclass_fields__)
+
+
+def encode_plan(plan: StepPlan) -> shard_pb2.StepPlan:
+    return shard_pb2.StepPlan(
+        epoch=plan.epoch,
+        sequence=plan.sequence,
+        reset=plan.reset,
+        removed=pack_ids(plan.removed),
+        new_rows=[_encode_row(row) for row in plan.new_rows],
+        forks=[
+            shard_pb2.Fork(
+                parent=fork.parent,
+                child=fork.child,
+                sample_index=fork.sample_index,
+                block_ids=pack_ids(fork.block_ids),
+            )
+            for fork in plan.forks
+        ],
+        copy_from=pack_ids(source for source, _ in plan.copies),
+        copy_to=pack_ids(target for _, target in plan.copies),
+        block_rows=pack_ids(plan.block_rows),
+        block_ids=pack_ids(plan.block_ids),
+        rows=pack_ids(plan.rows),
+        counts=pack_ids(plan.counts),
+    )
+
+
+def decode_plan(message: shard_pb2.StepPlan) -> StepPlan:
+    return StepPlan(
+        epoch=message.epoch,
+        sequence=message.sequence,
+        rows=unpack_ids(message.rows),
+        counts=unpack_ids(message.counts),
+        new_rows=[_decode_row(row) for row in message.new_rows],
+        removed=unpack_ids(message.removed),
+        block_rows=unpack_ids(message.block_rows),
+        block_ids=unpack_ids(message.block_ids),
+        copies=list(zip(unpack_ids(message.copy_from), unpack_ids(message.copy_to), strict=True)),
+        forks=[
+            Fork(fork.parent, fork.child, fork.sample_index, unpack_ids(fork.block_ids))
+            for fork in message.forks
+        ],
+        reset=message.reset,
+    )
+
+
+def _encode_row(row: NewRow) -> shard_pb2.NewRow:
+    sampling = {name: getattr(row.sampling, name) for name in _SAMPLING_FIELDS}
+    return shard_pb2.NewRow(
+        id=row.id,
+        prompt_ids=pack_ids(row.prompt_ids),
+        output_ids=pack_ids(row.output_ids),
+        num_computed_tokens=row.num_computed_tokens,
+        block_ids=pack_ids(row.block_ids),
+        sampling=shard_pb2.SamplingParams(**sampling),
+        lockstep=row.lockstep,
+        adapter_id=row.adapter_id,
+    )
+
+
+def _decode_row(message: shard_pb2.NewRow) -> NewRow:
+    sampling = {name: getattr(message.sampling, name) for name in _SAMPLING_FIELDS}
+    sampling["stop_token_ids"] = tuple(sampling["stop_token_ids"])
+    return NewRow(
+        id=message.id,
+        prompt_ids=unpack_ids(message.prompt_ids),
+        sampling=RowSampling(**sampling),
+        output_ids=unpack_ids(message.output_ids),
+        num_computed_tokens=message.num_computed_tokens,
+        block_ids=unpack_ids(message.block_ids),
+        lockstep=message.lockstep,
+        adapter_id=message.adapter_id,
+    )
+
+
+# ------------------------------------------------------------------ results
+
+
+@dataclass(slots=True)
+class _PackedTop:
+    """Alternatives of several places, one after another."""
+
+    counts: list[int] = field(default_factory=list)
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, places: Sequence[TopTokens]) -> _PackedTop:
+        packed = cls()
+        for place in places:
+            packed.counts.append(len(place.ids))
+            packed.ids.extend(place.ids)
+            packed.logprobs.extend(place.logprobs)
+        return packed
+
+
+def _unpack_top(counts: bytes, ids: bytes, logprobs: bytes) -> list[TopTokens]:
+    all_ids, all_logprobs = unpack_ids(ids), unpack_floats(logprobs)
+    places, start = [], 0
+    for count in unpack_ids(counts):
+        places.append(
+            TopTokens(all_ids[start : start + count], all_logprobs[start : start + count])
+        )
+        start += count
+    return places
+
+
+def encode_result(result: StepResult) -> shard_pb2.StepResult:
+    top = _PackedTop.of(result.top)
+    return shard_pb2.StepResult(
+        epoch=result.epoch,
+        sequence=result.sequence,
+        refused=result.refused,
+        rows=pack_ids(result.rows),
+        token_ids=pack_ids(result.token_ids),
+        logprobs=pack_floats(result.logprobs),
+        ends=bytes(result.ends),
+        top_counts=pack_ids(top.counts),
+        top_ids=pack_ids(top.ids),
+        top_logprobs=pack_floats(top.logprobs),
+        prompt_logprobs=[_encode_prompt_logprobs(entry) for entry in result.prompt_logprobs],
+        forward_ns=result.forward_ns,
+        total_ns=result.total_ns,
+    )
+
+
+def decode_result(message: shard_pb2.StepResult) -> StepResult:
+    return StepResult(
+        epoch=message.epoch,
+        sequence=message.sequence,
+        rows=unpack_ids(message.rows),
+        token_ids=unpack_ids(message.token_ids),
+        logprobs=unpack_floats(message.logprobs),
+        ends=[RowEnd(end) for end in message.ends],
+        top=_unpack_top(message.top_counts, message.top_ids, message.top_logprobs),
+        prompt_logprobs=[_decode_prompt_logprobs(entry) for entry in message.prompt_logprobs],
+        refused=message.refused,
+        forward_ns=message.forward_ns,
+        total_ns=message.total_ns,
+    )
+
+
+def _encode_prompt_logprobs(entry: PromptLogprobs) -> shard_pb2.PromptLogprobs:
+    top = _PackedTop.of(entry.top)
+    return shard_pb2.PromptLogprobs(
+        row=entry.row,
+        start=entry.start,
+        logprobs=pack_floats(entry.logprobs),
+        top_counts=pack_ids(top.counts),
+        top_ids=pack_ids(top.ids),
+        top_logprobs=pack_floats(top.logprobs),
+    )
+
+
+def _decode_prompt_logprobs(message: shard_pb2.PromptLogprobs) -> PromptLogprobs:
+    return PromptLogprobs(
+        row=message.row,
+        start=message.start,
+        logprobs=unpack_floats(message.logprobs),
+        top=_unpack_top(message.top_counts, message.top_ids, message.top_logprobs),
+    )
