@@ -1,0 +1,19 @@
+"""Settings and fixtures that all tests share. Being here also puts the repository on sys.path."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Before torch is imported: tests run beside one another, and their tensors are tiny.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama with 9 heads in 3 groups, made once per session. Do not write into it."""
+    from tests.checkpoints import make_checkpoint
+
+    return make_checkpoint(tmp_path_factory.mktemp("tiny-llama"))
