@@ -1,0 +1,192 @@
+"""The clients people have: openai, huggingface_hub, text-generation, gRPC stubs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import openai
+import pytest
+from huggingface_hub import InferenceClient
+
+from tests.server.live_server import ROOT, LiveServer, launched
+
+QUESTION = [{"role": "user", "content": "What is the capital of Japan?"}]
+# `text-generation` pins an old huggingface_hub, so `make test` gives it an environment of its own.
+TGI_CLIENT_PYTHON = Path(os.environ.get("TGI_CLIENT_VENV", ROOT / ".venv-tgi-client")) / "bin/python"
+
+
+@pytest.fixture
+def client(server: LiveServer) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="-", max_retries=0)
+
+
+def test_openai_chat(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(
+        model="tgi", messages=QUESTION, temperature=0, max_tokens=32, logprobs=True, top_logprobs=2
+    )
+    assert "Tokyo" in answer.choices[0].message.content
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+    assert answer.id
+    content = answer.choices[0].logprobs.content
+    assert "".join(token.token for token in content).startswith("The capital")
+    assert all(len(token.top_logprobs) == 2 for token in content)
+
+
+def test_openai_chat_stream(client: openai.OpenAI) -> None:
+    chunks = list(
+        client.chat.completions.create(
+            model="tgi",
+            messages=QUESTION,
+            temperature=0,
+            max_tokens=32,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+    )
+    text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+    assert "Tokyo" in text
+    assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "stop"
+    assert [bool(c.usage) for c in chunks] == [False] * (len(chunks) - 1) + [True]
+
+
+def test_openai_completions(client: openai.OpenAI) -> None:
+    whole = client.completions.create(
+        model="tgi", prompt="The capital of France is", temperature=0, max_tokens=8
+    )
+    assert whole.choices[0].finish_reason == "length"
+    assert whole.usage.completion_tokens == 8
+    parts = client.completions.create(
+        model="tgi", prompt="The capital of France is", temperature=0, max_tokens=8, stream=True
+    )
+    assert "".join(c.choices[0].text for c in parts if c.choices) == whole.choices[0].text
+
+
+def test_openai_several_prompts(client: openai.OpenAI) -> None:
+    prompts = ["The capital of France is", "Water boils at", "12 + 30 ="]
+    together = client.completions.create(model="tgi", prompt=prompts, temperature=0, max_tokens=6)
+    assert [choice.index for choice in together.choices] == [0, 1, 2]
+    for prompt, choice in zip(prompts, together.choices, strict=True):
+        alone = client.completions.create(model="tgi", prompt=prompt, temperature=0, max_tokens=6)
+        assert alone.choices[0].text == choice.text
+
+
+def test_openai_stop_is_left_out(client: openai.OpenAI) -> None:
+    def ask(**more: object) -> openai.types.chat.ChatCompletion:
+        return client.chat.completions.create(
+            model="tgi", messages=QUESTION, temperature=0, max_tokens=32, **more
+        )
+
+    full = ask().choices[0].message.content
+    stop = full[12:16]  # cuts through tokens
+    stopped = ask(stop=stop).choices[0]
+    assert stopped.message.content == full[: full.index(stop)]
+    assert stopped.finish_reason == "stop"
+
+
+def test_openai_errors(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError):
+        client.chat.completions.create(model="nobody", messages=QUESTION)
+    with pytest.raises(openai.UnprocessableEntityError, match="max_new_tokens|max_tokens"):
+        client.chat.completions.create(model="tgi", messages=QUESTION, max_tokens=10**7)
+    assert [model.id for model in client.models.list().data]
+
+
+def test_inference_client(server: LiveServer) -> None:
+    client = InferenceClient(model=server.url)
+    text = client.text_generation("The capital of France is", max_new_tokens=8)
+    details = client.text_generation("The capital of France is", max_new_tokens=8, details=True)
+    assert details.generated_text == text
+    assert len(details.details.tokens) == 8
+    stream = client.text_generation("The capital of France is", max_new_tokens=8, stream=True)
+    assert "".join(stream) == text
+
+
+def test_inference_client_chat(server: LiveServer) -> None:
+    client = InferenceClient(base_url=f"{server.url}/v1")
+    answer = client.chat_completion(QUESTION, max_tokens=32, temperature=0)
+    assert "Tokyo" in answer.choices[0].message.content
+    stream = client.chat_completion(QUESTION, max_tokens=32, temperature=0, stream=True)
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices)
+    assert text == answer.choices[0].message.content
+
+
+TGI_CLIENT = """
+import sys
+from text_generation import Client
+from text_generation.errors import ValidationError
+
+client = Client(sys.argv[1])
+answer = client.generate("The capital of France is", max_new_tokens=8, decoder_input_details=True)
+assert answer.details.generated_tokens == 8 and len(answer.details.prefill) == 5, answer
+assert answer.details.finish_reason == "length"
+streamed = list(client.generate_stream("The capital of France is", max_new_tokens=8))
+assert "".join(r.token.text for r in streamed) == answer.generated_text
+assert streamed[-1].generated_text == answer.generated_text
+sampled = client.generate("Hello", max_new_tokens=4, do_sample=True, seed=3, best_of=1)
+assert sampled.details.seed == 3
+try:
+    client.generate("Hello", max_new_tokens=10**6)
+except ValidationError as error:
+    assert "max_new_tokens" in str(error)
+else:
+    raise AssertionError("no ValidationError")
+print("Paris" in answer.generated_text)
+"""
+
+
+def test_text_generation_client(server: LiveServer) -> None:
+    if not TGI_CLIENT_PYTHON.exists():
+        pytest.fail(f"{TGI_CLIENT_PYTHON} is missing: `make test` makes it")
+    done = subprocess.run(
+        [TGI_CLIENT_PYTHON, "-c", TGI_CLIENT, server.url],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "True"
+
+
+def test_grpc_example_script(server: LiveServer) -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "docs/examples/grpc_client.py", server.grpc_address],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def locked(tiny_checkpoint: Path) -> Iterator[LiveServer]:
+    with launched("--model-id", str(tiny_checkpoint), "--api-key", "Secret") as live:
+        yield live
+
+
+def test_api_key(locked: LiveServer) -> None:
+    from grpc import RpcError, StatusCode
+
+    from headgate import Client
+
+    body = {"inputs": "hi", "parameters": {"max_new_tokens": 2}}
+    assert locked.post("/generate", body).status_code == 401
+    wrong_case = {"authorization": "Bearer secret"}
+    assert locked.post("/generate", body, headers=wrong_case).status_code == 401
+    right = {"authorization": "Bearer Secret"}
+    assert locked.post("/generate", body, headers=right).status_code == 200
+    assert locked.metrics()
+    with Client(locked.grpc_address, api_key="Secret") as client:
+        assert client.generate("hi", max_new_tokens=2).generated_tokens == 2
+    with Client(locked.grpc_address) as client, pytest.raises(Exception) as refusal:
+        client.generate("hi", max_new_tokens=2)
+    cause = refusal.value
+    assert isinstance(cause, RpcError) is False or cause.code() == StatusCode.UNAUTHENTICATED
+    assert "key" in str(cause).lower()
