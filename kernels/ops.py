@@ -1,0 +1,135 @@
+"""One table of operations, filled by `use` from a back end: the only place that asks what hardware this is.
+
+Callers write `ops.rms_norm(x, weight, eps)` and never learn which implementation ran. What each
+operation means, its shapes and its dtypes is said in `headgate.kernels.reference`. A back end is a
+module with `available() -> bool` and `OPS: dict[str, Callable]` holding the operations it has; the
+reference does the rest.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from headgate.kernels import reference
+
+if TYPE_CHECKING:
+    from headgate.shard.attention_metadata import AttentionMetadata
+
+BACKENDS = ("reference", "cpu", "triton")
+_DEVICE_BACKEND = {"cpu": "cpu", "cuda": "triton"}
+
+_table: dict[str, Callable[..., Any]] = dict(reference.OPS)
+_active = "reference"
+
+
+class BackendUnavailable(RuntimeError):
+    """The back end asked for is not built or does not run on this machine."""
+
+
+def use(name: str = "", device: str = "cpu") -> str:
+    """Fills the table from back end `name` ("" = the best there is for `device`); returns its name.
+
+    Raises BackendUnavailable when a back end asked for by name cannot run here.
+    """
+    global _active
+    if name and name not in BACKENDS:
+        raise BackendUnavailable(f"unknown kernels {name!r}; there are {', '.join(BACKENDS)}")
+    wanted = name or _DEVICE_BACKEND.get(device, "reference")
+    offered = _load(wanted)
+    if offered is None and name:
+        raise BackendUnavailable(f"the {name!r} kernels are not available on this machine")
+    unknown = sorted(set(offered or ()) - set(reference.OPS))
+    if unknown:
+        raise BackendUnavailable(f"the {wanted!r} kernels offer operations unknown here: {unknown}")
+    _table.clear()
+    _table.update({**reference.OPS, **(offered or {})})
+    _active = wanted if offered is not None else "reference"
+    return _active
+
+
+def active() -> str:
+    """Name of the back end in use."""
+    return _active
+
+
+def _load(name: str) -> dict[str, Callable[..., Any]] | None:
+    """What a back end offers; None where it is not built or cannot run."""
+    if name == "reference":
+        return {}
+    module_name = f"headgate.kernels.{name}"
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        # Not shipped, or its compiler (say triton) is not installed. An error inside it is an error.
+        if error.name and error.name.startswith("headgate.") and error.name != module_name:
+            raise
+        return None
+    return dict(module.OPS) if module.available() else None
+
+
+def embedding(
+    ids: torch.Tensor, weight: torch.Tensor, first_id: int, dtype: torch.dtype
+) -> torch.Tensor:
+    return _table["embedding"](ids, weight, first_id, dtype)
+
+
+def linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    return _table["linear"](x, weight, bias)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    return _table["rms_norm"](x, weight, eps)
+
+
+def rms_norm_residual(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _table["rms_norm_residual"](x, residual, weight, eps)
+
+
+def layer_norm(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float
+) -> torch.Tensor:
+    return _table["layer_norm"](x, weight, bias, eps)
+
+
+def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
+    return _table["silu_and_mul"](x)
+
+
+def gelu_and_mul(x: torch.Tensor, tanh: bool = False) -> torch.Tensor:
+    return _table["gelu_and_mul"](x, tanh)
+
+
+def rotary_embedding(
+    q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _table["rotary_embedding"](q, k, positions, cos_sin)
+
+
+def write_kv(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+) -> None:
+    _table["write_kv"](k, v, k_cache, v_cache, slot_mapping)
+
+
+def paged_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    attention: AttentionMetadata,
+    scale: float,
+    window: int = 0,
+    soft_cap: float = 0.0,
+) -> torch.Tensor:
+    return _table["paged_attention"](q, k_cache, v_cache, attention, scale, window, soft_cap)

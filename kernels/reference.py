@@ -1,0 +1,260 @@
+"""Every operation in plain torch: the oracle the other back ends are tested against, and the fallback.
+
+Clear first; only attention is arranged with speed in mind, because this file also serves where no
+faster back end is built. It knows tensors only: no models, no ranks, no hardware.
+
+Shapes: T tokens of a step, R rows, H query heads, K key/value heads (H is a multiple of K), D head
+dim. Results have the dtype of their input; sums inside a norm and a softmax are float32.
+Numbers of one row may differ in the last bits with the number of rows computed beside it, since
+torch's matrix products choose their order of summation by shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+
+if TYPE_CHECKING:  # kernels import nothing of shard; the step's metadata is read by its fields only
+    from headgate.shard.attention_metadata import AttentionMetadata
+
+# Decode rows computed together: the longest may exceed the shortest by this factor, plus the constant.
+_BUCKET_GROWTH = 1.25
+_BUCKET_SLACK = 64
+
+
+def embedding(
+    ids: torch.Tensor, weight: torch.Tensor, first_id: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """Rows of `weight`[V, N], whose row 0 belongs to `first_id`; zeros for ids outside. [T, N] in `dtype`."""
+    local = ids - first_id
+    inside = (local >= 0) & (local < weight.shape[0])
+    rows = F.embedding(local.clamp(0, max(weight.shape[0] - 1, 0)), weight).to(dtype)
+    return rows.masked_fill_(~inside.unsqueeze(-1), 0)
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x[T, I] times the transpose of weight[O, I], plus bias[O]: [T, O]."""
+    return F.linear(x, weight, bias)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension."""
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return wide.to(x.dtype) * weight
+
+
+def rms_norm_residual(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rms_norm(x + residual), x + residual). May overwrite both inputs."""
+    total = x + residual
+    return rms_norm(total, weight, eps), total
+
+
+def layer_norm(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float
+) -> torch.Tensor:
+    """(x - mean) / sqrt(variance + eps) * weight + bias over the last dimension."""
+    return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
+
+
+def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up of x[T, 2I] = [gate, up]: [T, I]."""
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def gelu_and_mul(x: torch.Tensor, tanh: bool) -> torch.Tensor:
+    """gelu(gate) * up of x[T, 2I] = [gate, up]: [T, I]. `tanh`: the tanh approximation."""
+    gate, up = x.chunk(2, dim=-1)
+    return F.gelu(gate, approximate="tanh" if tanh else "none") * up
+
+
+def rotary_embedding(
+    q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotates the first dimensions of every head of q[T, H, D] and k[T, K, D] by their position.
+
+    `cos_sin`[P, r]: for each position r/2 cosines, then r/2 sines; r <= D dimensions are rotated,
+    dimension i together with i + r/2. q and k may be views with strides. May work in place.
+    """
+    cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)
+    return _rotate(q, cos, sin), _rotate(k, cos, sin)
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    half = cos.shape[-1]
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    turned = (first * cos - second * sin, second * cos + first * sin)
+    return torch.cat([part.to(x.dtype) for part in turned] + [rest], dim=-1)
+
+
+def write_kv(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+) -> None:
+    """Stores k, v[T, K, D] at slots `slot_mapping`[T] of the caches [blocks, block_size, K, D]."""
+    k_cache.flatten(0, 1)[slot_mapping] = k.to(k_cache.dtype)
+    v_cache.flatten(0, 1)[slot_mapping] = v.to(v_cache.dtype)
+
+
+def paged_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    attention: AttentionMetadata,
+    scale: float,
+    window: int,
+    soft_cap: float,
+) -> torch.Tensor:
+    """Causal attention of q[T, H, D] over the paged KV of each token's own row: [T, H, D].
+
+    Rows that compute one token (decode) and rows that compute many (chunks of a prompt) may be
+    mixed. The step's own keys and values must be in the cache already. `window` > 0: a token sees
+    only itself and the `window` - 1 tokens before it. `soft_cap` > 0: scores become
+    cap * tanh(score / cap). Query heads h * H/K ... (h + 1) * H/K - 1 share key/value head h.
+    """
+    out = torch.empty_like(q)
+    starts = attention.cu_query_lens.tolist()
+    contexts = attention.context_lens.tolist()
+    decode_rows: list[int] = []
+    for row, context in enumerate(contexts):
+        first, last = starts[row], starts[row + 1]
+        if last - first == 1:
+            decode_rows.append(row)
+        elif last > first:
+            table = attention.block_tables[row]
+            out[first:last] = _attend_chunk(
+                q[first:last], k_cache, v_cache, table, context, scale, window, soft_cap
+            )
+    for rows in _buckets(decode_rows, contexts):
+        tokens = [starts[row] for row in rows]
+        tables = attention.block_tables[rows]
+        lengths = attention.context_lens[rows]
+        longest = max(contexts[row] for row in rows)
+        out[tokens] = _attend_decode(
+            q[tokens], k_cache, v_cache, tables, lengths, longest, scale, window, soft_cap
+        )
+    return out
+
+
+def _buckets(rows: list[int], contexts: list[int]) -> Iterator[list[int]]:
+    """Rows of similar context length, so that padding them to the longest wastes little."""
+    bucket: list[int] = []
+    for row in sorted(rows, key=lambda row: contexts[row]):
+        if bucket and contexts[row] > contexts[bucket[0]] * _BUCKET_GROWTH + _BUCKET_SLACK:
+            yield bucket
+            bucket = []
+        bucket.append(row)
+    if bucket:
+        yield bucket
+
+
+def _attend_chunk(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    table: torch.Tensor,
+    context: int,
+    scale: float,
+    window: int,
+    soft_cap: float,
+) -> torch.Tensor:
+    """One row's chunk: q[C, H, D] are its last C positions. [C, H, D]."""
+    size, heads, dim = q.shape
+    block_size, kv_heads = k_cache.shape[1:3]
+    first_query = context - size
+    # Blocks that no query of this chunk can see need not be read.
+    first_block = max(first_query - window + 1, 0) // block_size if window else 0
+    blocks = table[first_block : -(-context // block_size)].long()
+    offset = first_block * block_size
+    length = context - offset
+    keys, values = (
+        cache[blocks].flatten(0, 1)[:length].to(q.dtype).transpose(0, 1).unsqueeze(1)
+        for cache in (k_cache, v_cache)
+    )  # [K, 1, length, D]
+    queries = q.view(size, kv_heads, heads // kv_heads, dim).permute(1, 2, 0, 3)
+    query_at = torch.arange(first_query, context, device=q.device).unsqueeze(1)
+    key_at = torch.arange(offset, context, device=q.device)
+    visible = key_at <= query_at
+    if window:
+        visible &= key_at > query_at - window
+    out = _softmax_attention(queries, keys, values, visible, scale, soft_cap)
+    return out.permute(2, 0, 1, 3).reshape(size, heads, dim)
+
+
+def _attend_decode(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    tables: torch.Tensor,
+    lengths: torch.Tensor,
+    longest: int,
+    scale: float,
+    window: int,
+    soft_cap: float,
+) -> torch.Tensor:
+    """One token each of several rows: q[N, H, D], tables[N, blocks], lengths[N]. [N, H, D]."""
+    rows, heads, dim = q.shape
+    block_size, kv_heads = k_cache.shape[1:3]
+    blocks = tables[:, : -(-longest // block_size)].long()
+    # A short row's table may be padded with anything past its end; block 0 is as good to read.
+    ends = (lengths.unsqueeze(1) + block_size - 1) // block_size
+    unused = torch.arange(blocks.shape[1], device=q.device) >= ends
+    blocks = blocks.masked_fill(unused, 0)
+    key_at = torch.arange(blocks.shape[1] * block_size, device=q.device)
+    visible = key_at < lengths.unsqueeze(1)
+    if window:
+        visible &= key_at >= lengths.unsqueeze(1) - window
+    visible = visible[:, None, None, :]
+    keys, values = (
+        cache[blocks].flatten(1, 2).to(q.dtype).transpose(1, 2) for cache in (k_cache, v_cache)
+    )  # [N, K, L, D]
+    # Slots never written may hold NaN, which survives a product with a weight of zero.
+    values = values.masked_fill(~visible.transpose(2, 3), 0)
+    # The heads of a group take the place of query positions: one matrix product for all of them.
+    queries = q.view(rows, kv_heads, heads // kv_heads, dim)
+    out = _softmax_attention(queries, keys, values, visible, scale, soft_cap)
+    return out.reshape(rows, heads, dim)
+
+
+def _softmax_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    visible: torch.Tensor,
+    scale: float,
+    soft_cap: float,
+) -> torch.Tensor:
+    """Attention of q[A, B, C, D] over k, v[A, B or 1, L, D] where `visible`[..., C or 1, L]."""
+    if not soft_cap:
+        k, v = (x.expand(*q.shape[:2], *x.shape[2:]) for x in (k, v))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale)
+    scores = (q @ k.transpose(-1, -2)).float() * scale
+    scores = soft_cap * torch.tanh(scores / soft_cap)
+    weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
+    return weights.to(v.dtype) @ v
+
+
+OPS: dict[str, Callable[..., Any]] = {
+    function.__name__: function
+    for function in (
+        embedding,
+        linear,
+        rms_norm,
+        rms_norm_residual,
+        layer_norm,
+        silu_and_mul,
+        gelu_and_mul,
+        rotary_embedding,
+        write_kv,
+        paged_attention,
+    )
+}
