@@ -188,6 +188,8 @@ def _config(model: _GgufFile) -> dict[str, Any]:
         return kind(value)
 
     class_name, model_type, _ = ARCHITECTURES[arch]
+    if "token_embd.weight" not in model.tensors:
+        raise GgufError(f"{model.name}: tensor 'token_embd.weight' is missing")
     heads = number("attention.head_count", int)
     hidden = number("embedding_length", int)
     head_dim = number("attention.key_length", int, hidden // heads)
@@ -198,6 +200,7 @@ def _config(model: _GgufFile) -> dict[str, Any]:
     config: dict[str, Any] = {
         "architectures": [class_name],
         "model_type": model_type,
+        "vocab_size": int(model.tensors["token_embd.weight"].shape[-1]),
         "hidden_size": hidden,
         "intermediate_size": number("feed_forward_length", int),
         "num_hidden_layers": number("block_count", int),

@@ -1,0 +1,1 @@
+"""Starts, sizes and watches the processes of one server."""
