@@ -1,0 +1,80 @@
+"""The paged KV cache of one rank: its tensors and how large a block is.
+
+Which block belongs to whom is the router's knowledge; this file only holds memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class KVCacheLayout:
+    """The shape of this rank's KV."""
+
+    num_layers: int
+    block_size: int  # positions per block
+    num_kv_heads: int  # on this rank
+    head_dim: int
+    dtype: torch.dtype
+
+    @property
+    def bytes_per_block(self) -> int:
+        """Bytes that one block takes on this rank: keys and values of all layers."""
+        return bytes_per_block(
+            self.num_layers, self.block_size, self.num_kv_heads, self.head_dim, self.dtype
+        )
+
+
+def bytes_per_block(
+    num_layers: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
+) -> int:
+    """Bytes of one block's keys and values in all layers."""
+    return 2 * num_layers * block_size * num_kv_heads * head_dim * dtype.itemsize
+
+
+class KVCache:
+    """Keys and values of `num_blocks` blocks, zero at first.
+
+    Zeros matter: attention may multiply a position that was never written by a weight of
+    zero, and only then is a NaN impossible. On a CPU untouched blocks take no real memory.
+    """
+
+    def __init__(
+        self, layout: KVCacheLayout, num_blocks: int, device: torch.device | str = "cpu"
+    ) -> None:
+        """Raises MemoryError, or what torch raises, where the memory is not to be had."""
+        self.layout = layout
+        self.num_blocks = num_blocks
+        # One tensor, so that copying a block is one operation for all layers.
+        self._data = torch.zeros(
+            layout.num_layers,
+            2,
+            num_blocks,
+            layout.block_size,
+            layout.num_kv_heads,
+            layout.head_dim,
+            dtype=layout.dtype,
+            device=device,
+        )
+        # Per layer (k, v), each [num_blocks, block_size, num_kv_heads, head_dim], contiguous.
+        self.layers: list[tuple[torch.Tensor, torch.Tensor]] = [
+            (layer[0], layer[1]) for layer in self._data
+        ]
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_blocks * self.layout.bytes_per_block
+
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copies block `source` onto block `target` for each (source, target), all at once.
+
+        Every source is read before any target is written.
+        """
+        if not pairs:
+            return
+        sources, targets = torch.tensor(list(pairs), device=self._data.device).unbind(1)
+        self._data[:, :, targets] = self._data[:, :, sources]
