@@ -1,0 +1,84 @@
+"""A request as the router's core sees it: token ids, progress and KV blocks. Holds no text and decides nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+from headgate.proto.messages import RowSampling
+
+
+class RequestStatus(Enum):
+    """Where a request is in its life."""
+
+    WAITING = auto()  # in the queue, never scheduled
+    RUNNING = auto()  # holds KV blocks and a row in the shards
+    PREEMPTED = auto()  # in the queue again: its KV was given up and will be recomputed
+    FINISHED = auto()  # ended, stopped or cancelled
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One API request. Who makes it fills the first group; the scheduler owns the rest.
+
+    A request that was already answered in part (by a router that died) comes with
+    `output_ids` filled: it goes on from there. `sampling.max_new_tokens` counts them.
+
+    KV positions: the KV of position p is that of token p of prompt + output. The step
+    that computes the last known token samples the next one, so the last token of an
+    answer never gets a position.
+    """
+
+    id: int  # uint32, unique within the router's life
+    prompt_ids: Sequence[int]
+    sampling: RowSampling
+    arrival: float = 0.0  # seconds on any monotonic clock: the order of service
+    adapter_id: str = ""
+    lockstep: bool = False  # its sampled token must be known before it is planned again
+    skip_prefix_cache: bool = False  # recompute the whole prompt (prompt logprobs)
+    output_ids: list[int] = field(default_factory=list)  # confirmed
+
+    status: RequestStatus = RequestStatus.WAITING
+    finish_reason: str = ""  # "length", "eos", "stop_token", "cancelled" or what finish() was told
+    num_prefill_tokens: int = 0  # tokens known when its row was last sent; their end samples first
+    num_scheduled: int = 0  # KV positions planned
+    num_confirmed: int = 0  # KV positions computed, as far as results are back
+    in_flight: int = 0  # plans without a result that compute it
+    row_sent: bool = False  # the shards hold its row
+    last_sequence: int = 0  # of the last plan that computed it
+    block_ids: list[int] = field(default_factory=list)  # block table, append-only while running
+    block_hashes: list[bytes] = field(default_factory=list)  # of its leading full blocks, as needed
+    num_published: int = 0  # leading blocks that were offered to the prefix cache
+    num_cached_tokens: int = 0  # prompt tokens its first admission found in the prefix cache
+    next_prompt_logprob: int = 1  # position of the first prompt logprob not yet delivered
+    preemptions: int = 0
+    recoveries: int = 0  # times the shards were lost while it ran
+    first_scheduled: float | None = None  # seconds, on the clock of `arrival`
+
+    @property
+    def order(self) -> tuple[float, int]:
+        """Sort key of service: first come, first served."""
+        return self.arrival, self.id
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and confirmed output tokens."""
+        return len(self.prompt_ids) + len(self.output_ids)
+
+    @property
+    def max_positions(self) -> int:
+        """KV positions it takes if it runs to max_new_tokens."""
+        return len(self.prompt_ids) + self.sampling.max_new_tokens - 1
+
+    @property
+    def is_finished(self) -> bool:
+        return self.status is RequestStatus.FINISHED
+
+    def token_ids(self, start: int, stop: int) -> list[int]:
+        """Ids of tokens [start, stop) of prompt + output."""
+        split = len(self.prompt_ids)
+        if stop <= split:
+            return list(self.prompt_ids[start:stop])
+        outputs = self.output_ids[max(start - split, 0) : stop - split]
+        return [*self.prompt_ids[start:split], *outputs]
