@@ -78,6 +78,10 @@ class BlockPool:
         assert self._ref_counts[block] > 0, f"block {block} is not in use"
         self._retained.add(block)
 
+    def retained(self) -> set[int]:
+        """All blocks whose content is to be kept."""
+        return set(self._retained)
+
     def release(self, blocks: Sequence[int]) -> None:
         """One reference less for each block of a table.
 

@@ -50,11 +50,13 @@ class PrefixCache:
         """Makes a full block findable. False: another block holds the same content already.
 
         The first one stays (block tables only ever grow, so nobody's can be switched over); the
-        second is an ordinary block that becomes free when released.
+        second is an ordinary block that becomes free when released. A block shared by forks is
+        published by each of them.
         """
-        assert block not in self._hashes, f"block {block} was published before"
-        if key in self._blocks:
-            return False
+        known = self._blocks.get(key)
+        if known is not None:
+            return known == block
+        assert block not in self._hashes, f"block {block} holds something else already"
         self._blocks[key] = block
         self._hashes[block] = key
         return True

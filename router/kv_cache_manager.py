@@ -1,0 +1,150 @@
+"""Block tables of requests: growing, sharing and giving back, with the prefix cache in between.
+
+The only user of the block pool and the prefix cache. It decides nothing: who gets blocks, and
+who must give them up, is the scheduler's business.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from itertools import islice
+
+from headgate.router.block_pool import BlockPool
+from headgate.router.prefix_cache import PrefixCache, block_hash, root_hash
+from headgate.router.request import Request
+
+
+class KVCacheManager:
+    """KV memory of one group of shards.
+
+    Blocks that are given back may be given out at once, although plans in flight still read and
+    write them: the shards execute plans strictly in order, and whoever gets the blocks is
+    first computed in a later plan, which writes each position before it reads it. Published blocks
+    are full and confirmed, so no plan in flight writes those.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, prefix_caching: bool = True) -> None:
+        self.block_size = block_size
+        self._prefix_caching = prefix_caching
+        self._cache = PrefixCache()
+        self.pool = BlockPool(num_blocks, on_evict=self._cache.forget)
+        self._roots: dict[str, bytes] = {}  # by adapter id
+
+    def blocks_for(self, num_positions: int) -> int:
+        """Blocks that hold this many positions."""
+        return -(-num_positions // self.block_size)
+
+    # ------------------------------------------------------------ prefix cache
+
+    def match(self, request: Request) -> list[int]:
+        """Cached blocks that hold the beginning of the request's tokens; takes no reference.
+
+        Never the last token: it must be computed for its logits, and into a block of the
+        request's own since others may read the cached one.
+        """
+        if not self._prefix_caching or request.skip_prefix_cache:
+            return []
+        limit = (request.num_tokens - 1) // self.block_size
+        self._hash_blocks(request, limit)
+        return self._cache.longest_match(islice(request.block_hashes, limit))
+
+    def publish(self, request: Request) -> None:
+        """Makes its blocks whose last token is confirmed findable by others."""
+        full = request.num_confirmed // self.block_size
+        if full <= request.num_published or not self._prefix_caching:
+            return
+        self._hash_blocks(request, full)
+        for index in range(request.num_published, full):
+            block = request.block_ids[index]
+            if self._cache.publish(request.block_hashes[index], block):
+                self.pool.retain(block)
+        request.num_published = full
+
+    def _hash_blocks(self, request: Request, count: int) -> None:
+        """Extends the request's chain of hashes to its first `count` blocks; each is hashed once."""
+        hashes, size = request.block_hashes, self.block_size
+        if len(hashes) >= count:
+            return
+        parent = hashes[-1] if hashes else self._root(request.adapter_id)
+        for index in range(len(hashes), count):
+            parent = block_hash(parent, request.token_ids(index * size, (index + 1) * size))
+            hashes.append(parent)
+
+    def _root(self, adapter_id: str) -> bytes:
+        if adapter_id not in self._roots:
+            self._roots[adapter_id] = root_hash(adapter_id)
+        return self._roots[adapter_id]
+
+    # ------------------------------------------------------------ block tables
+
+    def num_in_use(self, blocks: Sequence[int]) -> int:
+        """How many of these cached blocks are held by a request already: sharing those is free."""
+        return sum(1 for block in blocks if self.pool.ref_count(block))
+
+    def admit(self, request: Request, hits: Sequence[int], num_positions: int) -> bool:
+        """Gives it a block table of `hits` (from `match`) and new blocks, for `num_positions`.
+
+        False, and nothing done, if there are too few blocks.
+        """
+        assert not request.block_ids
+        new = self.blocks_for(num_positions) - len(hits)
+        if new + len(hits) - self.num_in_use(hits) > self.pool.num_available:
+            return False
+        for block in hits:
+            self.pool.share(block)
+        blocks = self.pool.allocate(new)
+        assert blocks is not None
+        request.block_ids = [*hits, *blocks]
+        request.num_published = len(hits)
+        return True
+
+    def extend(self, request: Request, num_positions: int) -> list[int] | None:
+        """Grows its table to hold `num_positions`; the new blocks, or None if there are too few."""
+        missing = self.blocks_for(num_positions) - len(request.block_ids)
+        if missing <= 0:
+            return []
+        blocks = self.pool.allocate(missing)
+        if blocks is not None:
+            request.block_ids.extend(blocks)
+        return blocks
+
+    def fork(
+        self, parent: Request, child: Request, num_positions: int
+    ) -> list[tuple[int, int]] | None:
+        """Gives `child` a table with the parent's first `num_positions`, all planned before.
+
+        Full blocks are shared. A block in part filled is copied, since both would write
+        into it: that copy, as (from, to), must be done by the plan that forks. None, and nothing
+        done, if no block is left for it.
+        """
+        assert not child.block_ids
+        full, rest = divmod(num_positions, self.block_size)
+        copies: list[tuple[int, int]] = []
+        if rest:
+            own = self.pool.allocate(1)
+            if own is None:
+                return None
+            copies.append((parent.block_ids[full], own[0]))
+        for block in parent.block_ids[:full]:
+            self.pool.share(block)
+        child.block_ids = [*parent.block_ids[:full], *(target for _, target in copies)]
+        child.block_hashes = parent.block_hashes[:full]
+        child.num_published = min(parent.num_published, full)
+        return copies
+
+    def free(self, request: Request) -> None:
+        """Gives back its whole table; published blocks stay findable until evicted."""
+        self.pool.release(request.block_ids)
+        request.block_ids = []
+        request.num_published = 0
+
+    def check_integrity(self, holders: Iterable[Request]) -> None:
+        """Raises AssertionError unless references equal what these requests' tables hold."""
+        self.pool.check_integrity()
+        self._cache.check_integrity()
+        held = Counter(block for request in holders for block in request.block_ids)
+        for block in range(self.pool.num_blocks):
+            count = self.pool.ref_count(block)
+            assert count == held[block], f"block {block}: {count} references, {held[block]} holders"
+        assert self._cache.blocks() == self.pool.retained(), "published and retained blocks differ"
