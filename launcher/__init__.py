@@ -1,1 +1,4 @@
-"""Starts, sizes and watches the processes of one server."""
+"""The launcher: parent of every Headgate process. It starts, watches, restarts and drains them.
+
+It never handles a request and imports neither the router nor the shard.
+"""
