@@ -112,7 +112,9 @@ def _only_one(lock: Path) -> Iterator[None]:
 
 def _convert_into(source: Path, target: Path, report: Report) -> None:
     for leftover in target.parent.glob(f".{target.name}.part-*"):
-        shutil.rmtree(leftover, ignore_errors=True)  # of a conversion that was killed: we hold the lock
+        shutil.rmtree(
+            leftover, ignore_errors=True
+        )  # of a conversion that was killed: we hold the lock
     report(f"converting {source.name} to bfloat16, once, into {target}")
     model = _open(source)
     config = _config(model)
@@ -177,14 +179,18 @@ def _config(model: _GgufFile) -> dict[str, Any]:
     arch = data.get("general.architecture")
     if arch not in ARCHITECTURES:
         known = ", ".join(sorted(ARCHITECTURES))
-        raise GgufError(f"{model.name}: architecture {arch!r} is not supported (of GGUF files: {known})")
+        raise GgufError(
+            f"{model.name}: architecture {arch!r} is not supported (of GGUF files: {known})"
+        )
     if int(data.get(f"{arch}.expert_count", 0)):
         raise GgufError(f"{model.name}: mixture-of-experts models are not supported as GGUF files")
 
     def number(key: str, kind: type[int] | type[float], default: Any = None) -> Any:
         value = data.get(f"{arch}.{key}", default)
         if value is None or isinstance(value, list):
-            raise GgufError(f"{model.name}: metadata {arch}.{key} is {'missing' if value is None else 'a list'}")
+            raise GgufError(
+                f"{model.name}: metadata {arch}.{key} is {'missing' if value is None else 'a list'}"
+            )
         return kind(value)
 
     class_name, model_type, _ = ARCHITECTURES[arch]
@@ -194,7 +200,9 @@ def _config(model: _GgufFile) -> dict[str, Any]:
     hidden = number("embedding_length", int)
     head_dim = number("attention.key_length", int, hidden // heads)
     if number("rope.dimension_count", int, head_dim) != head_dim:
-        raise GgufError(f"{model.name}: rotary embeddings over a part of the head are not supported")
+        raise GgufError(
+            f"{model.name}: rotary embeddings over a part of the head are not supported"
+        )
     if number("attention.value_length", int, head_dim) != head_dim:
         raise GgufError(f"{model.name}: values of another length than keys are not supported")
     config: dict[str, Any] = {
@@ -264,7 +272,10 @@ def _rope_scaling(model: _GgufFile, arch: str, config: dict[str, Any]) -> dict[s
         return None
     if kind not in ("linear", "yarn"):
         raise GgufError(f"{model.name}: rope scaling {kind!r} is not supported in GGUF files")
-    scaling: dict[str, Any] = {"rope_type": kind, "factor": float(data.get(f"{arch}.rope.scaling.factor", 1.0))}
+    scaling: dict[str, Any] = {
+        "rope_type": kind,
+        "factor": float(data.get(f"{arch}.rope.scaling.factor", 1.0)),
+    }
     if kind == "yarn":
         scaling["original_max_position_embeddings"] = original or config["max_position_embeddings"]
     return scaling
@@ -275,7 +286,9 @@ class _PlannedTensor:
 
     def __init__(self, source: ReaderTensor, rows: np.ndarray | None) -> None:
         self.source = source
-        self.shape = tuple(int(n) for n in reversed(source.shape))  # the file has the fastest axis first
+        self.shape = tuple(
+            int(n) for n in reversed(source.shape)
+        )  # the file has the fastest axis first
         self.rows = rows
 
     def chunks(self) -> Iterator[np.ndarray]:
@@ -285,7 +298,9 @@ class _PlannedTensor:
         data = self.source.data
         step = max(1, CHUNK_ELEMENTS // (self.shape[-1] if len(self.shape) > 1 else 1))
         for start in range(0, self.shape[0], step):
-            index = slice(start, start + step) if self.rows is None else self.rows[start : start + step]
+            index = (
+                slice(start, start + step) if self.rows is None else self.rows[start : start + step]
+            )
             yield to_bfloat16(dequantize(data[index], self.source.tensor_type))
 
 
@@ -314,14 +329,18 @@ def _plan_tensors(model: _GgufFile, config: dict[str, Any]) -> dict[str, _Planne
             heads = config["num_attention_heads" if ".attn_q." in name else "num_key_value_heads"]
             order = np.arange(int(tensor.shape[-1])).reshape(heads, -1, 2)
             rows = order.swapaxes(1, 2).reshape(-1)
-        planned[_published_name(model.name, name, config["num_hidden_layers"])] = _PlannedTensor(tensor, rows)
+        planned[_published_name(model.name, name, config["num_hidden_layers"])] = _PlannedTensor(
+            tensor, rows
+        )
         if tensor.tensor_type not in tried:
             tried.add(tensor.tensor_type)
             try:
                 dequantize(tensor.data[:1], tensor.tensor_type)
             except NotImplementedError as error:
                 kind = tensor.tensor_type.name
-                raise GgufError(f"{model.name}: quantisation {kind} (of {name}) is not supported") from error
+                raise GgufError(
+                    f"{model.name}: quantisation {kind} (of {name}) is not supported"
+                ) from error
     return planned
 
 
@@ -344,7 +363,9 @@ def _write_weights(path: Path, tensors: dict[str, _PlannedTensor], report: Repor
         for n in tensor.shape:
             size *= n
         header[name] = {
-            "dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [total, total + size],
+            "dtype": "BF16",
+            "shape": list(tensor.shape),
+            "data_offsets": [total, total + size],
         }
         total += size
     if (free := shutil.disk_usage(path.parent).free) < total + (1 << 20):

@@ -113,9 +113,7 @@ def _byte_level(metadata: Metadata, tokens: list[str], types: list[int]) -> tupl
         )
     merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
     # No unknown token: a byte that the vocabulary lacks is left out, as the models were trained.
-    tokenizer = Tokenizer(
-        models.BPE(_ids(tokens), merges, ignore_merges=pre in LLAMA3_KINDS)  # type: ignore[arg-type]
-    )
+    tokenizer = Tokenizer(models.BPE(_ids(tokens), merges, ignore_merges=pre in LLAMA3_KINDS))
     if QWEN2_WORDS in PRE_TOKENIZERS[pre]:
         tokenizer.normalizer = normalizers.NFC()
     cuts = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in PRE_TOKENIZERS[pre]]
@@ -126,7 +124,9 @@ def _byte_level(metadata: Metadata, tokens: list[str], types: list[int]) -> tupl
     return tokenizer, pre in LLAMA3_KINDS
 
 
-def _sentencepiece(metadata: Metadata, tokens: list[str], types: list[int]) -> tuple[Tokenizer, bool]:
+def _sentencepiece(
+    metadata: Metadata, tokens: list[str], types: list[int]
+) -> tuple[Tokenizer, bool]:
     """SentencePiece's BPE: pieces with scores, unknown characters as byte tokens."""
     from tokenizers import Tokenizer, decoders, models, normalizers
 
@@ -155,7 +155,9 @@ def _sentencepiece(metadata: Metadata, tokens: list[str], types: list[int]) -> t
     return tokenizer, True
 
 
-def _merges_from_scores(tokens: list[str], scores: list[float], types: list[int]) -> list[tuple[str, str]]:
+def _merges_from_scores(
+    tokens: list[str], scores: list[float], types: list[int]
+) -> list[tuple[str, str]]:
     """Ranked merges that join pieces as SentencePiece does: the best-scored result first."""
     ids = {token: i for i, token in enumerate(tokens) if types[i] == TokenType.NORMAL}
     ranked = []
@@ -178,7 +180,9 @@ def _ids(tokens: list[str]) -> dict[str, int]:
     ids: dict[str, int] = {}
     for i, token in enumerate(tokens):
         if token in ids:
-            raise GgufError(f"token {token!r} is in the vocabulary twice (ids {ids[token]} and {i})")
+            raise GgufError(
+                f"token {token!r} is in the vocabulary twice (ids {ids[token]} and {i})"
+            )
         ids[token] = i
     return ids
 
@@ -203,9 +207,11 @@ def _surround(
 ) -> None:
     from tokenizers import processors
 
-    around = [(name, int(metadata[f"tokenizer.ggml.{name}_token_id"]))
-              for name, wanted in (("bos", add_bos), ("eos", add_eos))
-              if wanted and f"tokenizer.ggml.{name}_token_id" in metadata]
+    around = [
+        (name, int(metadata[f"tokenizer.ggml.{name}_token_id"]))
+        for name, wanted in (("bos", add_bos), ("eos", add_eos))
+        if wanted and f"tokenizer.ggml.{name}_token_id" in metadata
+    ]
     if not around:
         return
     before = [tokens[i] for name, i in around if name == "bos"]
