@@ -1,4 +1,4 @@
-"""Build step that pyproject.toml cannot state: the gRPC stubs are generated from the .proto files."""
+"""The build step that pyproject.toml cannot state: gRPC stubs made from the .proto files."""
 
 from __future__ import annotations
 

