@@ -1,0 +1,210 @@
+"""From a client's `GenerateRequest` to a `ValidRequest`: the last place that checks anything.
+
+It tokenises, applies lengths and limits, draws the seed, and names the field at fault in a
+ValidationError. It does not decide whether there is room for the request.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from dataclasses import dataclass
+
+from headgate.proto import router_pb2
+from headgate.proto.messages import RowSampling
+from headgate.router.config import RouterConfig
+from headgate.router.errors import ValidationError
+from headgate.router.sampling_params import MIN_TEMPERATURE, ParameterLimits, SamplingParams
+from headgate.router.tokenizer import Tokenizer
+
+SEED_BITS = 63  # of a drawn seed: fits a signed 64-bit integer of any client
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What an earlier router had already sent of an answer."""
+
+    tokens: tuple[router_pb2.Token, ...]
+    text_offset: int  # characters
+
+
+@dataclass(frozen=True, slots=True)
+class ValidRequest:
+    """A request that can be served as it stands."""
+
+    request_id: str  # the client's name for it
+    prompt_ids: list[int]
+    prompt_characters: int
+    prompt_text: str | None  # None: it came as token ids
+    sampling: RowSampling
+    seed: int | None  # None: greedy
+    parameters: SamplingParams
+    stop: tuple[str, ...]
+    include_stop: bool
+    skip_special_tokens: bool
+    arrival: float  # seconds, time.monotonic()
+    progress: Progress | None = None
+
+
+class Validator:
+    """Holds the limits. `vocab_size` is the tokenizer's until the shards tell the model's."""
+
+    def __init__(self, config: RouterConfig, tokenizer: Tokenizer) -> None:
+        self._config = config
+        self._tokenizer = tokenizer
+        self._limits = ParameterLimits(config.max_stop_sequences, config.max_top_n_tokens)
+        self.vocab_size = tokenizer.vocab_size
+
+    async def validate(
+        self,
+        message: router_pb2.GenerateRequest,
+        arrival: float | None = None,
+        delivered: router_pb2.Delivered | None = None,
+    ) -> ValidRequest:
+        """Raises ValidationError. `delivered`: what an earlier router sent of the answer."""
+        arrival = time.monotonic() if arrival is None else arrival
+        parameters = SamplingParams.from_proto(message.parameters)
+        parameters.check(self._limits)
+        self._check_prompt(message)
+        self._check_truncate(parameters)
+        prompt_ids = await self._prompt_ids(message)
+        if parameters.truncate is not None:
+            prompt_ids = prompt_ids[-parameters.truncate :]
+        max_new_tokens = self._check_lengths(len(prompt_ids), parameters)
+        self._check_ids(parameters)
+        text = message.text if message.WhichOneof("prompt") == "text" else None
+        seed = self._seed(parameters, delivered)
+        return ValidRequest(
+            request_id=message.request_id or secrets.token_hex(8),
+            prompt_ids=prompt_ids,
+            prompt_characters=len(text) if text is not None else 0,
+            prompt_text=text,
+            sampling=self._row_sampling(parameters, max_new_tokens, seed),
+            seed=seed,
+            parameters=parameters,
+            stop=parameters.stop,
+            include_stop=parameters.include_stop is not False,
+            skip_special_tokens=parameters.skip_special_tokens is not False,
+            arrival=arrival,
+            progress=self._progress(delivered, max_new_tokens),
+        )
+
+    # ------------------------------------------------------------------ rules
+
+    def _check_prompt(self, message: router_pb2.GenerateRequest) -> None:
+        if message.adapter_id:
+            raise ValidationError(
+                f"`adapter_id` = {message.adapter_id!r} is not supported yet", field="adapter_id"
+            )
+        kind = message.WhichOneof("prompt")
+        if kind is None or not (message.text if kind == "text" else message.token_ids.ids):
+            raise ValidationError("`inputs` cannot be empty", field="inputs")
+
+    def _check_truncate(self, parameters: SamplingParams) -> None:
+        limit, given = self._config.max_input_tokens, parameters.truncate
+        if given is not None and not 0 < given <= limit:
+            raise ValidationError(
+                f"`truncate` must be strictly positive and less than {limit}. Given: {given}",
+                field="truncate",
+            )
+
+    async def _prompt_ids(self, message: router_pb2.GenerateRequest) -> list[int]:
+        if message.WhichOneof("prompt") == "token_ids":
+            ids = list(message.token_ids.ids)
+            self._check_vocabulary(ids, "inputs")
+            return ids
+        special = message.add_special_tokens or not message.HasField("add_special_tokens")
+        try:
+            ids = await self._tokenizer.encode(message.text, add_special_tokens=special)
+        except Exception as error:  # tokenizers raises plain Exception
+            raise ValidationError(f"tokenizer error {error}", field="inputs") from error
+        if not ids:
+            raise ValidationError("`inputs` cannot be empty", field="inputs")
+        return ids
+
+    def _check_lengths(self, inputs: int, parameters: SamplingParams) -> int:
+        """The number of tokens to generate at most; raises where prompt and answer do not fit."""
+        limit = self._config.max_total_tokens
+        new = parameters.max_new_tokens
+        if new is None:
+            new = max(limit - inputs, 0)
+        if inputs + new > limit:
+            raise ValidationError(
+                f"`inputs` tokens + `max_new_tokens` must be <= {limit}. "
+                f"Given: {inputs} `inputs` tokens and {new} `max_new_tokens`",
+                field="max_new_tokens",
+            )
+        if inputs > self._config.max_input_tokens or new == 0:
+            raise ValidationError(
+                f"`inputs` must have less than {self._config.max_input_tokens} tokens. "
+                f"Given: {inputs}",
+                field="inputs",
+            )
+        if (parameters.min_new_tokens or 0) > new:
+            raise ValidationError(
+                f"`min_new_tokens` must be <= `max_new_tokens` = {new}. "
+                f"Given: {parameters.min_new_tokens}",
+                field="min_new_tokens",
+            )
+        return new
+
+    def _check_ids(self, parameters: SamplingParams) -> None:
+        self._check_vocabulary(parameters.stop_token_ids, "stop_token_ids")
+
+    def _check_vocabulary(self, ids: list[int] | tuple[int, ...], field: str) -> None:
+        if ids and max(ids) >= self.vocab_size:
+            raise ValidationError(
+                f"`{field}` holds token {max(ids)}, the vocabulary ends at {self.vocab_size - 1}",
+                field=field,
+            )
+
+    # --------------------------------------------------------------- the result
+
+    def _seed(
+        self, parameters: SamplingParams, delivered: router_pb2.Delivered | None
+    ) -> int | None:
+        if not parameters.samples:
+            return None
+        if delivered is not None and delivered.HasField("seed"):
+            return delivered.seed
+        if parameters.seed is not None:
+            return parameters.seed
+        return secrets.randbits(SEED_BITS)
+
+    def _row_sampling(
+        self, parameters: SamplingParams, max_new_tokens: int, seed: int | None
+    ) -> RowSampling:
+        p = parameters
+        temperature = 0.0
+        if p.samples:
+            temperature = max(1.0 if p.temperature is None else p.temperature, MIN_TEMPERATURE)
+        return RowSampling(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=min(p.top_k or 0, self.vocab_size),
+            top_p=1.0 if p.top_p is None else p.top_p,
+            typical_p=1.0 if p.typical_p is None else p.typical_p,
+            min_p=p.min_p or 0.0,
+            repetition_penalty=1.0 if p.repetition_penalty is None else p.repetition_penalty,
+            frequency_penalty=p.frequency_penalty or 0.0,
+            presence_penalty=p.presence_penalty or 0.0,
+            seed=seed or 0,
+            min_new_tokens=p.min_new_tokens or 0,
+            ignore_eos=bool(p.ignore_eos),
+            stop_token_ids=p.stop_token_ids,
+            # Alternatives without the chosen token's own logprob would be of no use.
+            logprobs=p.logprobs is not False or bool(p.top_n_tokens),
+            top_n_tokens=min(p.top_n_tokens or 0, self.vocab_size),
+            prompt_logprobs=bool(p.prompt_logprobs or p.prompt_top_n_tokens),
+            prompt_top_n_tokens=min(p.prompt_top_n_tokens or 0, self.vocab_size),
+        )
+
+    def _progress(
+        self, delivered: router_pb2.Delivered | None, max_new_tokens: int
+    ) -> Progress | None:
+        if delivered is None or not (delivered.tokens or delivered.text_offset):
+            return None
+        if len(delivered.tokens) > max_new_tokens:
+            raise ValidationError("`delivered` holds more tokens than `max_new_tokens` allows")
+        self._check_vocabulary([token.id for token in delivered.tokens], "delivered")
+        return Progress(tuple(delivered.tokens), delivered.text_offset)
