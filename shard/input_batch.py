@@ -1,0 +1,320 @@
+"""InputBatch: every row the shard holds, as columns that live from step to step.
+
+`apply` takes a StepPlan's changes, `advance` a step's tokens; nothing else changes it. It knows
+neither tensors on the device nor how tokens are chosen. All ranks hold the same rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from headgate.proto.messages import Fork, NewRow, RowEnd, RowSampling, StepPlan
+from headgate.shard.sampling.params import (
+    PARAMS_DTYPE,
+    IntArray,
+    SampledRows,
+    params_record,
+)
+from headgate.shard.sampling.penalties import has_penalty
+
+class PlanError(ValueError):
+    """A plan that does not fit the rows held. The message says which row and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class BatchLimits:
+    """What a plan may refer to."""
+
+    num_blocks: int
+    block_size: int  # tokens per KV block
+    vocab_size: int
+    max_total_tokens: int  # prompt and output of one row
+    max_step_tokens: int  # computed in one step, of all rows
+    expected_rows: int = 32  # held at once; room for more is made when it is needed
+
+    @property
+    def max_row_blocks(self) -> int:
+        return -(-self.max_total_tokens // self.block_size)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ScheduledRows:
+    """The live rows a plan computes, in plan order."""
+
+    slots: IntArray  # [R]: where the batch holds them
+    counts: IntArray  # [R]: tokens to compute
+    samples: npt.NDArray[np.bool_]  # [R]: all known tokens are computed, so a new one is sampled
+
+
+class InputBatch:
+    """Rows by slot. Columns are read by others (ModelRunner, step_inputs) and written here only."""
+
+    def __init__(self, limits: BatchLimits, eos_token_ids: Sequence[int]) -> None:
+        self.limits = limits
+        self._eos = np.array(
+            sorted(token for token in eos_token_ids if token < limits.vocab_size), np.int64
+        )
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets all rows."""
+        self._slots: dict[int, int] = {}
+        self._free: list[int] = []
+        self._allocate(max(1, self.limits.expected_rows))
+
+    def _allocate(self, capacity: int) -> None:
+        """Columns for `capacity` rows. Their pages are zero and take memory only once written."""
+        limits = self.limits
+        self.ids = np.zeros(capacity, np.int64)
+        self.token_ids = np.zeros((capacity, limits.max_total_tokens), np.int32)
+        self.num_prompt = np.zeros(capacity, np.int64)
+        self.num_tokens = np.zeros(capacity, np.int64)  # known: prompt and output
+        self.num_computed = np.zeros(capacity, np.int64)  # whose KV is there
+        self.block_tables = np.zeros((capacity, limits.max_row_blocks), np.int32)
+        self.num_blocks = np.zeros(capacity, np.int64)
+        self.params = np.zeros(capacity, PARAMS_DTYPE)
+        self.ended = np.zeros(capacity, np.bool_)  # by this shard: dead in later plans
+        self.stop_ids: list[frozenset[int]] = [frozenset()] * capacity
+        self._free.extend(range(capacity - 1, -1, -1))
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    def __contains__(self, row_id: int) -> bool:
+        return row_id in self._slots
+
+    def slot_of(self, row_id: int) -> int:
+        """Raises PlanError for a row that is not held."""
+        try:
+            return self._slots[row_id]
+        except KeyError:
+            raise PlanError(f"row {row_id} is unknown") from None
+
+    # ------------------------------------------------------------ a plan's changes
+
+    def apply(self, plan: StepPlan) -> ScheduledRows:
+        """Takes the plan's changes in the documented order; returns the rows to compute.
+
+        Raises PlanError for what does not fit. The batch may then be half changed, and only a plan
+        with `reset` makes it whole again.
+        """
+        if plan.reset:
+            self.clear()
+        for row_id in plan.removed:
+            self._remove(row_id)
+        for row in plan.new_rows:
+            self._add(row)
+        for fork in plan.forks:
+            self._fork(fork)
+        for pair in plan.copies:
+            self._check_blocks(pair, "a block copy")
+        if len(plan.block_rows) != len(plan.block_ids):
+            raise PlanError(f"{len(plan.block_ids)} new blocks for {len(plan.block_rows)} rows")
+        for row_id, block in zip(plan.block_rows, plan.block_ids, strict=True):
+            self._append_blocks(self.slot_of(row_id), (block,))
+        return self._schedule(plan)
+
+    def _remove(self, row_id: int) -> None:
+        slot = self._slots.pop(row_id, None)
+        if slot is not None:
+            self._free.append(slot)
+
+    def _new_slot(self, row_id: int) -> int:
+        if row_id in self._slots:
+            raise PlanError(f"row {row_id} is already here")
+        if not self._free:
+            self._grow()
+        slot = self._slots[row_id] = self._free.pop()
+        self.ids[slot] = row_id
+        self.num_blocks[slot] = 0
+        self.ended[slot] = False
+        return slot
+
+    def _grow(self) -> None:
+        columns = [name for name, value in vars(self).items() if isinstance(value, np.ndarray)]
+        columns.remove("_eos")
+        old = {name: getattr(self, name) for name in columns}
+        stop_ids, capacity = self.stop_ids, len(self.ids)
+        self._allocate(2 * capacity)
+        for name in columns:
+            getattr(self, name)[:capacity] = old[name]
+        self.stop_ids[:capacity] = stop_ids
+        self._free = list(range(2 * capacity - 1, capacity - 1, -1))
+
+    def _add(self, row: NewRow) -> None:
+        known, sampling = len(row.prompt_ids) + len(row.output_ids), row.sampling
+        self._check_new_row(row, known)
+        tokens = np.array([*row.prompt_ids, *row.output_ids], np.int64)
+        if tokens.min() < 0 or tokens.max() >= self.limits.vocab_size:
+            raise PlanError(f"row {row.id} holds a token outside the vocabulary")
+        slot = self._new_slot(row.id)
+        self.token_ids[slot, :known] = tokens
+        self.num_prompt[slot] = len(row.prompt_ids)
+        self.num_tokens[slot] = known
+        self.num_computed[slot] = row.num_computed_tokens
+        self.params[slot] = params_record(sampling)
+        self.stop_ids[slot] = frozenset(sampling.stop_token_ids)
+        self._append_blocks(slot, row.block_ids)
+
+    def _check_new_row(self, row: NewRow, known: int) -> None:
+        limits, sampling = self.limits, row.sampling
+        problem = ""
+        if not row.prompt_ids:
+            problem = "has no prompt"
+        elif len(row.output_ids) >= sampling.max_new_tokens:
+            problem = f"has all of its {sampling.max_new_tokens} tokens already"
+        elif len(row.prompt_ids) + sampling.max_new_tokens > limits.max_total_tokens:
+            problem = f"may grow beyond {limits.max_total_tokens} tokens"
+        elif row.num_computed_tokens >= known:
+            problem = f"has {row.num_computed_tokens} of its {known} tokens computed"
+        elif row.num_computed_tokens > len(row.block_ids) * limits.block_size:
+            problem = f"has more tokens computed than its {len(row.block_ids)} blocks hold"
+        elif row.adapter_id:
+            problem = f"asks for adapter {row.adapter_id!r}, and none is loaded"
+        else:
+            problem = _sampling_problem(sampling, limits.vocab_size)
+        if problem:
+            raise PlanError(f"row {row.id} {problem}")
+
+    def _fork(self, fork: Fork) -> None:
+        parent = self.slot_of(fork.parent)
+        blocks_needed = -(-self.num_computed[parent] // self.limits.block_size)
+        if len(fork.block_ids) < blocks_needed:
+            raise PlanError(f"row {fork.child} has fewer blocks than its parent's tokens fill")
+        child = self._new_slot(fork.child)
+        for column in (self.num_prompt, self.num_tokens, self.num_computed, self.params):
+            column[child] = column[parent]
+        self.ended[child] = self.ended[parent]
+        self.token_ids[child] = self.token_ids[parent]
+        self.stop_ids[child] = self.stop_ids[parent]
+        self.params[child]["sample_index"] = fork.sample_index
+        self._append_blocks(child, fork.block_ids)
+
+    def _append_blocks(self, slot: int, blocks: Sequence[int]) -> None:
+        row_id = self.ids[slot]
+        self._check_blocks(blocks, f"row {row_id}")
+        start = self.num_blocks[slot]
+        if start + len(blocks) > self.limits.max_row_blocks:
+            raise PlanError(f"row {row_id} gets more blocks than it can ever fill")
+        self.block_tables[slot, start : start + len(blocks)] = blocks
+        self.num_blocks[slot] += len(blocks)
+
+    def _check_blocks(self, blocks: Sequence[int], owner: str) -> None:
+        for block in blocks:
+            if not 0 <= block < self.limits.num_blocks:
+                raise PlanError(
+                    f"{owner} refers to block {block} of {self.limits.num_blocks}"
+                )
+
+    def _schedule(self, plan: StepPlan) -> ScheduledRows:
+        if len(plan.rows) != len(plan.counts):
+            raise PlanError(f"{len(plan.counts)} counts for {len(plan.rows)} rows")
+        if len(set(plan.rows)) != len(plan.rows):
+            raise PlanError("a row is scheduled twice in one plan")
+        slots = np.array([self.slot_of(row_id) for row_id in plan.rows], np.int64)
+        counts = np.array(plan.counts, np.int64)
+        alive = ~self.ended[slots]
+        slots, counts = slots[alive], counts[alive]
+        if counts.sum() > self.limits.max_step_tokens:
+            raise PlanError(
+                f"{counts.sum()} tokens in one step, and {self.limits.max_step_tokens} are the most"
+            )
+        after, known = self.num_computed[slots] + counts, self.num_tokens[slots]
+        self._refuse_if(counts < 1, slots, "is scheduled for no token")
+        self._refuse_if(after > known, slots, "is scheduled for tokens that are not known yet")
+        room = self.num_blocks[slots] * self.limits.block_size
+        self._refuse_if(after > room, slots, "is scheduled for more tokens than its blocks hold")
+        return ScheduledRows(slots, counts, after == known)
+
+    def _refuse_if(self, wrong: npt.NDArray[np.bool_], slots: IntArray, problem: str) -> None:
+        if wrong.any():
+            raise PlanError(f"row {self.ids[slots[wrong][0]]} {problem}")
+
+    # ------------------------------------------------------------ a step's outcome
+
+    def advance(self, scheduled: ScheduledRows, tokens: IntArray) -> npt.NDArray[np.uint8]:
+        """Takes one token for each row that samples; returns their RowEnds.
+
+        A row may end here, by EOS before a stop token before length. The decision needs only the
+        tokens, so every rank comes to the same.
+        """
+        self.num_computed[scheduled.slots] += scheduled.counts
+        slots = scheduled.slots[scheduled.samples]
+        self.token_ids[slots, self.num_tokens[slots]] = tokens
+        self.num_tokens[slots] += 1
+        params = self.params[slots]
+        full = self.num_tokens[slots] - self.num_prompt[slots] >= params["max_new_tokens"]
+        ends = np.where(full, np.uint8(RowEnd.LENGTH), np.uint8(RowEnd.NONE))
+        for index, slot in enumerate(slots.tolist()):
+            if self.stop_ids[slot] and int(tokens[index]) in self.stop_ids[slot]:
+                ends[index] = RowEnd.STOP_TOKEN
+        ends[np.isin(tokens, self._eos) & ~params["ignore_eos"]] = RowEnd.EOS
+        self.ended[slots] = ends != RowEnd.NONE
+        return ends
+
+    # ------------------------------------------------------------ reading
+
+    def sampled_rows(self, slots: IntArray) -> SampledRows:
+        """What the sampler has to know of the rows in `slots`."""
+        params = self.params[slots]
+        positions = self.num_tokens[slots] - self.num_prompt[slots]
+        banned_rows, banned_ids = self._banned(slots, params, positions)
+        penalized = np.flatnonzero(has_penalty(params))
+        if not len(penalized):
+            return SampledRows(params, positions, banned_rows, banned_ids)
+        lengths = self.num_tokens[slots[penalized]]
+        histories = [
+            self.token_ids[slot, :length]
+            for slot, length in zip(slots[penalized], lengths, strict=True)
+        ]
+        is_output = [
+            np.arange(length) >= self.num_prompt[slot]
+            for slot, length in zip(slots[penalized], lengths, strict=True)
+        ]
+        return SampledRows(
+            params,
+            positions,
+            banned_rows,
+            banned_ids,
+            np.repeat(penalized, lengths),
+            np.concatenate(histories).astype(np.int64),
+            np.concatenate(is_output),
+        )
+
+    def _banned(
+        self, slots: IntArray, params: npt.NDArray[np.void], positions: IntArray
+    ) -> tuple[IntArray, IntArray]:
+        """What would end a row that has not its min_new_tokens yet: (rows, token ids)."""
+        rows: list[int] = []
+        ids: list[int] = []
+        for row in np.flatnonzero(positions < params["min_new_tokens"]).tolist():
+            banned = {token for token in self.stop_ids[slots[row]] if token < self.limits.vocab_size}
+            if not params["ignore_eos"][row]:
+                banned.update(self._eos.tolist())
+            rows.extend([row] * len(banned))
+            ids.extend(sorted(banned))
+        return np.array(rows, np.int64), np.array(ids, np.int64)
+
+
+def _sampling_problem(sampling: RowSampling, vocab_size: int) -> str:
+    """What would make the sampler fail; the meaning of values is the router's to check."""
+    floats = (
+        sampling.temperature,
+        sampling.top_p,
+        sampling.typical_p,
+        sampling.min_p,
+        sampling.repetition_penalty,
+        sampling.frequency_penalty,
+        sampling.presence_penalty,
+    )
+    if not np.isfinite(floats).all():
+        return "has a sampling parameter that is not a number"
+    if sampling.repetition_penalty <= 0:
+        return f"has repetition_penalty {sampling.repetition_penalty}"
+    if max(sampling.top_n_tokens, sampling.prompt_top_n_tokens) > vocab_size:
+        return f"asks for more alternatives than the {vocab_size} tokens there are"
+    return ""

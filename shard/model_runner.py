@@ -1,0 +1,245 @@
+"""ModelRunner: a StepPlan in, a StepResult out. Owns the model's KV cache and the InputBatch.
+
+It decides nothing about which row runs when, and speaks no protocol. Called from one thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from headgate.proto.messages import PromptLogprobs, RowEnd, StepPlan, StepResult, TopTokens
+from headgate.shard.config import ShardConfig, ShardIdentity
+from headgate.shard.distributed import Group
+from headgate.shard.input_batch import BatchLimits, InputBatch, PlanError, ScheduledRows
+from headgate.shard.kv_cache import KVCache, KVCacheLayout
+from headgate.shard.models.base import CausalLM
+from headgate.shard.sampling.logprobs import NO_TOP, token_logprobs
+from headgate.shard.sampling.params import IntArray
+from headgate.shard.sampling.sampler import sample
+from headgate.shard.step_inputs import PromptChunk, StepInputs, build_inputs
+from headgate.shard.vote import plan_tag, vote
+
+logger = logging.getLogger(__name__)
+
+# Rows whose logits are in memory at once: 64 rows of 152k tokens are 39 MB.
+_LOGITS_ROWS = 64
+
+
+class NotAllocated(RuntimeError):
+    """A step before the KV cache was allocated."""
+
+
+class ModelRunner:
+    """One rank's share of the model's steps."""
+
+    def __init__(
+        self, model: CausalLM, group: Group, config: ShardConfig, identity: ShardIdentity
+    ) -> None:
+        self.model = model
+        self.group = group
+        self.config = config
+        self.identity = identity
+        self.kv_layout = KVCacheLayout(
+            num_layers=model.num_layers,
+            block_size=config.block_size,
+            num_kv_heads=model.num_local_kv_heads,
+            head_dim=model.head_dim,
+            dtype=config.kv_dtype,
+        )
+        self._kv_cache: KVCache | None = None
+        self._batch: InputBatch | None = None
+        self._refusing = ""  # why every plan is refused until one resets
+        self._sequence = 0  # of the last plan; 0: any may follow
+
+    def allocate(self, num_blocks: int) -> None:
+        """Makes the KV cache; drops the one before it, and all rows. Raises MemoryError."""
+        self._kv_cache = None
+        try:
+            self._kv_cache = KVCache(self.kv_layout, num_blocks, self.config.device)
+        except (MemoryError, RuntimeError) as error:
+            size = num_blocks * self.kv_layout.bytes_per_block
+            raise MemoryError(
+                f"the KV cache of {num_blocks} blocks takes {size} bytes, "
+                "and there is not enough memory for it"
+            ) from error
+        self._batch = self._new_batch(num_blocks)
+        self.reset()
+        logger.info(
+            "KV cache allocated",
+            extra={"fields": {"blocks": num_blocks, "bytes": self._kv_cache.num_bytes}},
+        )
+
+    def _new_batch(self, num_blocks: int) -> InputBatch:
+        config = self.config
+        limits = BatchLimits(
+            num_blocks=num_blocks,
+            block_size=config.block_size,
+            vocab_size=self.model.config.vocab_size,
+            max_total_tokens=config.max_total_tokens,
+            max_step_tokens=config.max_batch_prefill_tokens,
+            expected_rows=config.max_batch_size,
+        )
+        return InputBatch(limits, self.model.config.eos_token_ids)
+
+    def reset(self) -> None:
+        """Drops all rows: a new stream of plans begins."""
+        if self._batch is not None:
+            self._batch.clear()
+        self._refusing, self._sequence = "", 0
+
+    @torch.inference_mode()
+    def step(
+        self, plan: StepPlan, is_current: Callable[[], bool] = lambda: True
+    ) -> StepResult:
+        """Runs the plan on all ranks, or refuses it on all of them (StepResult.refused).
+
+        Rank 0's result has the tokens. After a refusal every plan is refused until one with `reset`.
+        `is_current` tells whether the plan's sender still waits; Superseded is raised if the ranks
+        disagree on the plan and it does not. Any other exception is fatal to the group.
+        """
+        started = time.perf_counter_ns()
+        answer = StepResult(plan.epoch, plan.sequence)
+        scheduled, inputs, problem = self._prepare(plan)
+        if self.group.world_size > 1:
+            refusing = vote(self.group, plan_tag(plan), not problem, is_current)
+            if refusing and not problem:
+                problem = f"refused by shard {', '.join(map(str, refusing))}"
+        if problem:
+            self._refusing = problem
+            logger.warning("plan refused", extra={"fields": {
+                "sequence": plan.sequence, "reason": problem}})
+            return replace(answer, refused=problem, total_ns=time.perf_counter_ns() - started)
+        assert scheduled is not None  # only None beside a problem
+        forward = time.perf_counter_ns()
+        answer = self._execute(plan, scheduled, inputs, answer)
+        done = time.perf_counter_ns()
+        return replace(answer, forward_ns=done - forward, total_ns=done - started)
+
+    def _prepare(
+        self, plan: StepPlan
+    ) -> tuple[ScheduledRows | None, StepInputs | None, str]:
+        """(rows, inputs, ""), or (None, None, why the plan is refused); no inputs without rows."""
+        try:
+            self._check_order(plan)
+            assert self._batch is not None  # _check_order
+            scheduled = self._batch.apply(plan)
+            if not len(scheduled.slots):
+                return scheduled, None, ""
+            return scheduled, build_inputs(self._batch, scheduled, self.config.device), ""
+        except (PlanError, MemoryError, torch.OutOfMemoryError) as error:
+            return None, None, f"shard {self.identity.rank}: {error or 'out of memory'}"
+
+    def _check_order(self, plan: StepPlan) -> None:
+        if self._batch is None:
+            raise NotAllocated("a plan came before Allocate")
+        if plan.epoch != self.identity.epoch:
+            raise PlanError(f"plan of epoch {plan.epoch} in epoch {self.identity.epoch}")
+        last, self._sequence = self._sequence, plan.sequence
+        if plan.reset:
+            self._refusing = ""
+        elif self._refusing:
+            raise PlanError(f"resync needed since: {self._refusing}")
+        elif last and plan.sequence != last + 1:
+            raise PlanError(f"plan {plan.sequence} after plan {last}")
+
+    def _execute(
+        self,
+        plan: StepPlan,
+        scheduled: ScheduledRows,
+        inputs: StepInputs | None,
+        answer: StepResult,
+    ) -> StepResult:
+        assert self._batch is not None and self._kv_cache is not None
+        self._kv_cache.copy_blocks(plan.copies)
+        if inputs is None:
+            return answer
+        hidden = self.model.forward(
+            inputs.input_ids, inputs.positions, self._kv_cache, inputs.attention
+        )
+        prompt_logprobs = tuple(
+            entry
+            for chunk in inputs.prompt_chunks
+            if (entry := self._prompt_logprobs(hidden, chunk)) is not None
+        )
+        slots = scheduled.slots[scheduled.samples]
+        row_ids = self._batch.ids[slots].tolist()
+        tokens, logprobs, top = self._sample(hidden, inputs.sample_tokens, slots)
+        ends = self._batch.advance(scheduled, tokens)
+        if self.group.rank:
+            return answer
+        return replace(
+            answer,
+            rows=row_ids,
+            token_ids=tokens.tolist(),
+            logprobs=logprobs,
+            ends=[RowEnd(end) for end in ends.tolist()],
+            top=top,
+            prompt_logprobs=prompt_logprobs,
+        )
+
+    def _sample(
+        self, hidden: torch.Tensor, sample_tokens: torch.Tensor, slots: IntArray
+    ) -> tuple[IntArray, list[float], list[TopTokens]]:
+        """Each row's token on all ranks; logprobs and alternatives on rank 0. slots: int64[S]."""
+        assert self._batch is not None
+        tokens = np.zeros(len(slots), np.int64)
+        logprobs = [0.0] * len(slots)
+        top: list[TopTokens] = []
+        for start in range(0, len(slots), _LOGITS_ROWS):
+            part = slice(start, start + _LOGITS_ROWS)
+            logits = self.model.logits(hidden[sample_tokens[part]])
+            if logits is None:
+                continue
+            tokens[part] = sample(logits, self._batch.sampled_rows(slots[part]))
+            self._add_logprobs(logits, tokens[part], slots[part], (start, logprobs, top))
+        if top:
+            top.extend([NO_TOP] * (len(slots) - len(top)))
+        if self.group.world_size > 1 and len(slots):
+            shared = torch.from_numpy(tokens).to(self.config.device)
+            tokens = self.group.broadcast(shared).cpu().numpy()
+        return tokens, logprobs, top
+
+    def _add_logprobs(
+        self,
+        logits: torch.Tensor,
+        tokens: IntArray,
+        slots: IntArray,
+        found: tuple[int, list[float], list[TopTokens]],
+    ) -> None:
+        """Fills in what the rows asked for. found: (index of the first row, logprobs, top tokens)."""
+        assert self._batch is not None
+        start, logprobs, top = found
+        params = self._batch.params[slots]
+        asking = np.flatnonzero(params["logprobs"] | (params["top_n_tokens"] > 0))
+        if not len(asking):
+            return
+        rows = logits[torch.from_numpy(asking).to(logits.device)]
+        top_n = params["top_n_tokens"][asking].tolist()
+        values, alternatives = token_logprobs(rows, tokens[asking], top_n)
+        for row, value in zip(asking.tolist(), values, strict=True):
+            logprobs[start + row] = value
+        for row, places in zip(asking.tolist(), alternatives):
+            top.extend([NO_TOP] * (start + row - len(top)))
+            top.append(places)
+
+    def _prompt_logprobs(self, hidden: torch.Tensor, chunk: PromptChunk) -> PromptLogprobs | None:
+        """The chunk's entry on rank 0; all ranks take part. hidden: [T, H] of the whole step."""
+        values: list[float] = []
+        top: list[TopTokens] = []
+        for start in range(0, len(chunk.targets), _LOGITS_ROWS):
+            targets = chunk.targets[start : start + _LOGITS_ROWS]
+            first = chunk.first + start
+            logits = self.model.logits(hidden[first : first + len(targets)])
+            if logits is not None:
+                found, alternatives = token_logprobs(logits, targets, [chunk.top_n] * len(targets))
+                values += found
+                top += alternatives
+        if self.group.rank:
+            return None
+        return PromptLogprobs(chunk.row_id, chunk.start, values, top)

@@ -1,0 +1,71 @@
+"""Sampling parameters of many rows as columns, and what the sampler has to know of a step's rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from headgate.proto.messages import RowSampling
+
+IntArray = npt.NDArray[np.int64]
+
+# One record per row; `params["temperature"]` is a column. stop_token_ids vary in length and are
+# kept beside it.
+PARAMS_DTYPE = np.dtype(
+    [
+        ("temperature", np.float32),
+        ("top_k", np.int64),
+        ("top_p", np.float32),
+        ("typical_p", np.float32),
+        ("min_p", np.float32),
+        ("repetition_penalty", np.float32),
+        ("frequency_penalty", np.float32),
+        ("presence_penalty", np.float32),
+        ("seed", np.uint64),
+        ("sample_index", np.int64),
+        ("max_new_tokens", np.int64),
+        ("min_new_tokens", np.int64),
+        ("ignore_eos", np.bool_),
+        ("logprobs", np.bool_),
+        ("top_n_tokens", np.int64),
+        ("prompt_logprobs", np.bool_),
+        ("prompt_top_n_tokens", np.int64),
+    ]
+)
+
+
+def params_record(sampling: RowSampling) -> tuple[Any, ...]:
+    """The row's values in the order of PARAMS_DTYPE."""
+    return tuple(getattr(sampling, name) for name in PARAMS_DTYPE.names or ())
+
+
+def params_array(rows: Sequence[RowSampling]) -> npt.NDArray[np.void]:
+    """One record per row."""
+    return np.array([params_record(row) for row in rows], dtype=PARAMS_DTYPE)
+
+
+def _no_ints() -> IntArray:
+    return np.empty(0, np.int64)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SampledRows:
+    """The rows that get a token, apart from their logits. Index arrays refer to these rows."""
+
+    params: npt.NDArray[np.void]  # PARAMS_DTYPE[R]
+    output_positions: IntArray  # [R]: tokens generated so far, i.e. the position of the next one
+    banned_rows: IntArray = field(default_factory=_no_ints)  # [B]: row ...
+    banned_ids: IntArray = field(default_factory=_no_ints)  # [B]: ... and a token it may not take
+    # Every token so far of the rows that have a penalty, in order of row.
+    history_rows: IntArray = field(default_factory=_no_ints)  # [N]
+    history_ids: IntArray = field(default_factory=_no_ints)  # [N]
+    history_is_output: npt.NDArray[np.bool_] = field(
+        default_factory=lambda: np.empty(0, np.bool_)
+    )  # [N]: generated, not of the prompt
+
+    def __len__(self) -> int:
+        return len(self.params)

@@ -1,0 +1,92 @@
+"""Random numbers that depend on nothing but a row's seed, its output position and the token.
+
+Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011) with
+
+    key     = seed, low word first
+    counter = (token id // 4, output position, sample index, 0)
+
+gives four words, one per token id. It holds no state: a recomputed, moved or resharded row draws
+the same numbers. Computed with NumPy on the CPU whatever the model's device is.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+UIntArray = npt.NDArray[np.uint64]
+
+_WORD = 0xFFFFFFFF
+_MASK = np.uint64(_WORD)
+_HALF = np.uint64(32)
+_MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
+_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+_ROUNDS = 10
+
+# Noise lies within these: the words 0 and 2**32 - 1.
+NOISE_MIN = -3.14
+NOISE_MAX = 22.88
+
+
+def philox4x32(
+    counter: tuple[UIntArray, int, int, int], key: tuple[int, int]
+) -> tuple[UIntArray, UIntArray, UIntArray, UIntArray]:
+    """The four 32-bit output words, each an array like `counter[0]` (uint64 holding 32 bits)."""
+    c0 = counter[0].copy()
+    c1, c2, c3 = (np.full_like(c0, word) for word in counter[1:])
+    k0, k1 = key
+    product0, product1 = np.empty_like(c0), np.empty_like(c0)
+    for _ in range(_ROUNDS):
+        np.multiply(c0, _MULTIPLIERS[0], out=product0)
+        np.multiply(c2, _MULTIPLIERS[1], out=product1)
+        _mix(product1, c1, k0, out=c0)
+        np.bitwise_and(product1, _MASK, out=c1)
+        _mix(product0, c3, k1, out=c2)
+        np.bitwise_and(product0, _MASK, out=c3)
+        k0 = (k0 + _KEY_STEPS[0]) & _WORD
+        k1 = (k1 + _KEY_STEPS[1]) & _WORD
+    return c0, c1, c2, c3
+
+
+def _mix(product: UIntArray, word: UIntArray, key: int, out: UIntArray) -> None:
+    """out = high half of the product ^ word ^ key."""
+    np.right_shift(product, _HALF, out=out)
+    np.bitwise_xor(out, word, out=out)
+    np.bitwise_xor(out, np.uint64(key), out=out)
+
+
+def gumbel_noise(
+    seed: int, output_position: int, sample_index: int, vocab_size: int
+) -> npt.NDArray[np.float32]:
+    """Standard Gumbel noise, float32[vocab_size], of every token at one place of a row's output."""
+    groups = np.arange(-(-vocab_size // 4), dtype=np.uint64)
+    words = philox4x32(
+        (groups, output_position & _WORD, sample_index & _WORD, 0), _split(seed)
+    )
+    return _gumbel(np.stack(words, axis=1).reshape(-1)[:vocab_size])
+
+
+def gumbel_noise_at(
+    seed: int, output_position: int, sample_index: int, token_ids: npt.NDArray[np.int64]
+) -> npt.NDArray[np.float32]:
+    """`gumbel_noise(...)[token_ids]`, computed for these tokens only."""
+    groups, lanes = np.divmod(token_ids.astype(np.uint64), np.uint64(4))
+    words = philox4x32(
+        (groups, output_position & _WORD, sample_index & _WORD, 0), _split(seed)
+    )
+    return _gumbel(np.choose(lanes.astype(np.int64), words))
+
+
+def _split(seed: int) -> tuple[int, int]:
+    return seed & _WORD, (seed >> 32) & _WORD
+
+
+def _gumbel(words: UIntArray) -> npt.NDArray[np.float32]:
+    """-log(-log(u)), u = (word + 0.5) / 2**32: never 0 nor 1, which float32 could not promise."""
+    noise = words.astype(np.float64)
+    noise += 0.5
+    noise *= 2.0**-32
+    for _ in range(2):
+        np.log(noise, out=noise)
+        np.negative(noise, out=noise)
+    return noise.astype(np.float32)

@@ -1,0 +1,108 @@
+"""From an InputBatch's rows to the tensors of one forward pass. Reads the batch, changes nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from headgate.shard.attention_metadata import AttentionMetadata
+from headgate.shard.input_batch import InputBatch, ScheduledRows
+from headgate.shard.sampling.params import IntArray
+
+
+@dataclass(frozen=True, slots=True)
+class PromptChunk:
+    """Prompt positions of one row that are computed in this step and predict a known token."""
+
+    row_id: int
+    first: int  # index of the first of them among the step's tokens
+    top_n: int  # alternatives asked for
+    start: int  # position of the first token predicted (>= 1)
+    targets: IntArray  # int64[n]: the tokens predicted, one per position
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepInputs:
+    """T tokens of R rows."""
+
+    input_ids: torch.Tensor  # int64[T]
+    positions: torch.Tensor  # int64[T]
+    attention: AttentionMetadata
+    sample_tokens: torch.Tensor  # int64[S]: index of the last token of each row that samples
+    prompt_chunks: tuple[PromptChunk, ...]
+
+
+def build_inputs(
+    batch: InputBatch, scheduled: ScheduledRows, device: torch.device | str
+) -> StepInputs:
+    """The inputs of a step that computes the `scheduled` rows; at least one."""
+    slots, counts = scheduled.slots, scheduled.counts
+    computed = batch.num_computed[slots]
+    ends = np.cumsum(counts)
+    # For every token of the step: its row's slot, and its position there.
+    token_slots = np.repeat(slots, counts)
+    positions = np.arange(ends[-1]) + np.repeat(computed - (ends - counts), counts)
+    return StepInputs(
+        input_ids=_tensor(batch.token_ids[token_slots, positions].astype(np.int64), device),
+        positions=_tensor(positions, device),
+        attention=_attention(batch, scheduled, token_slots, positions, device),
+        sample_tokens=_tensor(ends[scheduled.samples] - 1, device),
+        prompt_chunks=_prompt_chunks(batch, scheduled, ends - counts),
+    )
+
+
+def _attention(
+    batch: InputBatch,
+    scheduled: ScheduledRows,
+    token_slots: IntArray,
+    positions: IntArray,
+    device: torch.device | str,
+) -> AttentionMetadata:
+    slots, counts = scheduled.slots, scheduled.counts
+    block_size = batch.limits.block_size
+    blocks, offsets = np.divmod(positions, block_size)
+    slot_mapping = batch.block_tables[token_slots, blocks].astype(np.int64) * block_size + offsets
+    context_lens = batch.num_computed[slots] + counts
+    max_context_len = int(context_lens.max())
+    max_blocks = -(-max_context_len // block_size)
+    cu_query_lens = np.zeros(len(slots) + 1, np.int32)
+    np.cumsum(counts, out=cu_query_lens[1:])
+    return AttentionMetadata(
+        cu_query_lens=_tensor(cu_query_lens, device),
+        context_lens=_tensor(context_lens.astype(np.int32), device),
+        block_tables=_tensor(batch.block_tables[slots, :max_blocks], device),
+        slot_mapping=_tensor(slot_mapping, device),
+        max_query_len=int(counts.max()),
+        max_context_len=max_context_len,
+    )
+
+
+def _prompt_chunks(
+    batch: InputBatch, scheduled: ScheduledRows, starts: IntArray
+) -> tuple[PromptChunk, ...]:
+    wanted = np.flatnonzero(batch.params["prompt_logprobs"][scheduled.slots])
+    chunks = []
+    for row in wanted.tolist():
+        slot = int(scheduled.slots[row])
+        start = int(batch.num_computed[slot])
+        # The prompt's last position predicts the first output token, which is sampled instead.
+        end = min(start + int(scheduled.counts[row]), int(batch.num_prompt[slot]) - 1)
+        if end <= start:
+            continue
+        chunks.append(
+            PromptChunk(
+                row_id=int(batch.ids[slot]),
+                first=int(starts[row]),
+                top_n=int(batch.params["prompt_top_n_tokens"][slot]),
+                start=start + 1,
+                targets=batch.token_ids[slot, start + 1 : end + 1].astype(np.int64),
+            )
+        )
+    return tuple(chunks)
+
+
+def _tensor(values: npt.NDArray[np.generic], device: torch.device | str) -> torch.Tensor:
+    return torch.from_numpy(values).to(device, non_blocking=True)
