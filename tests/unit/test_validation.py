@@ -1,0 +1,248 @@
+"""Every rule with its message; what is neutral; what a valid request looks like."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from headgate.proto import router_pb2
+from headgate.router.config import RouterConfig
+from headgate.router.errors import ValidationError
+from headgate.router.sampling_params import MIN_TEMPERATURE, SamplingParams
+from headgate.router.tokenizer import Tokenizer
+from headgate.router.validation import Validator, ValidRequest
+from tests.unit import tokenizers_for_tests as made
+
+CONFIG = RouterConfig(
+    model_path="",
+    model_id="m",
+    served_model_name="m",
+    control_address="",
+    gateway_address="",
+    grpc_host="127.0.0.1",
+    grpc_port=0,
+    max_input_tokens=20,
+    max_total_tokens=30,
+    max_batch_prefill_tokens=16,
+)
+
+
+@pytest.fixture(scope="module")
+def validator() -> Validator:
+    return Validator(CONFIG, Tokenizer(made.byte_level(), workers=1))
+
+
+def validate(
+    validator: Validator,
+    text: str = "abc",
+    delivered: router_pb2.Delivered | None = None,
+    request: dict[str, Any] | None = None,
+    **parameters: Any,
+) -> ValidRequest:
+    prompt: dict[str, Any] = {} if text is None else {"text": text}
+    message = router_pb2.GenerateRequest(
+        parameters=router_pb2.Parameters(**parameters), **{**prompt, **(request or {})}
+    )
+    return asyncio.run(validator.validate(message, delivered=delivered))
+
+
+REFUSED: list[tuple[dict[str, Any], str, str]] = [
+    ({"best_of": 2}, "best_of", "you must use sampling when `best_of` is > 1"),
+    ({"best_of": 2, "do_sample": True}, "best_of", "`best_of` = 2 is not supported yet"),
+    ({"temperature": 0.0}, "temperature", "`temperature` must be strictly positive"),
+    ({"temperature": math.nan}, "temperature", "`temperature` must be strictly positive"),
+    ({"temperature": math.inf}, "temperature", "`temperature` must be strictly positive"),
+    (
+        {"repetition_penalty": -1.0},
+        "repetition_penalty",
+        "`repetition_penalty` must be strictly positive",
+    ),
+    (
+        {"frequency_penalty": 2.5},
+        "frequency_penalty",
+        "`frequency_penalty` must be >= -2.0 and <= 2.0",
+    ),
+    (
+        {"presence_penalty": -2.5},
+        "presence_penalty",
+        "`presence_penalty` must be >= -2.0 and <= 2.0",
+    ),
+    ({"top_p": 0.0}, "top_p", "`top_p` must be > 0.0 and < 1.0"),
+    ({"top_p": 1.5}, "top_p", "`top_p` must be > 0.0 and < 1.0"),
+    ({"top_p": math.nan}, "top_p", "`top_p` must be > 0.0 and < 1.0"),
+    ({"typical_p": 0.0}, "typical_p", "`typical_p` must be > 0.0 and < 1.0"),
+    ({"min_p": 1.5}, "min_p", "`min_p` must be >= 0.0 and <= 1.0"),
+    ({"top_k": 0}, "top_k", "`top_k` must be strictly positive"),
+    ({"max_new_tokens": 0}, "max_new_tokens", "`max_new_tokens` must be strictly positive"),
+    ({"stop": list("abcde")}, "stop", "`stop` supports up to 4 stop sequences. Given: 5"),
+    ({"stop": [""]}, "stop", "`stop` sequences cannot be empty"),
+    ({"top_n_tokens": 6}, "top_n_tokens", "`top_n_tokens` must be >= 0 and <= 5. Given: 6"),
+    (
+        {"prompt_top_n_tokens": 6},
+        "prompt_top_n_tokens",
+        "`prompt_top_n_tokens` must be >= 0 and <= 5. Given: 6",
+    ),
+    ({"n": 2}, "n", "`n` = 2 is not supported yet"),
+    ({"watermark": True}, "watermark", "`watermark` = True is not supported yet"),
+    ({"text": ""}, "inputs", "`inputs` cannot be empty"),
+    ({"text": None}, "inputs", "`inputs` cannot be empty"),
+    (
+        {"truncate": 0},
+        "truncate",
+        "`truncate` must be strictly positive and less than 20. Given: 0",
+    ),
+    (
+        {"truncate": 21},
+        "truncate",
+        "`truncate` must be strictly positive and less than 20. Given: 21",
+    ),
+    (
+        {"max_new_tokens": 28},
+        "max_new_tokens",
+        "`inputs` tokens + `max_new_tokens` must be <= 30. "
+        "Given: 3 `inputs` tokens and 28 `max_new_tokens`",
+    ),
+    ({"text": "a" * 21}, "inputs", "`inputs` must have less than 20 tokens. Given: 21"),
+    (
+        {"max_new_tokens": 2, "min_new_tokens": 3},
+        "min_new_tokens",
+        "`min_new_tokens` must be <= `max_new_tokens` = 2. Given: 3",
+    ),
+    (
+        {"stop_token_ids": [5, 263]},
+        "stop_token_ids",
+        "`stop_token_ids` holds token 263, the vocabulary ends at 262",
+    ),
+    (
+        {"request": {"token_ids": router_pb2.TokenIds(ids=[1, 263])}, "text": None},
+        "inputs",
+        "`inputs` holds token 263, the vocabulary ends at 262",
+    ),
+    (
+        {"request": {"token_ids": router_pb2.TokenIds()}, "text": None},
+        "inputs",
+        "`inputs` cannot be empty",
+    ),
+    (
+        {"request": {"adapter_id": "x"}},
+        "adapter_id",
+        "`adapter_id` = 'x' is not supported yet",
+    ),
+]
+
+
+@pytest.mark.parametrize(("given", "field", "message"), REFUSED)
+def test_refused(validator: Validator, given: dict[str, Any], field: str, message: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        validate(validator, **given)
+    assert caught.value.message == f"Input validation error: {message}"
+    assert caught.value.field == field
+    assert caught.value.http_status == 422
+
+
+def test_first_broken_rule_in_tgi_order_is_told(validator: Validator) -> None:
+    with pytest.raises(ValidationError) as caught:
+        validate(validator, text="", top_k=0, temperature=-1.0, max_new_tokens=0)
+    assert caught.value.field == "temperature"
+
+
+def test_greedy_by_default_with_as_many_tokens_as_fit(validator: Validator) -> None:
+    valid = validate(validator)
+    assert valid.sampling.temperature == 0.0
+    assert valid.seed is None
+    assert valid.sampling.max_new_tokens == 27
+    assert valid.sampling.logprobs
+    assert valid.include_stop
+    assert valid.skip_special_tokens
+    assert valid.prompt_characters == 3
+
+
+@pytest.mark.parametrize(
+    "neutral",
+    [
+        {"temperature": 1.0},
+        {"top_p": 1.0},
+        {"typical_p": 1.0},
+        {"min_p": 0.0},
+        {"best_of": 1},
+        {"n": 1},
+        {"watermark": False},
+        {"do_sample": False},
+        {"top_n_tokens": 0},
+        {"repetition_penalty": 1.0},
+    ],
+)
+def test_neutral_values_are_as_if_absent(validator: Validator, neutral: dict[str, Any]) -> None:
+    assert validate(validator, **neutral).sampling == validate(validator).sampling
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"do_sample": True},
+        {"temperature": 0.5},
+        {"top_k": 3},
+        {"top_p": 0.9},
+        {"typical_p": 0.9},
+        {"min_p": 0.1},
+    ],
+)
+def test_sampling_is_switched_on_and_a_seed_drawn(
+    validator: Validator, given: dict[str, Any]
+) -> None:
+    first, second = validate(validator, **given), validate(validator, **given)
+    assert first.sampling.temperature == given.get("temperature", 1.0)
+    assert first.seed is not None
+    assert first.seed == first.sampling.seed < 2**63
+    assert first.seed != second.seed
+
+
+def test_given_seed_is_kept_and_greedy_has_none(validator: Validator) -> None:
+    assert validate(validator, do_sample=True, seed=2**64 - 1).seed == 2**64 - 1
+    assert validate(validator, seed=5).seed is None
+
+
+def test_clamps(validator: Validator) -> None:
+    assert validate(validator, top_k=2**31).sampling.top_k == validator.vocab_size
+    assert validate(validator, temperature=1e-20).sampling.temperature == MIN_TEMPERATURE
+
+
+def test_truncation_keeps_the_last_tokens(validator: Validator) -> None:
+    whole = validate(validator, text="abcdef")
+    cut = validate(validator, text="abcdef" * 10, truncate=4)
+    assert cut.prompt_ids == whole.prompt_ids[-4:]
+    assert cut.prompt_characters == 60
+
+
+def test_largest_request_that_fits(validator: Validator) -> None:
+    assert validate(validator, text="a" * 20, max_new_tokens=10).sampling.max_new_tokens == 10
+    assert validate(validator, text="a" * 20).sampling.max_new_tokens == 10
+
+
+def test_delivered_progress(validator: Validator) -> None:
+    delivered = router_pb2.Delivered(tokens=[router_pb2.Token(id=5)], text_offset=1, seed=77)
+    valid = validate(validator, delivered=delivered, do_sample=True)
+    assert valid.seed == valid.sampling.seed == 77
+    assert valid.progress is not None
+    assert [token.id for token in valid.progress.tokens] == [5]
+
+
+def test_parameters_survive_the_wire() -> None:
+    given = SamplingParams(temperature=0.5, stop=("a", "b"), stop_token_ids=(1,), seed=2**64 - 1)
+    assert SamplingParams.from_proto(given.to_proto()) == given
+
+
+def test_long_texts_are_tokenised_like_short_ones(validator: Validator) -> None:
+    encode: Callable[..., Any] = validator._tokenizer.encode
+    long = asyncio.run(encode("hello " * 1000))
+    assert long == asyncio.run(encode("hello ")) * 1000
+
+
+def test_spans_are_in_characters(validator: Validator) -> None:
+    spans = asyncio.run(validator._tokenizer.spans("né 😀!"))
+    assert [(span.text, span.start, span.stop) for span in spans][-1] == ("!", 4, 5)
+    assert all(span.text == "né 😀!"[span.start : span.stop] for span in spans)
