@@ -121,7 +121,7 @@ def paged_attention(
     only itself and the `window` - 1 tokens before it. `soft_cap` > 0: scores become
     cap * tanh(score / cap). Query heads h * H/K ... (h + 1) * H/K - 1 share key/value head h.
     """
-    out = torch.empty_like(q)
+    out = q.new_empty(q.shape)
     starts = attention.cu_query_lens.tolist()
     contexts = attention.context_lens.tolist()
     decode_rows: list[int] = []
@@ -213,12 +213,16 @@ def _attend_decode(
     visible = key_at < lengths.unsqueeze(1)
     if window:
         visible &= key_at >= lengths.unsqueeze(1) - window
-    visible = visible[:, None, None, :]
+    # Slots that are not the row's may hold NaN, which neither a mask nor a weight of zero stops.
     keys, values = (
-        cache[blocks].flatten(1, 2).to(q.dtype).transpose(1, 2) for cache in (k_cache, v_cache)
+        cache[blocks]
+        .flatten(1, 2)
+        .to(q.dtype)
+        .masked_fill_(~visible[:, :, None, None], 0)
+        .transpose(1, 2)
+        for cache in (k_cache, v_cache)
     )  # [N, K, L, D]
-    # Slots never written may hold NaN, which survives a product with a weight of zero.
-    values = values.masked_fill(~visible.transpose(2, 3), 0)
+    visible = visible[:, None, None, :]
     # The heads of a group take the place of query positions: one matrix product for all of them.
     queries = q.view(rows, kv_heads, heads // kv_heads, dim)
     out = _softmax_attention(queries, keys, values, visible, scale, soft_cap)

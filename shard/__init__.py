@@ -1,0 +1,1 @@
+"""A shard: one rank of the group that holds the model. Tensors, no text, no policy."""

@@ -1,0 +1,163 @@
+"""Group: the collectives between the shards of one model, and the one-rank group that needs none.
+
+gloo on CPUs, NCCL on GPUs. Sums are taken in rank order for every element, whatever its place in the
+tensor, so all ranks hold the same bits and a row's sum does not depend on the rows beside it.
+A failed collective is a PeerLost: the group is finished and is never used again. Nothing here
+decides what to do about it.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from headgate.shard.errors import PeerLost
+
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+class Group:
+    """The ranks that share a model. All of them must make the same calls in the same order."""
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        self.rank = rank
+        self.world_size = world_size
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sums `tensor` over the ranks, in place; returns it."""
+        return tensor
+
+    def gather_to_rank0(
+        self, tensor: torch.Tensor, dim: int, sizes: Sequence[int]
+    ) -> torch.Tensor | None:
+        """Joins the ranks' tensors along `dim`, where rank r's is `sizes[r]` long; None beyond rank 0."""
+        return tensor
+
+    def broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Copies rank 0's `tensor` into everyone's, in place; returns it."""
+        return tensor
+
+    def min(self, value: int) -> int:
+        """The smallest of all ranks' values: the vote before a step, the number of KV blocks."""
+        return value
+
+    def barrier(self) -> None:
+        """Waits until every rank is here."""
+
+    def close(self) -> None:
+        """Leaves the group. Further calls are errors."""
+
+
+class ProcessGroup(Group):
+    """A Group over torch.distributed's default process group."""
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        with self._collective():
+            if self.world_size == 2:  # a + b is b + a: any algorithm gives the sum in rank order
+                dist.all_reduce(tensor)
+                return tensor
+            shape = (self.world_size * tensor.shape[0], *tensor.shape[1:])
+            parts = tensor.new_empty(shape)
+            dist.all_gather_into_tensor(parts, tensor.contiguous())
+        first, *others = parts.chunk(self.world_size)
+        tensor.copy_(first)
+        for part in others:
+            tensor += part
+        return tensor
+
+    def gather_to_rank0(
+        self, tensor: torch.Tensor, dim: int, sizes: Sequence[int]
+    ) -> torch.Tensor | None:
+        dim %= tensor.dim()
+        longest = max(sizes)
+        # A gather moves equal shapes, so the shorter ones travel padded.
+        padded = tensor.contiguous()
+        if tensor.shape[dim] < longest:
+            padded = tensor.new_empty((*tensor.shape[:dim], longest, *tensor.shape[dim + 1 :]))
+            padded.narrow(dim, 0, tensor.shape[dim]).copy_(tensor)
+        parts = [torch.empty_like(padded) for _ in sizes] if self.rank == 0 else None
+        with self._collective():
+            dist.gather(padded, parts, dst=0)
+        if parts is None:
+            return None
+        return torch.cat(
+            [part.narrow(dim, 0, size) for part, size in zip(parts, sizes, strict=True)], dim
+        )
+
+    def broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
+        with self._collective():
+            dist.broadcast(tensor, src=0)
+        return tensor
+
+    def min(self, value: int) -> int:
+        smallest = torch.tensor([value], dtype=torch.int64)
+        with self._collective():
+            dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
+        return int(smallest)
+
+    def barrier(self) -> None:
+        self.min(0)
+
+    def close(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    @contextmanager
+    def _collective(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            # The back ends don't say which peer failed; with two ranks there is only one it can be.
+            peer = f"shard {1 - self.rank}" if self.world_size == 2 else "another shard"
+            reason = str(error).splitlines()[0]
+            raise PeerLost(f"shard {self.rank} lost {peer} in a collective: {reason}") from error
+
+
+def single_group() -> Group:
+    """The group of one rank, in which nothing is exchanged."""
+    return Group(0, 1)
+
+
+def init_group(
+    device: str, timeout: float, environment: Mapping[str, str] | None = None
+) -> Group:
+    """Joins the group that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe.
+
+    Returns when all ranks have joined. `timeout`, in seconds, bounds this and each collective.
+    Raises PeerLost when the others don't come.
+    """
+    environment = os.environ if environment is None else environment
+    rank, world_size = int(environment.get("RANK", 0)), int(environment.get("WORLD_SIZE", 1))
+    if world_size == 1:
+        return single_group()
+    address = environment.get("MASTER_ADDR", "127.0.0.1")
+    if address in _LOOPBACK:
+        _bind_gloo_to_loopback()
+    # Votes are always CPU tensors, so gloo is there beside NCCL.
+    backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
+    host = f"[{address}]" if ":" in address else address
+    try:
+        dist.init_process_group(
+            backend,
+            init_method=f"tcp://{host}:{environment['MASTER_PORT']}",
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=timeout),
+        )
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise PeerLost(f"shard {rank} could not join its group of {world_size}: {reason}") from error
+    return ProcessGroup(rank, world_size)
+
+
+def _bind_gloo_to_loopback() -> None:
+    """On one host, gloo must not look up the host's name: containers often can't resolve their own."""
+    loopback = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
+    if loopback:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)

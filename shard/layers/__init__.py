@@ -1,0 +1,1 @@
+"""Layers that models are wired from. Each reads its own slice of the weights; none knows a model."""

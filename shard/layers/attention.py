@@ -1,0 +1,62 @@
+"""Self-attention over the paged KV cache, split by heads."""
+
+from __future__ import annotations
+
+import torch
+
+from headgate.kernels import ops
+from headgate.shard.attention_metadata import AttentionMetadata
+from headgate.shard.layers.linear import ColumnLinear, RowLinear
+from headgate.shard.layers.norm import RMSNorm
+from headgate.shard.layers.rotary import RotaryEmbedding
+from headgate.shard.load_context import LoadContext
+
+
+class Attention:
+    """Grouped-query attention of this rank's heads. `prefix`: its name, e.g. model.layers.0.self_attn.
+
+    `window` > 0: a token sees only the last `window` positions, its own included; their KV is kept
+    for the whole sequence all the same.
+    """
+
+    def __init__(
+        self,
+        context: LoadContext,
+        prefix: str,
+        rotary: RotaryEmbedding,
+        *,
+        qkv_bias: bool = False,
+        output_bias: bool = False,
+        qk_norm: bool = False,
+        window: int = 0,
+    ) -> None:
+        self._head_dim = context.config.head_dim
+        self._q_size = len(context.heads) * self._head_dim
+        self._kv_size = len(context.kv_heads) * self._head_dim
+        self._scale = self._head_dim**-0.5
+        self._window = window
+        self._rotary = rotary
+        self._qkv = ColumnLinear.qkv(context, prefix, qkv_bias)
+        self._output = RowLinear.output(context, f"{prefix}.o_proj", output_bias)
+        self._q_norm = self._k_norm = None
+        if qk_norm:
+            self._q_norm = RMSNorm(context, f"{prefix}.q_norm", self._head_dim)
+            self._k_norm = RMSNorm(context, f"{prefix}.k_norm", self._head_dim)
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        positions: torch.Tensor,
+        kv: tuple[torch.Tensor, torch.Tensor],
+        attention: AttentionMetadata,
+    ) -> torch.Tensor:
+        """[T, hidden_size] to [T, hidden_size], summed over the group; stores the tokens' KV in `kv`."""
+        tokens = x.shape[0]
+        parts = self._qkv(x).split((self._q_size, self._kv_size, self._kv_size), dim=-1)
+        q, k, v = (part.view(tokens, -1, self._head_dim) for part in parts)
+        if self._q_norm is not None and self._k_norm is not None:
+            q, k = self._q_norm(q), self._k_norm(k)
+        q, k = self._rotary(q, k, positions)
+        ops.write_kv(k, v, *kv, attention.slot_mapping)
+        out = ops.paged_attention(q, *kv, attention, self._scale, self._window)
+        return self._output(out.reshape(tokens, self._q_size))

@@ -1,0 +1,50 @@
+"""The vocabulary's two layers, split over the ranks by token id: ids to vectors, vectors to logits."""
+
+from __future__ import annotations
+
+import torch
+
+from headgate.kernels import ops
+from headgate.shard.load_context import LoadContext
+
+
+class VocabEmbedding:
+    """Token ids to vectors. A rank gives zeros for ids it does not hold, so the sum is exact."""
+
+    def __init__(self, context: LoadContext, name: str) -> None:
+        config = context.config
+        shape = (config.vocab_size, config.hidden_size)
+        self.weight = context.weights.rows(name, shape, context.vocabulary)
+        self._first_id = context.vocabulary.start
+        self._dtype = context.weights.compute_dtype
+        self._group = context.group
+
+    def __call__(self, ids: torch.Tensor) -> torch.Tensor:
+        """ids[T] to [T, hidden_size]."""
+        return self._group.all_reduce(
+            ops.embedding(ids, self.weight, self._first_id, self._dtype)
+        )
+
+
+class VocabHead:
+    """Vectors to logits, collected on rank 0."""
+
+    def __init__(self, context: LoadContext, name: str, tied: VocabEmbedding | None = None) -> None:
+        config = context.config
+        if tied is not None:
+            context.weights.ignore(name)
+            self.weight = tied.weight
+        else:
+            shape = (config.vocab_size, config.hidden_size)
+            self.weight = context.weights.rows(name, shape, context.vocabulary)
+        self._sizes = [len(ids) for ids in context.partition.vocabulary]
+        self._group = context.group
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor | None:
+        """hidden[R, hidden_size] to float32[R, vocab_size] on rank 0, None elsewhere."""
+        if hidden.shape[0] == 0:
+            empty = hidden.new_empty((0, sum(self._sizes)), dtype=torch.float32)
+            return empty if self._group.rank == 0 else None
+        logits = ops.linear(hidden, self.weight)
+        gathered = self._group.gather_to_rank0(logits, 1, self._sizes)
+        return None if gathered is None else gathered.float()

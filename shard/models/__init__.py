@@ -1,0 +1,1 @@
+"""Models: wiring of layers, one file a family, registered by architecture name."""

@@ -1,0 +1,192 @@
+"""Weights: reads a safetensors checkpoint by intent, and of each tensor only this rank's slice.
+
+Layers say what a tensor is (a column-parallel matrix, packed or in parts; a row-parallel one; ...) and
+get their piece in the dtype to compute with. Missing tensors, wrong shapes, damaged files and, at the
+end, tensors nobody asked for are ModelErrors that name them. Knows no model.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from headgate.shard.errors import ModelError
+
+_INDEX = "model.safetensors.index.json"
+# Buffers that old versions of Transformers saved, and that every loader computes by itself.
+_COMPUTED = re.compile(r"(\.|^)(rotary_emb\.inv_freq|attn\.masked_bias|rotary_emb\.(cos|sin)_cached)$")
+_NAMES_SHOWN = 5
+
+
+class Weights:
+    """An open checkpoint. `dtype` is how values are stored: they are rounded to it.
+
+    On a CPU arithmetic is float32, and torch would widen a bfloat16 matrix again at every call, so
+    there tensors are widened once, here, after the rounding: they take float32's memory. `nbytes`
+    counts what was handed out, in the dtype it is held in.
+    """
+
+    def __init__(self, path: str | Path, *, dtype: torch.dtype, device: str | torch.device) -> None:
+        self.dtype = dtype
+        self.device = torch.device(device)
+        self.compute_dtype = torch.float32 if self.device.type == "cpu" else dtype
+        self.nbytes = 0
+        self._path = Path(path)
+        self._open: dict[Path, Any] = {}
+        self._files = self._find_tensors()
+        self._unused = {name for name in self._files if not _COMPUTED.search(name)}
+
+    # ------------------------------------------------------------------ intents
+
+    def replicated(self, name: str, shape: Sequence[int]) -> torch.Tensor:
+        """The whole tensor: norms, biases of row-parallel layers."""
+        return self._keep(self._read(name, shape, lambda view: view[:]))
+
+    def rows(self, name: str, shape: Sequence[int], rows: range) -> torch.Tensor:
+        """Part of the first dimension: a column-parallel matrix or its bias, a vocabulary."""
+        return self._keep(self._read_rows(name, shape, [rows]))
+
+    def columns(self, name: str, shape: Sequence[int], columns: range) -> torch.Tensor:
+        """Part of the second dimension: a row-parallel matrix."""
+        cut = slice(columns.start, columns.stop)
+        return self._keep(self._read(name, shape, lambda view: view[:, cut]))
+
+    def packed_rows(
+        self, prefix: str, parts: Sequence[str], packed: str, suffix: str,
+        sizes: Sequence[int], rows: Sequence[range], width: int | None,
+    ) -> torch.Tensor:  # fmt: skip
+        """Several column-parallel tensors as one, rank's rows of each in turn: q, k, v or gate, up.
+
+        The checkpoint has either tensors `prefix.part.suffix`, `sizes[i]` rows each, or one
+        `prefix.packed.suffix` that holds them one after another. `width`: columns; None for a bias.
+        """
+        tail = () if width is None else (width,)
+        whole = f"{prefix}.{packed}.{suffix}"
+        if self.has(whole):
+            starts = [sum(sizes[:index]) for index in range(len(sizes))]
+            cuts = [
+                range(start + cut.start, start + cut.stop)
+                for start, cut in zip(starts, rows, strict=True)
+            ]
+            return self._keep(self._read_rows(whole, (sum(sizes), *tail), cuts))
+        pieces = [
+            self._read_rows(f"{prefix}.{part}.{suffix}", (size, *tail), [cut])
+            for part, size, cut in zip(parts, sizes, rows, strict=True)
+        ]
+        return self._keep(torch.cat(pieces))
+
+    def has(self, name: str) -> bool:
+        return self._resolve(name) is not None
+
+    def ignore(self, name: str) -> None:
+        """Says that `name` may be in the checkpoint and is not wanted."""
+        self._unused.discard(self._resolve(name) or name)
+
+    def finish(self) -> None:
+        """Closes the files. Raises ModelError when tensors are left that no layer asked for."""
+        self._open.clear()
+        if self._unused:
+            raise ModelError(
+                f"{self._path} holds {len(self._unused)} tensors that the model has no place for: "
+                f"{_listed(sorted(self._unused))}"
+            )
+
+    # ------------------------------------------------------------------ reading
+
+    def _read_rows(self, name: str, shape: Sequence[int], cuts: Sequence[range]) -> torch.Tensor:
+        def read(view: Any) -> torch.Tensor:
+            pieces = [view[cut.start : cut.stop] for cut in cuts]
+            return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+        return self._read(name, shape, read)
+
+    def _read(
+        self, name: str, shape: Sequence[int], read: Callable[[Any], torch.Tensor]
+    ) -> torch.Tensor:
+        found = self._resolve(name)
+        if found is None:
+            raise ModelError(f"{self._path} lacks the tensor {name}")
+        path = self._files[found]
+        try:
+            view = self._handle(path).get_slice(found)
+            if tuple(view.get_shape()) != tuple(shape):
+                raise ModelError(
+                    f"{path}: tensor {found} has shape {list(view.get_shape())}, but config.json "
+                    f"asks for {list(shape)}"
+                )
+            tensor = read(view)
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{path}: tensor {found} cannot be read: {error}") from error
+        if not tensor.is_floating_point() or tensor.element_size() < 2:
+            raise ModelError(
+                f"{path}: tensor {found} is {str(tensor.dtype).removeprefix('torch.')}, and "
+                "quantised checkpoints are not supported"
+            )
+        self._unused.discard(found)
+        return tensor
+
+    def _keep(self, tensor: torch.Tensor) -> torch.Tensor:
+        rounded = tensor.to(self.device, self.dtype)
+        # A slice may be a view of a mapped file, which must not outlive it nor pin it in memory.
+        kept = rounded.to(self.compute_dtype).contiguous()
+        if kept.data_ptr() == tensor.data_ptr():
+            kept = kept.clone()
+        self.nbytes += kept.numel() * kept.element_size()
+        return kept
+
+    def _resolve(self, name: str) -> str | None:
+        """The name the checkpoint has it under: base models are saved without the prefix "model."."""
+        for candidate in (name, name.removeprefix("model."), f"model.{name}"):
+            if candidate in self._files:
+                return candidate
+        return None
+
+    # ------------------------------------------------------------------ files
+
+    def _find_tensors(self) -> dict[str, Path]:
+        """Which file each tensor is in."""
+        index = self._path / _INDEX
+        if index.exists():
+            paths: Iterable[Path] = self._indexed_files(index)
+        else:
+            paths = sorted(self._path.glob("*.safetensors"))
+        files: dict[str, Path] = {}
+        for path in paths:
+            for name in self._handle(path).keys():
+                if name in files:
+                    raise ModelError(f"tensor {name} is in both {files[name]} and {path.name}")
+                files[name] = path
+        if not files:
+            raise ModelError(f"{self._path} holds no weights in safetensors files")
+        return files
+
+    def _indexed_files(self, index: Path) -> list[Path]:
+        try:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ModelError(f"{index} is not an index of safetensors files: {error}") from error
+        absent = sorted(name for name in names if not (self._path / name).exists())
+        if absent:
+            raise ModelError(f"{index} names files that are not there: {_listed(absent)}")
+        return [self._path / name for name in sorted(names)]
+
+    def _handle(self, path: Path) -> Any:
+        if path not in self._open:
+            try:
+                self._open[path] = safe_open(path, framework="pt", device="cpu")
+            except (SafetensorError, OSError) as error:
+                raise ModelError(
+                    f"{path} is truncated or not a safetensors file: {error}"
+                ) from error
+        return self._open[path]
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = len(names) - _NAMES_SHOWN
+    return ", ".join(names[:_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
