@@ -21,7 +21,8 @@ from headgate.launcher.flag import (
     parse_bool,
     parse_value,
 )
-from headgate.launcher.flags import BY_KEY, FLAGS, VARIABLES
+from headgate.launcher.flags import BY_KEY, FLAGS
+from headgate.launcher.variables import VARIABLES
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,9 +227,15 @@ def _check_rules(given: Mapping[str, _Given]) -> None:
     _ordered(given, "max_total_tokens", "max_batch_total_tokens", strictly=False)
     sharded, shards = given.get("sharded"), given.get("num_shard")
     if sharded and sharded.value and shards and shards.value == 1:
-        raise LaunchError(f"{sharded.source} true needs at least 2 shards, but {shards.source} is 1.")
+        raise LaunchError(
+            f"{sharded.source} true needs at least 2 shards, but {shards.source} is 1."
+        )
     block_size = given.get("block_size")
-    if block_size and isinstance(block_size.value, int) and block_size.value & (block_size.value - 1):
+    if (
+        block_size
+        and isinstance(block_size.value, int)
+        and block_size.value & (block_size.value - 1)
+    ):
         raise LaunchError(f"{block_size.source} must be a power of two, not {block_size.value}.")
 
 

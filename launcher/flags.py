@@ -1,12 +1,10 @@
-"""The table of every flag of `headgate serve`, and of the environment variables without a flag.
+"""The table of every flag of `headgate serve`.
 
 It says what exists; it reads neither the command line nor the environment (config.py does).
 docs/configuration.md is made from it by `python -m headgate.launcher.flag_docs`.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 from headgate.launcher.flag import Flag, Kind, Policy
 
@@ -384,12 +382,7 @@ LIMITS = (
 )
 
 NETWORK = (
-    Flag(
-        "hostname",
-        Kind.TEXT,
-        "Address the HTTP port listens on.",
-        default="0.0.0.0",
-    ),
+    Flag("hostname", Kind.TEXT, "Address the HTTP port listens on.", default="0.0.0.0"),
     Flag("port", Kind.PORT, "HTTP port; 0 takes a free one.", default=3000, short="p"),
     Flag(
         "grpc-port",
@@ -435,11 +428,7 @@ NETWORK = (
         minimum=1,
     ),
     Flag(
-        "validation-workers",
-        Kind.INTEGER,
-        "Tokeniser threads of the router.",
-        default=2,
-        minimum=1,
+        "validation-workers", Kind.INTEGER, "Tokeniser threads of the router.", default=2, minimum=1
     ),
     Flag(
         "strict",
@@ -538,46 +527,3 @@ GROUPS: tuple[tuple[str, tuple[Flag, ...]], ...] = (
 )
 FLAGS: tuple[Flag, ...] = tuple(flag for _, group in GROUPS for flag in group)
 BY_KEY: dict[str, Flag] = {flag.key: flag for flag in FLAGS}
-
-
-@dataclass(frozen=True, slots=True)
-class Variable:
-    """An environment variable that has no flag."""
-
-    name: str
-    help: str  # one sentence
-    policy: Policy = Policy.WORKS
-    neutral: tuple[str, ...] = ()  # NO_OP: values that deserve no warning
-
-
-VARIABLES: tuple[Variable, ...] = (
-    Variable("LOG_LEVEL", "Least level logged: trace, debug, info (the default), warn or error."),
-    Variable("LOG_COLORIZE", "0: no colours in the log; 1: colours even where it is not a terminal."),
-    Variable("NO_COLOR", "Set to anything: no colours in the log."),
-    Variable("HF_TOKEN", "Access token for hub models."),
-    Variable("HF_API_TOKEN", "TGI's older name of HF_TOKEN, read where that is not set."),
-    Variable("HF_ENDPOINT", "Address of the hub."),
-    Variable("HF_HOME", "Directory of huggingface_hub's files, the model cache among them."),
-    Variable("HF_HUB_CACHE", "Directory of the hub models, below --huggingface-hub-cache."),
-    Variable("HF_HUB_OFFLINE", "1: take hub models from the cache only."),
-    Variable("HF_HUB_USER_AGENT_ORIGIN", "Passed to the hub in the user agent."),
-    Variable("COMPUTE_TYPE", "The text of the `x-compute-type` response header."),
-    Variable("PREFIX_CACHING", "0: as --disable-prefix-caching."),
-    Variable("CUDA_VISIBLE_DEVICES", "The GPUs to use; empty: run on the CPU."),
-    Variable("NVIDIA_VISIBLE_DEVICES", "The GPUs of a container, read where CUDA_VISIBLE_DEVICES is not set."),
-    Variable("XDG_CACHE_HOME", "Directory of converted models, in `headgate` below it (default ~/.cache)."),
-    Variable(
-        "ATTENTION",
-        "TGI's attention back end; Headgate has one, chosen by --kernels.",
-        Policy.NO_OP,
-    ),
-    Variable("USE_FLASH_ATTENTION", "As ATTENTION.", Policy.NO_OP, ("1", "true", "True")),
-    Variable("PREFILL_CHUNKING", "Prompts are always computed in chunks.", Policy.NO_OP, ("1", "true")),
-    Variable("TGI_WIGGLE_ROOM", "Use --cuda-memory-fraction.", Policy.NO_OP),
-    Variable(
-        "HF_HUB_ENABLE_HF_TRANSFER",
-        "huggingface_hub chooses the way of transfer itself.",
-        Policy.NO_OP,
-        ("0", "1"),
-    ),
-)

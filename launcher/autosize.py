@@ -1,0 +1,354 @@
+"""Sizes that the user did not give, worked out from hardware and model; and whether all of it fits.
+
+Pure arithmetic: hardware.py and model_facts.py look, this file decides. What it estimates and why
+is in docs/configuration.md.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from headgate.launcher.config import LauncherConfig
+from headgate.launcher.errors import LaunchError
+from headgate.launcher.hardware import Gpu, Hardware
+from headgate.launcher.model_facts import ModelFacts
+
+GIB = 1 << 30
+MIB = 1 << 20
+
+CPU_KV_BYTES = GIB  # of all shards together
+GPU_STEP_TOKENS = 4096  # TGI's default
+STEP_SECONDS = 0.150  # a CPU step should take no longer: it bounds latency between tokens
+CORE_FLOPS = 60e9  # float32, sustained, one core
+CPU_STEP_TOKENS = (128, 512)
+SMALLEST_KV_TOKENS = 512  # less is no use, so it is too little memory
+FALLBACK_POSITIONS = 4096  # for a model that does not say how long it may get
+
+SHARD_OVERHEAD = 400 * MIB  # an idle shard process: Python, PyTorch, its libraries
+ROUTER_OVERHEAD = 150 * MIB
+GATEWAY_OVERHEAD = 80 * MIB
+GPU_OVERHEAD = 512 * MIB  # CUDA context and libraries on each GPU
+MEMORY_RESERVE = 0.05  # of the free memory, left alone
+GPU_RESERVE = 0.10  # of a GPU's memory, for fragments and peaks
+SHM_FOR_NCCL = 256 * MIB
+
+_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """All sizes of a server, given or worked out. Tokens and bytes; bytes are of all shards."""
+
+    device: str  # "cpu" or "cuda"
+    num_shard: int
+    dtype: str
+    kv_cache_dtype: str
+    threads_per_shard: int
+    max_input_tokens: int
+    max_total_tokens: int
+    max_batch_prefill_tokens: int
+    max_batch_size: int
+    block_size: int
+    num_blocks: int  # 0: as many as fit, found out by the shards (GPU)
+    weight_bytes: int
+    kv_bytes: int  # of num_blocks; on a GPU without a given size, the estimate
+    overhead_bytes: int
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens the KV cache holds; 0 where the shards find out."""
+        return self.num_blocks * self.block_size
+
+
+def work_out_sizes(model: ModelFacts, config: LauncherConfig, hardware: Hardware) -> Sizes:
+    """All sizes of a server. Raises LaunchError with one sentence where something cannot be."""
+    device = "cuda" if hardware.gpus and config.kernels != "cpu" else "cpu"
+    num_shard = choose_num_shard(model, config, hardware, device)
+    dtype = choose_dtype(model, config, hardware.gpus if device == "cuda" else ())
+    kv_dtype = config.kv_cache_dtype or (dtype if device == "cuda" else "float32")
+    threads = config.threads_per_shard or max(1, hardware.cores // num_shard)
+    budget = config.max_batch_prefill_tokens or _step_tokens(
+        model, device, min(hardware.cores, threads * num_shard)
+    )
+    batch_size = min(config.max_batch_size or config.max_concurrent_requests, budget)
+    demand = _Demand(model, config, device, num_shard, dtype, kv_dtype, budget, batch_size)
+    longest = _longest_allowed(model, config)
+    if device == "cuda":
+        room = _gpu_room(demand, hardware, config)
+    else:
+        room = (
+            int(hardware.memory_available * (1 - MEMORY_RESERVE))
+            - demand.weight_bytes
+            - demand.overhead_bytes
+        )
+    kv_tokens = _kv_tokens(demand, room, hardware, longest)
+    total = _max_total_tokens(config, longest, kv_tokens)
+    given_blocks = device == "cpu" or config.max_batch_total_tokens is not None
+    return Sizes(
+        device=device,
+        num_shard=num_shard,
+        dtype=dtype,
+        kv_cache_dtype=kv_dtype,
+        threads_per_shard=threads,
+        max_input_tokens=config.max_input_tokens or total - 1,
+        max_total_tokens=total,
+        max_batch_prefill_tokens=budget,
+        max_batch_size=batch_size,
+        block_size=config.block_size,
+        num_blocks=kv_tokens // config.block_size if given_blocks else 0,
+        weight_bytes=demand.weight_bytes,
+        kv_bytes=kv_tokens * demand.kv_bytes_per_token,
+        overhead_bytes=demand.overhead_bytes,
+        warnings=_warnings(config, hardware, device, num_shard, threads, budget),
+    )
+
+
+def choose_num_shard(
+    model: ModelFacts, config: LauncherConfig, hardware: Hardware, device: str
+) -> int:
+    """Number of shards: as given, else one per GPU, else one. Raises LaunchError."""
+    gpus = len(hardware.gpus) if device == "cuda" else 0
+    number = config.num_shard
+    if number is None:
+        number = min(gpus or 1, model.num_heads)
+        if config.sharded is False:
+            number = 1
+        elif config.sharded and number < 2:
+            raise LaunchError(
+                f"--sharded true needs at least 2 shards, but there are {gpus} GPUs: give "
+                "--num-shard."
+            )
+    if number > model.num_heads:
+        raise LaunchError(
+            f"--num-shard {number} is more than the model's {model.num_heads} attention heads."
+        )
+    if gpus and number > gpus:
+        raise LaunchError(f"--num-shard {number} is more than the {gpus} GPUs in sight.")
+    return number
+
+
+def choose_dtype(model: ModelFacts, config: LauncherConfig, gpus: tuple[Gpu, ...]) -> str:
+    """How weights are stored: as given, else as in the checkpoint where the device can."""
+    dtype = config.dtype or model.dtype or "bfloat16"
+    if not gpus or config.dtype:
+        return dtype
+    if dtype == "float32":  # twice the memory for nothing on a GPU
+        dtype = "bfloat16"
+    if dtype == "bfloat16" and min(gpu.capability for gpu in gpus) < 8:
+        return "float16"
+    return dtype
+
+
+def kv_bytes_per_token(model: ModelFacts, num_shard: int, kv_dtype: str) -> tuple[int, int]:
+    """(bytes on the rank that holds most, bytes on all ranks) for one token's keys and values."""
+    per_head = 2 * model.num_layers * model.head_dim * _ITEM_BYTES[kv_dtype]
+    heads = [model.kv_heads_on(rank, num_shard) for rank in range(num_shard)]
+    return max(heads) * per_head, sum(heads) * per_head
+
+
+class _Demand:
+    """What the server needs besides the KV cache, and what each KV token costs."""
+
+    def __init__(
+        self,
+        model: ModelFacts,
+        config: LauncherConfig,
+        device: str,
+        num_shard: int,
+        dtype: str,
+        kv_dtype: str,
+        budget: int,
+        batch_size: int,
+    ) -> None:
+        self.config = config
+        self.device = device
+        self.num_shard = num_shard
+        self.batch_size = batch_size
+        self.kv_bytes_on_largest, self.kv_bytes_per_token = kv_bytes_per_token(
+            model, num_shard, kv_dtype
+        )
+        item = _ITEM_BYTES[dtype]
+        # A CPU computes in float32: 16-bit weights are kept beside a float32 copy.
+        per_weight = 4 if device == "cpu" and item == 4 else item + 4 if device == "cpu" else item
+        self.weight_bytes = model.parameters * per_weight
+        self.activation_bytes = num_shard * _activation_bytes(
+            model, num_shard, budget, batch_size, 4 if device == "cpu" else item
+        )
+        self.overhead_bytes = (
+            num_shard * SHARD_OVERHEAD
+            + ROUTER_OVERHEAD
+            + config.gateway_workers * GATEWAY_OVERHEAD
+            + self.activation_bytes
+        )
+
+
+def _activation_bytes(
+    model: ModelFacts, num_shard: int, budget: int, batch_size: int, item: int
+) -> int:
+    hidden = 8 * model.hidden_size
+    mlp = 3 * math.ceil(model.intermediate_size / num_shard)
+    logits = 3 * 4 * batch_size * model.vocab_size  # float32: logits, noise, one sort
+    return budget * (hidden + mlp) * item + logits
+
+
+def _step_tokens(model: ModelFacts, device: str, cores: int) -> int:
+    if device == "cuda":
+        return GPU_STEP_TOKENS
+    tokens = cores * CORE_FLOPS * STEP_SECONDS / (2 * model.computed_per_token)
+    low, high = CPU_STEP_TOKENS
+    return max(low, min(high, int(tokens) // 16 * 16))
+
+
+def _longest_allowed(model: ModelFacts, config: LauncherConfig) -> int:
+    """Positions the model may be given, stretched by --rope-factor. Raises LaunchError."""
+    positions = model.max_position_embeddings
+    longest = int(positions * (config.rope_factor or 1.0)) or FALLBACK_POSITIONS
+    given = config.max_total_tokens
+    if given is None:
+        return longest
+    if positions and given > longest:
+        raise LaunchError(
+            f"--max-total-tokens {given} is more than the {longest} positions of the model; "
+            "--rope-scaling and --rope-factor stretch them."
+        )
+    return given
+
+
+def _gpu_room(demand: _Demand, hardware: Hardware, config: LauncherConfig) -> int:
+    """Bytes for KV on all GPUs together, by what the fullest can give."""
+    smallest = min(
+        min(gpu.free_bytes, int(gpu.total_bytes * config.cuda_memory_fraction))
+        - int(gpu.total_bytes * GPU_RESERVE)
+        for gpu in hardware.gpus[: demand.num_shard]
+    )
+    room = smallest - GPU_OVERHEAD
+    room -= (demand.weight_bytes + demand.activation_bytes) // demand.num_shard
+    return room // demand.kv_bytes_on_largest * demand.kv_bytes_per_token
+
+
+def _kv_tokens(demand: _Demand, room: int, hardware: Hardware, longest: int) -> int:
+    """Tokens of the KV cache, whole blocks. Raises LaunchError for too little memory."""
+    config, per_token = demand.config, demand.kv_bytes_per_token
+    block = config.block_size
+    fits = max(0, room // per_token) // block * block
+    given = config.max_batch_total_tokens
+    if given is not None:
+        wanted = least = _whole_blocks(given, block)
+    else:
+        least = _whole_blocks(config.max_total_tokens or min(SMALLEST_KV_TOKENS, longest), block)
+        wanted = CPU_KV_BYTES // per_token if demand.device == "cpu" else fits
+        wanted = min(wanted, demand.batch_size * longest)  # more could never be in use
+        wanted = min(max(_whole_blocks(wanted, block), least), max(fits, least))
+    if least > fits:
+        raise LaunchError(_too_little(demand, wanted, least, fits, hardware))
+    return wanted
+
+
+def _whole_blocks(tokens: int, block: int) -> int:
+    return -(-tokens // block) * block
+
+
+def _too_little(demand: _Demand, wanted: int, least: int, fits: int, hardware: Hardware) -> str:
+    config = demand.config
+    weights, overhead = demand.weight_bytes, demand.overhead_bytes
+    if demand.device == "cpu":
+        free, where = hardware.memory_available, "are free"
+    else:
+        free = sum(gpu.free_bytes for gpu in hardware.gpus[: demand.num_shard])
+        where = f"are free on {demand.num_shard} GPUs"
+    kv = least * demand.kv_bytes_per_token
+    if config.max_batch_total_tokens is not None:
+        cause, setting = (
+            f"--max-batch-total-tokens {config.max_batch_total_tokens}",
+            ("--max-batch-total-tokens"),
+        )
+    elif config.max_total_tokens is not None:
+        cause, setting = f"--max-total-tokens {config.max_total_tokens}", "--max-total-tokens"
+    else:
+        cause, setting = "this model", "--max-batch-total-tokens"
+    if fits >= min(SMALLEST_KV_TOKENS, least):
+        advice = f"the largest that fits is {setting} {fits}"
+    else:
+        advice = "no setting makes it fit, only a smaller model or more memory"
+    return (
+        f"Too little memory: {cause} needs {show_bytes(weights + kv + overhead)} (weights "
+        f"{show_bytes(weights)}, KV cache {show_bytes(kv)}, processes and activations "
+        f"{show_bytes(overhead)}), but {show_bytes(free)} {where}; {advice}."
+    )
+
+
+def _max_total_tokens(config: LauncherConfig, longest: int, kv_tokens: int) -> int:
+    total = min(longest, kv_tokens)
+    given = config.max_input_tokens
+    if given is not None and given >= total:
+        limit = "--max-total-tokens" if config.max_total_tokens else "the longest request possible"
+        raise LaunchError(f"--max-input-tokens {given} must be below {limit}, {total}.")
+    return total
+
+
+def _warnings(
+    config: LauncherConfig,
+    hardware: Hardware,
+    device: str,
+    num_shard: int,
+    threads: int,
+    budget: int,
+) -> tuple[str, ...]:
+    found = []
+    if hardware.gpu_note:
+        found.append(f"running on the CPU: {hardware.gpu_note}")
+    if device == "cpu" and threads * num_shard > hardware.cores:
+        found.append(
+            f"{num_shard} shards of {threads} threads share {hardware.cores} cores: fewer shards "
+            "would be faster"
+        )
+    if device == "cuda" and num_shard > 1 and hardware.shm_free < SHM_FOR_NCCL:
+        found.append(
+            f"/dev/shm has only {show_bytes(hardware.shm_free)}, which NCCL may find too small: "
+            "start the container with --shm-size 1g"
+        )
+    if config.max_batch_size and config.max_batch_size > budget:
+        found.append(
+            f"--max-batch-size {config.max_batch_size} is cut to {budget}, the tokens of a step"
+        )
+    return tuple(found)
+
+
+def describe(sizes: Sizes, model: ModelFacts, hardware: Hardware) -> list[tuple[str, str]]:
+    """The sizes as rows for people."""
+    if sizes.device == "cuda":
+        where = ", ".join(sorted({gpu.name for gpu in hardware.gpus[: sizes.num_shard]}))
+        split = f"{sizes.num_shard} (on {where})"
+        kv = "what is free after loading"
+    else:
+        split = f"{sizes.num_shard} x {sizes.threads_per_shard} threads (of {hardware.cores} cores)"
+        kv = show_bytes(sizes.kv_bytes)
+    if sizes.num_blocks:
+        kv = (
+            f"{sizes.kv_tokens} tokens, {show_bytes(sizes.kv_bytes)} in {sizes.num_blocks} blocks "
+            f"of {sizes.block_size}, {sizes.kv_cache_dtype}"
+        )
+    need = sizes.weight_bytes + sizes.overhead_bytes
+    if sizes.device == "cpu":
+        need += sizes.kv_bytes
+    return [
+        ("model", f"{model.architecture}, {model.parameters / 1e6:.0f} M parameters"),
+        ("shards", split),
+        ("dtype", sizes.dtype + (", float32 arithmetic" if sizes.device == "cpu" else "")),
+        ("longest request", f"{sizes.max_total_tokens} tokens (prompt {sizes.max_input_tokens})"),
+        ("tokens per step", str(sizes.max_batch_prefill_tokens)),
+        ("sequences at a time", str(sizes.max_batch_size)),
+        ("KV cache", kv),
+        ("memory", f"about {show_bytes(need)} of {show_bytes(hardware.memory_available)} free")
+        if sizes.device == "cpu"
+        else ("weights", show_bytes(sizes.weight_bytes)),
+    ]
+
+
+def show_bytes(number: int) -> str:
+    """For people: 1.50 GiB, 300 MiB."""
+    if number >= GIB:
+        return f"{number / GIB:.2f} GiB"
+    return f"{max(number, 0) / MIB:.0f} MiB"
