@@ -1,0 +1,60 @@
+"""Drives a model over a paged KV cache for tests: rows in chunks, mixed steps, scattered blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from headgate.shard.attention_metadata import AttentionMetadata
+from headgate.shard.kv_cache import KVCache, KVCacheLayout
+from headgate.shard.models.base import CausalLM
+
+BLOCK_SIZE = 4
+
+
+class PagedRows:
+    """Some rows with `capacity` positions each. `step` computes tokens and gives back all logits."""
+
+    def __init__(self, model: CausalLM, num_rows: int, capacity: int) -> None:
+        blocks_per_row = -(-capacity // BLOCK_SIZE)
+        num_blocks = num_rows * blocks_per_row + 3
+        layout = KVCacheLayout(
+            model.num_layers, BLOCK_SIZE, model.num_local_kv_heads, model.head_dim, torch.float32
+        )
+        self._model = model
+        self._cache = KVCache(layout, num_blocks)
+        for tensors in self._cache.layers:
+            for tensor in tensors:
+                tensor.fill_(float("nan"))  # what a row may not see must not reach it
+        generator = torch.Generator().manual_seed(7)
+        order = torch.randperm(num_blocks, generator=generator)
+        self._tables = order[: num_rows * blocks_per_row].view(num_rows, -1).to(torch.int32)
+        self._lengths = [0] * num_rows
+
+    def step(self, tokens: Sequence[tuple[int, Sequence[int]]]) -> list[torch.Tensor | None]:
+        """Computes (row, its next ids) for several rows; each row's logits [n, vocab] (rank 0)."""
+        rows = [row for row, _ in tokens]
+        counts = [len(ids) for _, ids in tokens]
+        positions = torch.cat(
+            [torch.arange(self._lengths[row], self._lengths[row] + len(ids)) for row, ids in tokens]
+        )
+        for row, count in zip(rows, counts, strict=True):
+            self._lengths[row] += count
+        owners = torch.repeat_interleave(torch.tensor(rows), torch.tensor(counts))
+        blocks = self._tables[owners, positions // BLOCK_SIZE].long()
+        contexts = [self._lengths[row] for row in rows]
+        attention = AttentionMetadata(
+            cu_query_lens=torch.tensor([0, *counts]).cumsum(0).to(torch.int32),
+            context_lens=torch.tensor(contexts, dtype=torch.int32),
+            block_tables=self._tables[rows],
+            slot_mapping=blocks * BLOCK_SIZE + positions % BLOCK_SIZE,
+            max_query_len=max(counts),
+            max_context_len=max(contexts),
+        )
+        ids = torch.tensor([token for _, row_ids in tokens for token in row_ids])
+        hidden = self._model.forward(ids, positions, self._cache, attention)
+        logits = self._model.logits(hidden)
+        if logits is None:
+            return [None] * len(rows)
+        return list(logits.split(counts))

@@ -1,0 +1,89 @@
+"""Every architecture and every RoPE, on 1, 2 and 3 ranks, against Transformers' float32."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.checkpoints import VOCAB_SIZE, make_checkpoint
+from tests.parity.cases import CASES, Case
+
+REPOSITORY = Path(__file__).parents[2]
+TOLERANCE = 1e-4  # of logits whose standard deviation is about 2
+
+
+def reference(case: Case, path: Path) -> dict[str, torch.Tensor]:
+    """Ids and logits of a random prompt and some greedy tokens, computed by Transformers."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float32, attn_implementation="eager"
+    )
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, VOCAB_SIZE, (1, case.prompt_length), generator=generator)
+    output = model(ids, use_cache=True)
+    logits = [output.logits[0]]
+    for _ in range(case.decode_steps):
+        token = logits[-1][-1:].argmax(-1, keepdim=True)
+        ids = torch.cat((ids, token), dim=1)
+        output = model(token, past_key_values=output.past_key_values, use_cache=True)
+        logits.append(output.logits[0])
+    return {"ids": ids[0], "logits": torch.cat(logits)}
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("parity")
+    with torch.inference_mode():
+        for case in CASES:
+            path = make_checkpoint(
+                directory / case.name, case.architecture, dtype=case.dtype, **case.overrides
+            )
+            torch.save(reference(case, path), directory / f"{case.name}.pt")
+    return directory
+
+
+@pytest.fixture(scope="module", params=[1, 2, 3], ids=lambda ranks: f"{ranks}-ranks")
+def results(
+    request: pytest.FixtureRequest, checkpoints: Path
+) -> dict[str, torch.Tensor | str]:
+    """All cases by one group of processes."""
+    world_size: int = request.param
+    output = checkpoints / f"results-{world_size}.pt"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {
+        **os.environ,
+        "WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "-m", "tests.parity.rank", str(checkpoints), str(output)]
+    ranks = [
+        subprocess.Popen(command, cwd=REPOSITORY, env={**environment, "RANK": str(rank)})
+        for rank in range(world_size)
+    ]
+    try:
+        assert [rank.wait(timeout=120) for rank in ranks] == [0] * world_size
+    finally:
+        for rank in ranks:
+            rank.kill()
+    return torch.load(output)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_logits_equal_transformers(
+    case: Case, checkpoints: Path, results: dict[str, torch.Tensor | str]
+) -> None:
+    expected = torch.load(checkpoints / f"{case.name}.pt")["logits"]
+    logits = results[case.name]
+    assert isinstance(logits, torch.Tensor), logits
+    torch.testing.assert_close(logits, expected, atol=TOLERANCE, rtol=0)
