@@ -3,29 +3,39 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import ClassVar
 
-from setuptools import setup
+from setuptools import Command, setup
 from setuptools.command.build_py import build_py
 from setuptools.command.sdist import sdist
 
-ROOT = Path(__file__).resolve().parent
+PROTOS = Path("headgate/proto")  # relative: setuptools runs in the directory of this file
 
 
-def generate_stubs() -> None:
-    """Writes *_pb2.py, *_pb2.pyi and *_pb2_grpc.py beside each .proto file in headgate/proto/."""
-    from grpc_tools import protoc
+class BuildStubs(Command):
+    """Writes *_pb2.py, *_pb2.pyi and *_pb2_grpc.py beside each .proto file."""
 
-    sources = sorted(path.relative_to(ROOT) for path in (ROOT / "headgate/proto").glob("*.proto"))
-    outputs = [f"--{kind}_out={ROOT}" for kind in ("python", "pyi", "grpc_python")]
-    if protoc.main(["protoc", f"-I{ROOT}", *outputs, *map(str, sources)]) != 0:
-        raise SystemExit("protoc failed: see its message above")
+    description = "generate the gRPC stubs"
+    user_options: ClassVar[list[tuple[str, str, str]]] = []
+
+    def initialize_options(self) -> None: ...
+
+    def finalize_options(self) -> None: ...
+
+    def run(self) -> None:
+        from grpc_tools import protoc
+
+        outputs = [f"--{kind}_out=." for kind in ("python", "pyi", "grpc_python")]
+        sources = sorted(map(str, PROTOS.glob("*.proto")))
+        if protoc.main(["protoc", "-I.", *outputs, *sources]) != 0:
+            raise SystemExit("protoc failed: see its message above")
 
 
 class BuildPy(build_py):
     """Generates the stubs before the package's files are collected."""
 
     def run(self) -> None:
-        generate_stubs()
+        self.run_command("build_stubs")
         super().run()
 
 
@@ -33,8 +43,8 @@ class SourceDistribution(sdist):
     """Ships the stubs too."""
 
     def run(self) -> None:
-        generate_stubs()
+        self.run_command("build_stubs")
         super().run()
 
 
-setup(cmdclass={"build_py": BuildPy, "sdist": SourceDistribution})
+setup(cmdclass={"build_stubs": BuildStubs, "build_py": BuildPy, "sdist": SourceDistribution})

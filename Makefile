@@ -1,0 +1,61 @@
+# `make serve` and `make test` are all most people need; each sets up what it lacks.
+#
+#   make serve [MODEL_ID=...] [NUM_SHARD=N] [PORT=3000] [ARGS="more flags of headgate serve"]
+#   make test [PYTEST_ARGS="..."]   all tests
+#   make setup [TORCH_INDEX=URL]    the virtual environment, in steps (deploy/setup.sh)
+#   make proto                      gRPC stubs from proto/*.proto
+#   make lint, make format          ruff and mypy; ruff's formatter
+#   make wheel                      dist/*.whl and the source archive
+#   make test-fresh                 the image's steps and the README's commands on a bare Debian (root)
+#   make clean                      removes the environments and everything generated
+
+VENV ?= .venv
+export VENV TORCH_INDEX PYTHON
+
+.PHONY: help serve test setup setup-dev proto lint format wheel test-fresh clean
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+setup:
+	@deploy/setup.sh
+	@echo "set up: 'make serve' starts a server"
+
+setup-dev:
+	@deploy/setup.sh --dev
+
+# The launcher takes make's place in the shell, so that Ctrl-C and SIGTERM reach it.
+serve:
+	@deploy/setup.sh
+	@exec $(VENV)/bin/headgate serve $(if $(MODEL_ID),--model-id '$(MODEL_ID)') \
+		$(if $(NUM_SHARD),--num-shard $(NUM_SHARD)) $(if $(PORT),--port $(PORT)) $(ARGS)
+
+test: setup-dev
+	@start=$$(date +%s); $(VENV)/bin/python -m pytest $(PYTEST_ARGS) && \
+		echo "make test: passed in $$(($$(date +%s) - start)) s"
+
+proto: setup
+	@$(VENV)/bin/python setup.py --quiet build_stubs && echo "stubs written to proto/"
+
+lint: setup-dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+format: setup-dev
+	$(VENV)/bin/ruff format .
+
+wheel: setup-dev
+	@rm -rf build dist
+	@$(VENV)/bin/python setup.py --quiet sdist
+	@$(VENV)/bin/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+	@ls -l dist
+
+test-fresh:
+	deploy/test_fresh.sh
+
+clean:
+	rm -rf $(VENV) $(VENV)-tgi-client build dist headgate.egg-info proto/*_pb2.py proto/*_pb2.pyi \
+		proto/*_pb2_grpc.py .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
