@@ -29,7 +29,17 @@ class KVCacheManager:
         self._prefix_caching = prefix_caching
         self._cache = PrefixCache()
         self.pool = BlockPool(num_blocks, on_evict=self._cache.forget)
-        self._roots: dict[str, bytes] = {}  # by adapter id
+
+    def clear(self, num_blocks: int | None = None) -> None:
+        """Forgets all content, for new shards with as many blocks or `num_blocks`.
+
+        Every table must have been given back.
+        """
+        assert self.pool.num_used == 0
+        self._cache = PrefixCache()
+        self.pool = BlockPool(
+            self.pool.num_blocks if num_blocks is None else num_blocks, self._cache.forget
+        )
 
     def blocks_for(self, num_positions: int) -> int:
         """Blocks that hold this many positions."""
@@ -62,19 +72,14 @@ class KVCacheManager:
         request.num_published = full
 
     def _hash_blocks(self, request: Request, count: int) -> None:
-        """Extends the request's chain of hashes to its first `count` blocks; each is hashed once."""
+        """Extends the request's chain of hashes to its first `count` blocks, each hashed once."""
         hashes, size = request.block_hashes, self.block_size
         if len(hashes) >= count:
             return
-        parent = hashes[-1] if hashes else self._root(request.adapter_id)
+        parent = hashes[-1] if hashes else root_hash(request.adapter_id)
         for index in range(len(hashes), count):
             parent = block_hash(parent, request.token_ids(index * size, (index + 1) * size))
             hashes.append(parent)
-
-    def _root(self, adapter_id: str) -> bytes:
-        if adapter_id not in self._roots:
-            self._roots[adapter_id] = root_hash(adapter_id)
-        return self._roots[adapter_id]
 
     # ------------------------------------------------------------ block tables
 

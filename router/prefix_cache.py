@@ -1,4 +1,4 @@
-"""Which KV blocks hold which tokens: full blocks found again by a hash of all tokens up to their end.
+"""Which KV blocks hold which tokens: full ones, by a hash of all tokens up to their end.
 
 Maps content to block numbers and back; lifetimes are block_pool.py's.
 """

@@ -1,4 +1,7 @@
-"""A request as the router's core sees it: token ids, progress and KV blocks. Holds no text and decides nothing."""
+"""A request as the router's core sees it: token ids, progress and KV blocks.
+
+Holds no text and decides nothing.
+"""
 
 from __future__ import annotations
 

@@ -6,99 +6,399 @@ no I/O, reads no clock and knows no text.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from bisect import bisect_left, insort
+from collections import Counter, deque
+from heapq import nsmallest
 
-from headgate.proto.messages import PromptLogprobs, RowEnd, StepPlan, StepResult, TopTokens
-from headgate.router.request import Request
+from headgate.proto.messages import StepPlan, StepResult
+from headgate.router.admission import Admission
+from headgate.router.kv_cache_manager import KVCacheManager
+from headgate.router.request import Request, RequestStatus
+from headgate.router.row_output import ProtocolError, RowOutput
+from headgate.router.scheduler_config import RequestTooLarge, SchedulerConfig, SchedulerStats
+from headgate.router.step_budget import StepBudget
+from headgate.router.step_draft import OutstandingStep, StepDraft
+from headgate.router.waiting_queue import WaitingQueue
 
-
-class RequestTooLarge(ValueError):
-    """A request that could not run even alone. Its message has the numbers."""
-
-
-class ProtocolError(RuntimeError):
-    """A result that does not answer the plan it names: router and shards disagree."""
-
-
-@dataclass(frozen=True, slots=True)
-class SchedulerConfig:
-    """Limits. All lengths in tokens."""
-
-    num_blocks: int  # KV blocks in the shards
-    block_size: int  # tokens per block
-    max_batch_prefill_tokens: int  # tokens of one step
-    max_batch_size: int = 0  # rows running at once; 0: no limit but the step's tokens
-    max_total_tokens: int = 0  # prompt + max_new_tokens of one request; 0: what fits into KV
-    kv_overcommit: float = 0.1  # [0, 1]; see admission.py
-    prefix_caching: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class SchedulerStats:
-    """A snapshot, for metrics."""
-
-    num_running: int
-    num_waiting: int  # preempted ones included
-    blocks_total: int
-    blocks_used: int  # held by running requests
-    blocks_cached: int  # held by nobody, kept as prefix cache; free for the taking
-    blocks_free: int  # empty
-    prefix_queries: int  # tokens looked up in the prefix cache, since the start
-    prefix_hits: int  # tokens found there
-    preemptions: int
-    recoveries: int
-    refusals: int
-    refusals_in_a_row: int  # since the last step that ran
-    step_budget: int  # tokens a step may have now
-    predicted_peak_blocks: int
-
-
-@dataclass(slots=True)
-class RowOutput:
-    """What one step brought to one request."""
-
-    request: Request
-    token_id: int | None  # None: only prompt logprobs
-    logprob: float = 0.0
-    top: TopTokens | None = None
-    end: RowEnd = RowEnd.NONE
-    prompt_logprobs: PromptLogprobs | None = None  # each position once, whatever was recomputed
+__all__ = [
+    "ProtocolError",
+    "RequestTooLarge",
+    "RowOutput",
+    "Scheduler",
+    "SchedulerConfig",
+    "SchedulerStats",
+]
 
 
 class Scheduler:
-    """Owns every unfinished request and the KV accounting."""
+    """Owns every unfinished request and the KV accounting.
 
-    def __init__(self, config: SchedulerConfig) -> None: ...
+    A request's progress has two counters in KV positions: `num_scheduled`, as far as it is
+    planned, and `num_confirmed`, as far as results are back. `schedule` works on the first,
+    so that it can run ahead of results; `update` moves the second. A row's greatest length is
+    known, so no plan goes beyond it; its end of sequence is not, so a plan may hold a row that
+    has ended: the shards skip those they ended themselves, and what they still compute for
+    rows that the router stopped is dropped here.
+    """
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        self._config = config
+        self._kv = KVCacheManager(config.num_blocks, config.block_size, config.prefix_caching)
+        self._admission = Admission(self._kv, config.kv_overcommit)
+        self._requests: dict[int, Request] = {}  # all that are unfinished
+        self._waiting = WaitingQueue()
+        self._running: list[Request] = []  # in order of arrival
+        self._outstanding: deque[OutstandingStep] = deque()
+        self._removed: list[int] = []  # rows the shards still hold for nothing
+        self._reset_rows = False  # the next plan drops all rows of the shards
+        self._budget = StepBudget(config.max_batch_prefill_tokens)
+        self._totals = dict.fromkeys(
+            ("prefix_queries", "prefix_hits", "preemptions", "recoveries", "refusals"), 0
+        )
+
+    # ------------------------------------------------------------ requests
 
     def add(self, request: Request) -> None:
-        """Queues a request. Raises RequestTooLarge, or ValueError for an id in use."""
+        """Queues a request. Raises RequestTooLarge, or ValueError for what cannot be one."""
+        if request.id in self._requests:
+            raise ValueError(f"request {request.id} is here already")
+        if not request.prompt_ids:
+            raise ValueError(f"request {request.id} has an empty prompt")
+        if len(request.output_ids) >= request.sampling.max_new_tokens:
+            raise ValueError(f"request {request.id} has all its tokens already")
+        self._check_size(request)
+        request.status = RequestStatus.WAITING
+        self._requests[request.id] = request
+        self._waiting.add(request)
+
+    def _check_size(self, request: Request) -> None:
+        prompt, new = len(request.prompt_ids), request.sampling.max_new_tokens
+        limit = self._config.max_total_tokens
+        if limit and prompt + new > limit:
+            raise RequestTooLarge(
+                f"{prompt} prompt tokens and {new} new tokens exceed max_total_tokens ({limit})"
+            )
+        needed, there = self._kv.blocks_for(request.max_positions), self._kv.pool.num_blocks
+        if needed > there:
+            raise RequestTooLarge(
+                f"{prompt} prompt tokens and {new} new tokens need {needed} KV blocks of"
+                f" {self._config.block_size} tokens; there are {there}"
+            )
 
     def cancel(self, request_id: int) -> bool:
         """Drops a request whatever its state. False: not here (any more)."""
+        request = self._requests.get(request_id)
+        if request is None:
+            return False
+        self._end(request, "cancelled")
+        return True
 
     def finish(self, request_id: int, reason: str) -> bool:
         """As cancel, for a request that ended well (stop string): counts as a finished answer."""
+        request = self._requests.get(request_id)
+        if request is None:
+            return False
+        self._admission.record(request)
+        self._end(request, reason)
+        return True
 
-    def schedule(self, epoch: int, sequence: int, now: float = 0.0) -> StepPlan | None:
-        """The next plan; None when there is nothing to compute (now)."""
+    def _end(self, request: Request, reason: str) -> None:
+        if request.status is RequestStatus.RUNNING:
+            self._leave(request)
+        else:
+            self._waiting.remove(request)
+        request.status = RequestStatus.FINISHED
+        request.finish_reason = reason
+        del self._requests[request.id]
 
-    def update(self, result: StepResult) -> list[RowOutput]:
-        """Takes a result. Results of plans that were voided or of lost shards give nothing.
-
-        Raises ProtocolError.
-        """
-
-    def refused(self, sequence: int) -> None:
-        """The group refused this plan: it and the later ones are void, the next one resets the rows."""
-
-    def reset(self, num_blocks: int | None = None) -> list[Request]:
-        """The shards were lost, all KV with them. Returns requests that no longer fit (now FINISHED)."""
+    def _leave(self, request: Request) -> None:
+        """Takes a running request's blocks and row away. Its tokens in flight may still come."""
+        index = bisect_left(self._running, request.order, key=_order)
+        assert self._running[index] is request
+        del self._running[index]
+        self._kv.free(request)
+        if request.row_sent:
+            self._removed.append(request.id)
+        request.row_sent = False
+        request.num_scheduled = request.num_confirmed = 0
 
     def has_work(self) -> bool:
         """Whether any request is unfinished."""
+        return bool(self._requests)
+
+    # ------------------------------------------------------------ planning
+
+    def schedule(self, epoch: int, sequence: int, now: float = 0.0) -> StepPlan | None:
+        """The next plan, which may be sent while results are outstanding.
+
+        None when nothing can be computed: no work, or only rows whose results are needed
+        first. `now` is noted as the first scheduling time of the requests it admits.
+        """
+        draft = StepDraft(epoch, sequence, self._budget.tokens)
+        self._plan_running(draft)
+        if self._waiting and not draft.preempted:
+            self._admit_waiting(draft, now)
+        self._check_draft(draft)
+        if not draft.rows:
+            return None
+        removed, self._removed = self._removed, []
+        reset, self._reset_rows = self._reset_rows, False
+        self._outstanding.append(draft.outstanding())
+        return draft.plan(removed, reset)
+
+    def _plan_running(self, draft: StepDraft) -> None:
+        """One token for every row that can go on, what is left to unfinished prompts by arrival.
+
+        Each row is sure of one token, so neither answers nor prompts starve the other.
+        """
+        ready = [row for row in self._running if _can_go_on(row)]
+        if len(ready) > draft.budget:  # after a refusal: the oldest, and the others in turns
+            others = nsmallest(draft.budget - 1, ready[1:], key=_turn)
+            ready = [ready[0], *sorted(others, key=_order)]
+        extra = draft.budget - len(ready)
+        for row in ready:
+            if row.status is not RequestStatus.RUNNING:
+                continue  # gave way to an older one just now
+            count = 1
+            if extra:
+                more = min(extra, row.num_prefill_tokens - row.num_scheduled - 1)
+                if more > 0:
+                    count += more
+                    extra -= more
+            blocks = self._blocks_by_force(row, row.num_scheduled + count, draft)
+            if blocks is None:
+                continue
+            draft.add(row, count, blocks)
+
+    def _blocks_by_force(
+        self, row: Request, num_positions: int, draft: StepDraft
+    ) -> list[int] | None:
+        """New blocks for the row, at the latest arrivals' cost. None: it was the latest itself.
+
+        The oldest never gives way, and every request fits alone: so there is always progress.
+        """
+        while (blocks := self._kv.extend(row, num_positions)) is None:
+            latest = self._running[-1]
+            self._preempt(latest)
+            draft.preempted = True
+            if latest is row:
+                return None
+        return blocks
+
+    def _preempt(self, request: Request) -> None:
+        assert request is not self._running[0], "the oldest request would be preempted"
+        self._leave(request)
+        self._requeue(request)
+        request.preemptions += 1
+        self._totals["preemptions"] += 1
+
+    def _requeue(self, request: Request) -> None:
+        request.status = RequestStatus.PREEMPTED
+        self._waiting.add(request)
+
+    def _admit_waiting(self, draft: StepDraft, now: float) -> None:
+        """Starts waiting requests in order, until one of them does not fit in."""
+        opened = False
+        limit = self._config.max_batch_size or self._config.max_batch_prefill_tokens
+        limit = min(limit, self._config.max_batch_prefill_tokens)
+        while self._waiting and draft.budget > 0 and len(self._running) < limit:
+            request = self._waiting.head
+            if request.in_flight:
+                return  # preempted just now: first takes the token that is on its way
+            if not opened:
+                self._admission.open(self._running)
+                opened = True
+            hits = self._kv.match(request)
+            if not self._admission.fits(request, hits, alone=not self._running):
+                return
+            cached = len(hits) * self._config.block_size
+            count = min(draft.budget, request.num_tokens - cached)
+            if not self._kv.admit(request, hits, cached + count):
+                return
+            self._waiting.pop()
+            self._start(request, cached, now)
+            draft.add(request, count, [])
+
+    def _start(self, request: Request, cached: int, now: float) -> None:
+        if not request.skip_prefix_cache and self._config.prefix_caching:
+            self._totals["prefix_queries"] += request.num_tokens
+            self._totals["prefix_hits"] += cached
+        if request.first_scheduled is None:
+            request.first_scheduled = now
+            request.num_cached_tokens = min(cached, len(request.prompt_ids))
+        request.status = RequestStatus.RUNNING
+        request.num_prefill_tokens = request.num_tokens
+        request.num_scheduled = request.num_confirmed = cached
+        insort(self._running, request, key=_order)
+
+    def _check_draft(self, draft: StepDraft) -> None:
+        """What must hold at the end of `schedule`, whatever the load."""
+        config = self._config
+        assert draft.budget >= 0
+        assert not config.max_batch_size or len(self._running) <= config.max_batch_size
+        assert draft.rows or self._outstanding or not self._requests, "stuck: work but no plan"
+
+    # ------------------------------------------------------------ results
+
+    def update(self, result: StepResult) -> list[RowOutput]:
+        """Takes a result; what it brought to requests that still live, in batch order.
+
+        A result of a voided plan or of lost shards brings nothing. Raises ProtocolError for one
+        that is out of order or does not match its plan.
+        """
+        plan = self._find(result.epoch, result.sequence)
+        if plan is None:
+            return []
+        if result.refused:
+            self._void(plan)
+            return []
+        self._outstanding.popleft()
+        self._budget.grow()
+        prompt_logprobs = {entry.row: entry for entry in result.prompt_logprobs}
+        outputs: list[RowOutput] = []
+        place, sampled = 0, result.rows
+        for request, count, samples in plan.rows:
+            request.in_flight -= 1
+            has_token = samples and place < len(sampled) and sampled[place] == request.id
+            if has_token:
+                place += 1
+            if request.status is RequestStatus.FINISHED:
+                continue  # ended by the plan before, or stopped by the router since
+            if samples and not has_token:
+                raise ProtocolError(f"no token for request {request.id} in step {plan.sequence}")
+            output = RowOutput(request, None)
+            if request.id in prompt_logprobs:
+                output.take_prompt_logprobs(prompt_logprobs[request.id])
+            if has_token:
+                output.take_token(result, place - 1)
+            if request.status is RequestStatus.RUNNING:
+                request.num_confirmed += count
+                self._kv.publish(request)
+            if output.end:
+                self._admission.record(request)
+                self._end(request, output.end.name.lower())
+            if has_token or output.prompt_logprobs:
+                outputs.append(output)
+        if place != len(sampled):
+            raise ProtocolError(f"step {plan.sequence} has tokens of rows it did not plan")
+        return outputs
+
+    def _find(self, epoch: int, sequence: int) -> OutstandingStep | None:
+        """The oldest outstanding plan if this is it; None for one that is void or unknown."""
+        key = epoch, sequence
+        for place, plan in enumerate(self._outstanding):
+            if (plan.epoch, plan.sequence) == key:
+                if place:
+                    raise ProtocolError(f"step {sequence} was answered before the one before it")
+                return plan
+        return None
+
+    # ------------------------------------------------------------ setbacks
+
+    def refused(self, sequence: int) -> None:
+        """The group refused this plan, so all later ones too: the rows are sent anew.
+
+        What earlier plans computed stays valid; the next plan resets the rows and steps are
+        smaller for a while. For a plan that is void already it does nothing.
+        """
+        for plan in self._outstanding:
+            if plan.sequence == sequence:
+                found = self._find(plan.epoch, sequence)
+                assert found is plan
+                self._void(plan)
+                return
+
+    def _void(self, refused: OutstandingStep) -> None:
+        self._drop_outstanding()
+        for row in self._running:
+            row.num_scheduled = row.num_confirmed
+            row.num_prefill_tokens = row.num_tokens
+            row.row_sent = False
+        self._removed.clear()
+        self._reset_rows = True
+        self._budget.cut(refused.num_tokens)
+        self._totals["refusals"] += 1
+
+    def _drop_outstanding(self) -> None:
+        for plan in self._outstanding:
+            for request, _, _ in plan.rows:
+                request.in_flight = 0
+        self._outstanding.clear()
+
+    def reset(self, num_blocks: int | None = None) -> list[Request]:
+        """The shards were lost, all KV with them: what ran goes back to the queue.
+
+        New shards may have another number of blocks. Returns the requests that
+        are too large for them, dropped from here.
+        """
+        self._drop_outstanding()
+        for row in list(self._running):
+            self._leave(row)
+            self._requeue(row)
+            row.recoveries += 1
+            self._totals["recoveries"] += 1
+        self._kv.clear(num_blocks)
+        self._removed.clear()
+        self._reset_rows = False
+        self._budget.restore()
+        too_large = []
+        for request in list(self._waiting):
+            request.last_sequence = 0
+            if self._kv.blocks_for(request.max_positions) > self._kv.pool.num_blocks:
+                self._end(request, "too_large")
+                too_large.append(request)
+        return too_large
+
+    # ------------------------------------------------------------ inspection
 
     @property
-    def stats(self) -> SchedulerStats: ...
+    def stats(self) -> SchedulerStats:
+        pool = self._kv.pool
+        return SchedulerStats(
+            num_running=len(self._running),
+            num_waiting=len(self._waiting),
+            blocks_total=pool.num_blocks,
+            blocks_used=pool.num_used,
+            blocks_cached=pool.num_cached,
+            blocks_free=pool.num_free,
+            refusals_in_a_row=self._budget.refusals_in_a_row,
+            step_budget=self._budget.tokens,
+            predicted_peak_blocks=self._admission.peak_blocks(self._running),
+            **self._totals,
+        )
 
     def check_integrity(self) -> None:
         """Raises AssertionError where the books do not balance."""
+        self._kv.check_integrity(self._running)
+        assert self._running == sorted(self._running, key=_order)
+        assert list(self._waiting) == sorted(self._waiting, key=_order)
+        assert {*self._running, *self._waiting} == set(self._requests.values())
+        in_flight = Counter(request for plan in self._outstanding for request, _, _ in plan.rows)
+        for request in self._requests.values():
+            assert request.in_flight == in_flight[request]
+        for request in self._waiting:
+            assert request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED)
+            assert not request.block_ids and not request.row_sent
+        for row in self._running:
+            assert row.status is RequestStatus.RUNNING
+            assert row.num_confirmed <= row.num_scheduled <= row.max_positions
+            assert row.num_scheduled <= len(row.block_ids) * self._config.block_size
+            assert row.row_sent or not row.in_flight
+            assert row.num_confirmed < row.num_tokens
+        assert not set(self._removed) & {row.id for row in self._running if row.row_sent}
+
+
+def _order(request: Request) -> tuple[float, int]:
+    return request.order
+
+
+def _turn(row: Request) -> tuple[int, float, int]:
+    return row.last_sequence, *row.order
+
+
+def _can_go_on(row: Request) -> bool:
+    """Whether more of the row can be planned now."""
+    planned = row.num_scheduled
+    if planned < row.num_prefill_tokens:
+        return True
+    return planned < row.max_positions and not (row.lockstep and row.in_flight)

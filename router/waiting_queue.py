@@ -1,4 +1,7 @@
-"""Requests that wait for their turn, in order of arrival. Its bound is the engine's (one limit for all)."""
+"""Requests that wait for their turn, in order of arrival.
+
+It has no bound: how many requests there may be, in all their states, is the engine's limit.
+"""
 
 from __future__ import annotations
 

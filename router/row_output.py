@@ -1,0 +1,45 @@
+"""What a step brought to a request, read out of a `StepResult`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from headgate.proto.messages import PromptLogprobs, RowEnd, StepResult, TopTokens
+from headgate.router.request import Request
+
+
+class ProtocolError(RuntimeError):
+    """A result that does not answer the plan it names: router and shards disagree."""
+
+
+@dataclass(slots=True)  # not frozen: one is made per token, and that makes it three times as dear
+class RowOutput:
+    """One request's part of a step's result."""
+
+    request: Request
+    token_id: int | None  # None: only prompt logprobs
+    logprob: float = 0.0
+    top: TopTokens | None = None
+    end: RowEnd = RowEnd.NONE
+    prompt_logprobs: PromptLogprobs | None = None  # each position once, whatever was recomputed
+
+    def take_token(self, result: StepResult, place: int) -> None:
+        """Appends the sampled token to the request; the router holds the limit on length too."""
+        request = self.request
+        self.token_id = result.token_ids[place]
+        self.logprob = result.logprobs[place]
+        self.top = result.top[place] if result.top else None
+        self.end = result.ends[place]
+        request.output_ids.append(self.token_id)
+        if not self.end and len(request.output_ids) >= request.sampling.max_new_tokens:
+            self.end = RowEnd.LENGTH
+
+    def take_prompt_logprobs(self, entry: PromptLogprobs) -> None:
+        """Keeps the part that an earlier computation of the prompt has not brought already."""
+        request, stop = self.request, entry.start + len(entry.logprobs)
+        known = max(request.next_prompt_logprob - entry.start, 0)
+        if known < len(entry.logprobs):
+            request.next_prompt_logprob = stop
+            self.prompt_logprobs = PromptLogprobs(
+                entry.row, entry.start + known, entry.logprobs[known:], entry.top[known:]
+            )
