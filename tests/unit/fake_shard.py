@@ -1,0 +1,285 @@
+"""A shard without a model: executes StepPlans in memory, and checks all a plan may get wrong.
+
+Each KV slot holds a hash of all tokens up to its position, so that every position a row
+attends to can be compared with what it must hold there. The next token is a hash of the tokens
+before it, the seed and the position: a wrong history gives a wrong answer. No torch, no I/O.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from hashlib import blake2b
+
+from headgate.proto.messages import (
+    NewRow,
+    PromptLogprobs,
+    RowEnd,
+    RowSampling,
+    StepPlan,
+    StepResult,
+    TopTokens,
+)
+
+
+class PlanError(AssertionError):
+    """A plan that a real shard would choke on, or answer wrongly."""
+
+
+def _chain(parent: int, token: int) -> int:
+    data = parent.to_bytes(8, "little") + token.to_bytes(4, "little")
+    return int.from_bytes(blake2b(data, digest_size=8).digest(), "little")
+
+
+def _root(adapter_id: str) -> int:
+    return int.from_bytes(blake2b(adapter_id.encode(), digest_size=8).digest(), "little")
+
+
+def _sample(history: int, sampling: RowSampling, position: int, vocabulary: int) -> int:
+    data = f"{history} {sampling.seed} {sampling.sample_index} {position}".encode()
+    return int.from_bytes(blake2b(data, digest_size=8).digest(), "little") % vocabulary
+
+
+def _prompt_logprob(history: int) -> float:
+    return -(history % 1000) / 64.0  # exact in float32
+
+
+def _end(sampling: RowSampling, token: int, count: int, eos_id: int) -> RowEnd:
+    """`count`: output tokens, this one included."""
+    if count >= sampling.min_new_tokens:
+        if token == eos_id and not sampling.ignore_eos:
+            return RowEnd.EOS
+        if token in sampling.stop_token_ids:
+            return RowEnd.STOP_TOKEN
+    return RowEnd.LENGTH if count >= sampling.max_new_tokens else RowEnd.NONE
+
+
+def expected_answer(
+    prompt_ids: Sequence[int],
+    sampling: RowSampling,
+    *,
+    vocabulary: int,
+    eos_id: int,
+    adapter_id: str = "",
+) -> tuple[list[int], RowEnd]:
+    """What a request gets that is alone in the world."""
+    history = _root(adapter_id)
+    for token in prompt_ids:
+        history = _chain(history, token)
+    answer: list[int] = []
+    while True:
+        token = _sample(history, sampling, len(answer), vocabulary)
+        answer.append(token)
+        end = _end(sampling, token, len(answer), eos_id)
+        if end:
+            return answer, end
+        history = _chain(history, token)
+
+
+def expected_prompt_logprobs(prompt_ids: Sequence[int], adapter_id: str = "") -> list[float]:
+    """Of prompt tokens 1, 2, ..."""
+    histories = [_root(adapter_id)]
+    for token in prompt_ids:
+        histories.append(_chain(histories[-1], token))
+    return [_prompt_logprob(history) for history in histories[2:]]
+
+
+@dataclass(slots=True)
+class _Row:
+    prompt_length: int
+    sampling: RowSampling
+    tokens: list[int]
+    histories: list[int]  # [p]: what the KV slot of position p must hold
+    root: int
+    blocks: list[int]
+    computed: int  # positions
+    lockstep: bool
+    dead: bool = False
+
+    def append(self, token: int) -> None:
+        self.histories.append(_chain(self.histories[-1] if self.histories else self.root, token))
+        self.tokens.append(token)
+
+    def copy(self, sampling: RowSampling, blocks: Sequence[int]) -> _Row:
+        return _Row(
+            self.prompt_length,
+            sampling,
+            list(self.tokens),
+            list(self.histories),
+            self.root,
+            list(blocks),
+            self.computed,
+            self.lockstep,
+        )
+
+
+@dataclass(slots=True)
+class FakeShard:
+    """One Steps stream. Execute plans in the order they were made."""
+
+    num_blocks: int
+    block_size: int
+    vocabulary: int = 50
+    eos_id: int = 0
+    max_tokens: int = 0  # of a step; 0: any
+    max_rows: int = 0  # held at once; 0: any
+    epoch: int = 1
+    sequence: int = 0  # of the last plan
+    refuse: bool = False  # set it to refuse the next plan, and all until one with `reset`
+    refuse_above: int = 0  # refuse plans of more tokens than this; 0: none
+    steps: int = 0
+    tokens_computed: int = 0
+    _kv: dict[int, int] = field(default_factory=dict)  # by slot
+    _rows: dict[int, _Row] = field(default_factory=dict)
+
+    @property
+    def num_rows(self) -> int:
+        return len(self._rows)
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Raises PlanError."""
+        _require(plan.epoch == self.epoch, f"epoch {plan.epoch}, not {self.epoch}")
+        _require(plan.sequence == self.sequence + 1, f"{plan.sequence} after {self.sequence}")
+        self.sequence = plan.sequence
+        if plan.reset:
+            self.refuse = False
+        if self.refuse or (self.refuse_above and plan.num_tokens > self.refuse_above):
+            self.refuse = True
+            return StepResult(plan.epoch, plan.sequence, refused="out of memory")
+        self._apply(plan)
+        self._check(plan)
+        return self._compute(plan)
+
+    # ------------------------------------------------------------ applying
+
+    def _apply(self, plan: StepPlan) -> None:
+        if plan.reset:
+            self._rows.clear()
+        for row_id in plan.removed:
+            self._rows.pop(row_id, None)
+        for new in plan.new_rows:
+            self._add(new)
+        for fork in plan.forks:
+            _require(fork.child not in self._rows, f"row {fork.child} is here already")
+            parent = self._row(fork.parent)
+            sampling = replace(parent.sampling, sample_index=fork.sample_index)
+            self._rows[fork.child] = parent.copy(sampling, fork.block_ids)
+        for source, target in plan.copies:
+            for offset in range(self.block_size):
+                slot = source * self.block_size + offset
+                if slot in self._kv:
+                    self._kv[target * self.block_size + offset] = self._kv[slot]
+        for row_id, block in zip(plan.block_rows, plan.block_ids, strict=True):
+            self._row(row_id).blocks.append(block)
+
+    def _add(self, new: NewRow) -> None:
+        _require(new.id not in self._rows, f"row {new.id} is here already")
+        _require(len(new.output_ids) < new.sampling.max_new_tokens, f"row {new.id} is complete")
+        known = len(new.prompt_ids) + len(new.output_ids)
+        _require(new.num_computed_tokens < known, f"row {new.id} has nothing to compute")
+        row = _Row(
+            len(new.prompt_ids),
+            new.sampling,
+            [],
+            [],
+            _root(new.adapter_id),
+            list(new.block_ids),
+            new.num_computed_tokens,
+            new.lockstep,
+        )
+        for token in (*new.prompt_ids, *new.output_ids):
+            row.append(token)
+        self._rows[new.id] = row
+
+    def _row(self, row_id: int) -> _Row:
+        _require(row_id in self._rows, f"row {row_id} is unknown")
+        return self._rows[row_id]
+
+    def _check(self, plan: StepPlan) -> None:
+        _require(len(plan.rows) == len(plan.counts) > 0, "an empty plan")
+        _require(len(set(plan.rows)) == len(plan.rows), "a row is planned twice")
+        _require(min(plan.counts) > 0, "a row is planned for nothing")
+        _require(not self.max_tokens or plan.num_tokens <= self.max_tokens, "too many tokens")
+        _require(not self.max_rows or len(self._rows) <= self.max_rows, "too many rows")
+        alive = {row_id: row for row_id, row in self._rows.items() if not row.dead}
+        holders = Counter(block for row in alive.values() for block in row.blocks)
+        for row in alive.values():
+            _require(len(set(row.blocks)) == len(row.blocks), "a block is twice in one table")
+            _require(all(0 <= block < self.num_blocks for block in row.blocks), "no such block")
+        for row_id, count in zip(plan.rows, plan.counts, strict=True):
+            row = self._row(row_id)
+            if row.dead:
+                continue
+            stop = row.computed + count
+            _require(stop <= len(row.tokens), f"row {row_id} lacks tokens for {count} more")
+            _require(stop <= len(row.blocks) * self.block_size, f"row {row_id} lacks blocks")
+            for index in range(row.computed // self.block_size, -(-stop // self.block_size)):
+                _require(holders[row.blocks[index]] == 1, f"row {row_id} writes a shared block")
+
+    # ------------------------------------------------------------ computing
+
+    def _compute(self, plan: StepPlan) -> StepResult:
+        rows: list[int] = []
+        tokens: list[int] = []
+        ends: list[RowEnd] = []
+        prompt_logprobs: list[PromptLogprobs] = []
+        # All writes, then all reads: as one batch would.
+        batch = [
+            (row_id, self._rows[row_id], count)
+            for row_id, count in zip(plan.rows, plan.counts, strict=True)
+            if not self._rows[row_id].dead
+        ]
+        for _, row, count in batch:
+            for position in range(row.computed, row.computed + count):
+                self._kv[self._slot(row, position)] = row.histories[position]
+        for row_id, row, count in batch:
+            start, row.computed = row.computed, row.computed + count
+            self.tokens_computed += count
+            for position in range(row.computed):
+                found = self._kv.get(self._slot(row, position))
+                _require(
+                    found == row.histories[position],
+                    f"row {row_id} attends to foreign KV at position {position}",
+                )
+            if row.sampling.prompt_logprobs and start < row.prompt_length - 1:
+                prompt_logprobs.append(self._describe(row_id, row, start))
+            if row.computed == len(row.tokens):
+                rows.append(row_id)
+                tokens.append(self._next(row))
+                ends.append(
+                    _end(row.sampling, tokens[-1], len(row.tokens) - row.prompt_length, self.eos_id)
+                )
+                row.dead = ends[-1] is not RowEnd.NONE
+        self.steps += 1
+        return StepResult(
+            plan.epoch,
+            plan.sequence,
+            rows=rows,
+            token_ids=tokens,
+            logprobs=[-token / 4 for token in tokens],
+            ends=ends,
+            top=[TopTokens((token,), (-token / 4,)) for token in tokens],
+            prompt_logprobs=prompt_logprobs,
+        )
+
+    def _next(self, row: _Row) -> int:
+        position = len(row.tokens) - row.prompt_length
+        token = _sample(row.histories[-1], row.sampling, position, self.vocabulary)
+        row.append(token)
+        return token
+
+    def _describe(self, row_id: int, row: _Row, start: int) -> PromptLogprobs:
+        """Position p tells of the prompt token at p + 1."""
+        stop = min(row.computed + 1, row.prompt_length)
+        histories = row.histories[start + 1 : stop]
+        return PromptLogprobs(row_id, start + 1, [_prompt_logprob(each) for each in histories])
+
+    def _slot(self, row: _Row, position: int) -> int:
+        block, offset = divmod(position, self.block_size)
+        return row.blocks[block] * self.block_size + offset
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise PlanError(message)
