@@ -91,7 +91,7 @@ def test_byte_fallback_keeps_the_space_of_a_first_word_after_a_prompt() -> None:
 @given(st.lists(st.sampled_from([*range(BYTE_FALLBACK.get_vocab_size())]), max_size=20))
 def test_byte_fallback_equals_whole_decode_where_that_is_valid(ids: list[int]) -> None:
     whole = BYTE_FALLBACK.decode([261, *ids], skip_special_tokens=True)
-    tokens, visible = stream(BYTE_FALLBACK, ids, True, [261])
+    _, visible = stream(BYTE_FALLBACK, ids, True, [261])
     if "\ufffd" not in whole:
         first = BYTE_FALLBACK.decode([261])
         assert first + "".join(visible) == whole

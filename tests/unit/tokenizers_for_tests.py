@@ -8,7 +8,7 @@ SPECIAL = "<|end|>"
 
 
 def byte_level() -> Tokenizer:
-    """256 bytes, a few merges of whole and partial characters, a special and a plain added token."""
+    """256 bytes, a few merges (some end inside a character), a special and a plain added token."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {character: i for i, character in enumerate(alphabet)}
     merges = []
