@@ -1,0 +1,229 @@
+"""Block tables: admission with hits, publishing, duplicates, forks, and a random walk."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from headgate.proto.messages import RowSampling
+from headgate.router.kv_cache_manager import KVCacheManager
+from headgate.router.request import Request
+
+
+class Tables:
+    """A manager of blocks of 4 tokens, and the requests that hold tables."""
+
+    def __init__(self, num_blocks: int = 16, prefix_caching: bool = True) -> None:
+        self.kv = KVCacheManager(num_blocks, 4, prefix_caching)
+        self.holders: list[Request] = []
+
+    def request(self, prompt: list[int], **fields: object) -> Request:
+        return Request(0, prompt, RowSampling(max_new_tokens=100), **fields)  # type: ignore[arg-type]
+
+    def admit(self, request: Request, confirmed: int | None = None) -> Request:
+        """Holds its whole prompt, confirmed as far as told (default: all)."""
+        hits = self.kv.match(request)
+        assert self.kv.admit(request, hits, request.num_tokens)
+        request.num_scheduled = request.num_tokens
+        request.num_confirmed = request.num_tokens if confirmed is None else confirmed
+        self.kv.publish(request)
+        self.holders.append(request)
+        self.check()
+        return request
+
+    def free(self, request: Request) -> None:
+        self.kv.free(request)
+        self.holders.remove(request)
+        self.check()
+
+    def check(self) -> None:
+        self.kv.check_integrity(self.holders)
+
+
+def ids(count: int, start: int = 0) -> list[int]:
+    return list(range(start, start + count))
+
+
+def test_a_prompt_is_found_again_up_to_its_last_full_block() -> None:
+    tables = Tables()
+    first = tables.admit(tables.request(ids(10)))
+    assert tables.kv.match(tables.request(ids(10))) == first.block_ids[:2]
+    assert tables.kv.match(tables.request(ids(9, start=1))) == []
+
+
+def test_the_last_token_is_never_taken_from_the_cache() -> None:
+    tables = Tables()
+    first = tables.admit(tables.request(ids(8)))
+    again = tables.request(ids(8))
+    assert tables.kv.match(again) == first.block_ids[:1]
+    tables.admit(again)
+    assert again.block_ids[0] == first.block_ids[0]
+    assert again.block_ids[1] != first.block_ids[1]
+
+
+def test_hits_are_shared_and_outlive_the_first_holder() -> None:
+    tables = Tables()
+    first = tables.admit(tables.request(ids(9)))
+    second = tables.admit(tables.request(ids(9)))
+    tables.free(first)
+    assert tables.kv.match(tables.request(ids(9))) == second.block_ids[:2]
+    assert tables.kv.num_in_use(second.block_ids) == 3
+    tables.free(second)
+    assert tables.kv.num_in_use(tables.kv.match(tables.request(ids(9)))) == 0
+    assert tables.kv.pool.num_used == 0
+
+
+def test_only_confirmed_full_blocks_are_published() -> None:
+    tables = Tables()
+    request = tables.admit(tables.request(ids(12)), confirmed=7)
+    assert len(tables.kv.match(tables.request(ids(12)))) == 1
+    request.num_confirmed = 12
+    tables.kv.publish(request)
+    assert len(tables.kv.match(tables.request(ids(13)))) == 3
+
+
+def test_generated_tokens_are_cached_too() -> None:
+    tables = Tables()
+    request = tables.admit(tables.request(ids(6)))
+    request.output_ids.extend([50, 51, 52])
+    assert tables.kv.extend(request, 8) == []
+    request.num_confirmed = 8
+    tables.kv.publish(request)
+    follow_up = tables.request([*ids(6), 50, 51, 99])
+    assert tables.kv.match(follow_up) == request.block_ids[:2]
+
+
+@pytest.mark.parametrize("other", [{"adapter_id": "x"}, {"skip_prefix_cache": True}])
+def test_who_does_not_read_what_others_published(other: dict[str, object]) -> None:
+    tables = Tables()
+    tables.admit(tables.request(ids(9)))
+    assert tables.kv.match(tables.request(ids(9), **other)) == []
+
+
+def test_prefix_caching_can_be_off() -> None:
+    tables = Tables(prefix_caching=False)
+    request = tables.admit(tables.request(ids(9)))
+    assert tables.kv.match(tables.request(ids(9))) == []
+    tables.free(request)
+    assert tables.kv.pool.num_cached == 0
+    assert request.block_hashes == []
+
+
+def test_equal_blocks_computed_at_once_do_not_leak() -> None:
+    tables = Tables()
+    first = tables.admit(tables.request(ids(9)), confirmed=0)
+    second = tables.admit(tables.request(ids(9)), confirmed=0)
+    for request in (first, second):
+        request.num_confirmed = 9
+        tables.kv.publish(request)
+        tables.check()
+    assert tables.kv.match(tables.request(ids(9))) == first.block_ids[:2]
+    tables.free(second)
+    assert tables.kv.pool.num_cached == 0, "the second's blocks are merely free"
+    tables.free(first)
+    assert (tables.kv.pool.num_cached, tables.kv.pool.num_free) == (2, 14)
+
+
+def test_admission_without_enough_blocks_does_nothing() -> None:
+    tables = Tables(num_blocks=4)
+    first = tables.admit(tables.request(ids(9)))
+    second = tables.request(ids(16))
+    hits = tables.kv.match(second)
+    assert len(hits) == 2
+    assert not tables.kv.admit(second, hits, 16)
+    tables.check()
+    assert tables.kv.extend(first, 17) is None
+    tables.free(first)
+    # The hits are among the free ones: they count as taken, not as blocks to give out.
+    assert tables.kv.admit(second, tables.kv.match(second), 16)
+    tables.holders.append(second)
+    assert tables.kv.pool.num_available == 0
+    tables.check()
+
+
+def test_eviction_hides_the_tail_before_the_head() -> None:
+    tables = Tables(num_blocks=4)
+    tables.free(tables.admit(tables.request(ids(13))))
+    tables.admit(tables.request(ids(8, start=70)))
+    assert len(tables.kv.match(tables.request(ids(13)))) == 2
+
+
+@pytest.mark.parametrize(("positions", "copied"), [(8, 0), (9, 1), (3, 1)])
+def test_fork_shares_full_blocks_and_copies_the_rest(positions: int, copied: int) -> None:
+    tables = Tables()
+    parent = tables.admit(tables.request(ids(positions)))
+    child = tables.request(ids(positions))
+    copies = tables.kv.fork(parent, child, positions)
+    assert copies is not None
+    tables.holders.append(child)
+    tables.check()
+    full = positions // 4
+    assert child.block_ids[:full] == parent.block_ids[:full]
+    assert copies == list(zip(parent.block_ids[full:], child.block_ids[full:], strict=True))
+    assert len(copies) == copied
+    child.num_confirmed = parent.num_confirmed
+    tables.kv.publish(child)
+    tables.free(parent)
+    tables.free(child)
+    assert tables.kv.pool.num_used == 0
+
+
+def test_fork_without_a_block_for_the_copy_does_nothing() -> None:
+    tables = Tables(num_blocks=2)
+    parent = tables.admit(tables.request(ids(6)))
+    child = tables.request(ids(6))
+    assert tables.kv.fork(parent, child, 6) is None
+    assert child.block_ids == []
+    tables.check()
+
+
+def test_clear_forgets_content_and_may_change_the_size() -> None:
+    tables = Tables()
+    tables.free(tables.admit(tables.request(ids(9))))
+    tables.kv.clear(5)
+    assert tables.kv.match(tables.request(ids(9))) == []
+    assert tables.kv.pool.num_free == 5
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_random_walk(seed: int) -> None:
+    """Requests over few tokens, so that prefixes meet; content is checked block by block."""
+    rng = random.Random(seed)
+    tables = Tables(num_blocks=14)
+    kv, holders = tables.kv, tables.holders
+    content: dict[int, tuple[int, ...]] = {}  # by block: all tokens up to its end, once full
+    for _ in range(800):
+        action = rng.random()
+        if action < 0.35:
+            request = tables.request([rng.randrange(2) for _ in range(rng.randrange(1, 17))])
+            hits = kv.match(request)
+            for index, block in enumerate(hits):
+                assert content[block] == tuple(request.prompt_ids[: (index + 1) * 4])
+            if kv.admit(request, hits, request.num_tokens):
+                request.num_confirmed = len(hits) * 4
+                holders.append(request)
+        elif action < 0.65 and holders:
+            request = rng.choice(holders)
+            if request.num_confirmed == request.num_tokens:
+                request.output_ids.append(rng.randrange(2))
+            if kv.extend(request, request.num_confirmed + 1) is not None:
+                request.num_confirmed += 1
+                full, rest = divmod(request.num_confirmed, 4)
+                if not rest:
+                    tokens = tuple(request.token_ids(0, request.num_confirmed))
+                    content[request.block_ids[full - 1]] = tokens
+                kv.publish(request)
+        elif action < 0.75 and holders:
+            parent = rng.choice(holders)
+            if parent.num_confirmed == parent.num_tokens:
+                child = tables.request(list(parent.prompt_ids), output_ids=list(parent.output_ids))
+                if kv.fork(parent, child, parent.num_confirmed) is not None:
+                    child.num_confirmed = parent.num_confirmed
+                    holders.append(child)
+        elif holders:
+            tables.free(rng.choice(holders))
+        tables.check()
+    for request in list(holders):
+        tables.free(request)
+    assert kv.pool.num_used == 0
