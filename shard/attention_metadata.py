@@ -1,4 +1,4 @@
-"""What attention has to know about a step's rows; plain tensors, built once per step by ModelRunner.
+"""What attention has to know about a step's rows: tensors that are built once per step.
 
 It does not know requests, tokens or sampling.
 """
@@ -17,9 +17,9 @@ class AttentionMetadata:
     Every token attends to its own row's KV from position 0 up to itself.
     """
 
-    cu_query_lens: torch.Tensor  # int32[R + 1]: where each row's tokens start in the step; last is T
+    cu_query_lens: torch.Tensor  # int32[R + 1]: where each row's tokens start; the last is T
     context_lens: torch.Tensor  # int32[R]: the row's KV length after this step
-    block_tables: torch.Tensor  # int32[R, max_blocks]: the row's block of each `block_size` positions
+    block_tables: torch.Tensor  # int32[R, max_blocks]: the row's KV blocks, by position
     slot_mapping: torch.Tensor  # int64[T]: block * block_size + offset where each token's KV goes
     max_query_len: int  # most tokens any row computes in this step
     max_context_len: int  # largest of context_lens

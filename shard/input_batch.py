@@ -13,13 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from headgate.proto.messages import Fork, NewRow, RowEnd, RowSampling, StepPlan
-from headgate.shard.sampling.params import (
-    PARAMS_DTYPE,
-    IntArray,
-    SampledRows,
-    params_record,
-)
+from headgate.shard.sampling.params import PARAMS_DTYPE, IntArray, SampledRows, params_record
 from headgate.shard.sampling.penalties import has_penalty
+
 
 class PlanError(ValueError):
     """A plan that does not fit the rows held. The message says which row and why."""
@@ -292,7 +288,8 @@ class InputBatch:
         rows: list[int] = []
         ids: list[int] = []
         for row in np.flatnonzero(positions < params["min_new_tokens"]).tolist():
-            banned = {token for token in self.stop_ids[slots[row]] if token < self.limits.vocab_size}
+            stop_ids = self.stop_ids[slots[row]]
+            banned = {token for token in stop_ids if token < self.limits.vocab_size}
             if not params["ignore_eos"][row]:
                 banned.update(self._eos.tolist())
             rows.extend([row] * len(banned))

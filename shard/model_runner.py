@@ -31,8 +31,15 @@ logger = logging.getLogger(__name__)
 _LOGITS_ROWS = 64
 
 
-class NotAllocated(RuntimeError):
-    """A step before the KV cache was allocated."""
+class Heartbeat:
+    """Signs of life, read by another thread."""
+
+    def __init__(self) -> None:
+        self.beats = 0  # stands still while the model hangs or has nothing to do
+        self.busy = False  # a step is being computed
+
+    def beat(self) -> None:
+        self.beats += 1
 
 
 class ModelRunner:
@@ -45,6 +52,8 @@ class ModelRunner:
         self.group = group
         self.config = config
         self.identity = identity
+        self.heartbeat = Heartbeat()
+        model.heartbeat = self.heartbeat.beat
         self.kv_layout = KVCacheLayout(
             num_layers=model.num_layers,
             block_size=config.block_size,
@@ -93,27 +102,47 @@ class ModelRunner:
             self._batch.clear()
         self._refusing, self._sequence = "", 0
 
-    @torch.inference_mode()
+    def release(self) -> None:
+        """Gives the KV cache back."""
+        self._kv_cache = self._batch = None
+
     def step(
-        self, plan: StepPlan, is_current: Callable[[], bool] = lambda: True
+        self,
+        plan: StepPlan,
+        is_current: Callable[[], bool] = lambda: True,
+        problem: str = "",
     ) -> StepResult:
         """Runs the plan on all ranks, or refuses it on all of them (StepResult.refused).
 
-        Rank 0's result has the tokens. After a refusal every plan is refused until one with `reset`.
+        Rank 0's result has the tokens. After a refusal all are refused until one with `reset`.
         `is_current` tells whether the plan's sender still waits; Superseded is raised if the ranks
         disagree on the plan and it does not. Any other exception is fatal to the group.
+        `problem`: a reason of the caller's to refuse the plan.
         """
+        self.heartbeat.busy = True
+        try:
+            with torch.inference_mode():
+                return self._step(plan, is_current, problem)
+        finally:
+            self.heartbeat.busy = False
+
+    def _step(
+        self, plan: StepPlan, is_current: Callable[[], bool], problem: str
+    ) -> StepResult:
         started = time.perf_counter_ns()
         answer = StepResult(plan.epoch, plan.sequence)
-        scheduled, inputs, problem = self._prepare(plan)
+        scheduled: ScheduledRows | None = None
+        inputs: StepInputs | None = None
+        if not problem:
+            scheduled, inputs, problem = self._prepare(plan)
         if self.group.world_size > 1:
             refusing = vote(self.group, plan_tag(plan), not problem, is_current)
             if refusing and not problem:
                 problem = f"refused by shard {', '.join(map(str, refusing))}"
         if problem:
             self._refusing = problem
-            logger.warning("plan refused", extra={"fields": {
-                "sequence": plan.sequence, "reason": problem}})
+            fields = {"sequence": plan.sequence, "reason": problem}
+            logger.warning("plan refused", extra={"fields": fields})
             return replace(answer, refused=problem, total_ns=time.perf_counter_ns() - started)
         assert scheduled is not None  # only None beside a problem
         forward = time.perf_counter_ns()
@@ -137,7 +166,7 @@ class ModelRunner:
 
     def _check_order(self, plan: StepPlan) -> None:
         if self._batch is None:
-            raise NotAllocated("a plan came before Allocate")
+            raise PlanError("a plan came before Allocate")
         if plan.epoch != self.identity.epoch:
             raise PlanError(f"plan of epoch {plan.epoch} in epoch {self.identity.epoch}")
         last, self._sequence = self._sequence, plan.sequence
@@ -194,6 +223,7 @@ class ModelRunner:
         for start in range(0, len(slots), _LOGITS_ROWS):
             part = slice(start, start + _LOGITS_ROWS)
             logits = self.model.logits(hidden[sample_tokens[part]])
+            self.heartbeat.beat()
             if logits is None:
                 continue
             tokens[part] = sample(logits, self._batch.sampled_rows(slots[part]))
@@ -212,7 +242,7 @@ class ModelRunner:
         slots: IntArray,
         found: tuple[int, list[float], list[TopTokens]],
     ) -> None:
-        """Fills in what the rows asked for. found: (index of the first row, logprobs, top tokens)."""
+        """Fills in what the rows asked for. found: (first row's index, logprobs, top tokens)."""
         assert self._batch is not None
         start, logprobs, top = found
         params = self._batch.params[slots]
@@ -224,7 +254,7 @@ class ModelRunner:
         values, alternatives = token_logprobs(rows, tokens[asking], top_n)
         for row, value in zip(asking.tolist(), values, strict=True):
             logprobs[start + row] = value
-        for row, places in zip(asking.tolist(), alternatives):
+        for row, places in zip(asking.tolist(), alternatives, strict=False):  # or no alternatives
             top.extend([NO_TOP] * (start + row - len(top)))
             top.append(places)
 
@@ -236,6 +266,7 @@ class ModelRunner:
             targets = chunk.targets[start : start + _LOGITS_ROWS]
             first = chunk.first + start
             logits = self.model.logits(hidden[first : first + len(targets)])
+            self.heartbeat.beat()
             if logits is not None:
                 found, alternatives = token_logprobs(logits, targets, [chunk.top_n] * len(targets))
                 values += found

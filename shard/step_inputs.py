@@ -1,4 +1,4 @@
-"""From an InputBatch's rows to the tensors of one forward pass. Reads the batch, changes nothing."""
+"""From an InputBatch's rows to the tensors of one forward pass. Changes nothing."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ def plan_tag(plan: StepPlan) -> int:
 def vote(group: Group, tag: int, willing: bool, is_current: Callable[[], bool]) -> list[int]:
     """The ranks that refuse the plan `tag`; none, and all run it.
 
-    Raises Superseded when this rank's plan is the stale one of two, PlansDiffer when none gives way.
+    Raises Superseded when this rank's plan is the stale one, PlansDiffer when none gives way.
     """
     deadline = time.monotonic() + _PATIENCE
     while True:

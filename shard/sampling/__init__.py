@@ -1,1 +1,1 @@
-"""From logits to tokens: penalties, temperature, filters, seeded noise, logprobs. No model knowledge."""
+"""From logits to tokens: penalties, temperature, filters, seeded noise, logprobs."""

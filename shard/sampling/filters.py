@@ -38,7 +38,7 @@ def apply_filters(scores: torch.Tensor, params: npt.NDArray[np.void]) -> None:
 
 
 def keep_best(scores: torch.Tensor, count: torch.Tensor, edge: torch.Tensor) -> torch.Tensor:
-    """bool[R, V]: the `count` best of each row, where `edge` is the count-th best score of the row."""
+    """bool[R, V]: the `count` best of each row; `edge` is the row's count-th best score."""
     edge, count = edge.unsqueeze(1), count.unsqueeze(1)
     better = scores > edge
     tied = scores == edge
@@ -69,7 +69,7 @@ def _top_p(scores: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
 
 
 def _typical_p(scores: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
-    """The fewest tokens, those of most usual surprise first, with at least probability p together."""
+    """The fewest tokens, of most usual surprise first, that have at least probability p."""
     logprobs = torch.log_softmax(scores, dim=1)
     probs = logprobs.double().exp()
     surprise = -logprobs
@@ -88,5 +88,5 @@ def _min_p(scores: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
 
 
 def _count_until(mass: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
-    """int64[R]: how many leading tokens reach mass p, at least 1. mass: float64[R, n], cumulative."""
+    """int64[R]: how many leading tokens reach mass p. mass: float64[R, n], cumulative."""
     return ((mass < p.unsqueeze(1)).sum(1) + 1).clamp_(max=mass.shape[1])

@@ -1,4 +1,4 @@
-"""Log-probabilities under the model's own distribution: before penalties, temperature and filters."""
+"""Logprobs under the model's own distribution: before penalties, temperature and filters."""
 
 from __future__ import annotations
 

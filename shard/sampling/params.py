@@ -1,4 +1,4 @@
-"""Sampling parameters of many rows as columns, and what the sampler has to know of a step's rows."""
+"""Sampling parameters of many rows as columns, and what a sampler has to know of its rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Changes to scores that depend on a row's tokens so far: penalties, and tokens it may not take yet."""
+"""What a row's tokens so far do to its scores: penalties, and tokens it may not take yet."""
 
 from __future__ import annotations
 

@@ -97,7 +97,7 @@ def _sample_randomly(
 def _gumbel_max(
     scores: npt.NDArray[np.float32], seed: int, output_position: int, sample_index: int
 ) -> int:
-    """One row's winner; noise is drawn only for tokens that have a chance. scores: float32[vocab]."""
+    """One row's winner; tokens without a chance get no noise. scores: float32[vocab]."""
     candidates = np.flatnonzero(scores >= scores.max() - np.float32(_HOPELESS))
     if len(candidates) <= len(scores) * _SPARSE:
         noise = gumbel_noise_at(seed, output_position, sample_index, candidates)

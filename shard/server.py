@@ -1,0 +1,196 @@
+"""The shard's gRPC service: converts messages, hands them to the model's thread. No policy."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from headgate.config_file import ConfigError
+from headgate.proto import shard_pb2, shard_pb2_grpc
+from headgate.proto.messages import StepPlan, decode_plan, encode_result
+from headgate.shard.model_runner import ModelRunner
+from headgate.shard.model_thread import ModelThread
+from headgate.shard.vote import Superseded
+from headgate.shard.warmup import warm_up
+
+SERVICE_NAME = shard_pb2.DESCRIPTOR.services_by_name["Shard"].full_name
+MAX_MESSAGE_BYTES = 256 << 20
+_WORKERS = 16  # of short calls; a Steps stream holds one
+
+
+class StepStream:
+    """One client's stream of plans. It is current until it ends or another one opens."""
+
+    def __init__(self) -> None:
+        self._results: queue.SimpleQueue[shard_pb2.StepResult | None] = queue.SimpleQueue()
+        self._closed = threading.Event()
+
+    @property
+    def is_current(self) -> bool:
+        return not self._closed.is_set()
+
+    def close(self) -> None:
+        """No more plans are taken; results already there still go out if anybody listens."""
+        self._closed.set()
+        self._results.put(None)
+
+    def put(self, result: shard_pb2.StepResult) -> None:
+        self._results.put(result)
+
+    def results(self) -> Iterator[shard_pb2.StepResult]:
+        while (result := self._results.get()) is not None:
+            yield result
+
+
+class ShardService(shard_pb2_grpc.ShardServicer):
+    """headgate.shard.v1.Shard over one ModelRunner."""
+
+    def __init__(self, runner: ModelRunner, thread: ModelThread) -> None:
+        self._runner = runner
+        self._thread = thread
+        self._lock = threading.Lock()
+        self._stream: StepStream | None = None  # the current one
+
+    def Info(
+        self, request: shard_pb2.InfoRequest, context: grpc.ServicerContext
+    ) -> shard_pb2.InfoResponse:
+        runner = self._runner
+        model, config, identity = runner.model, runner.config, runner.identity
+        return shard_pb2.InfoResponse(
+            epoch=identity.epoch,
+            rank=identity.rank,
+            world_size=identity.world_size,
+            model_type=model.config.model_type,
+            dtype=config.dtype,
+            device=config.device,
+            vocab_size=model.config.vocab_size,
+            block_size=config.block_size,
+            max_position_embeddings=model.config.max_position_embeddings,
+            kv_bytes_per_block=runner.kv_layout.bytes_per_block,
+            weight_bytes=model.weight_bytes,
+            eos_token_ids=model.config.eos_token_ids,
+            quantize=config.quantize,
+        )
+
+    def Warmup(
+        self, request: shard_pb2.WarmupRequest, context: grpc.ServicerContext
+    ) -> shard_pb2.WarmupResponse:
+        max_tokens = request.max_batch_prefill_tokens
+        largest = self._runner.config.max_batch_prefill_tokens
+        if not 0 < max_tokens <= largest:
+            context.abort(
+                grpc.StatusCode.INVALID_ARGUMENT,
+                f"max_batch_prefill_tokens is {max_tokens}; it must be from 1 to {largest}",
+            )
+        num_blocks = self._thread.call(
+            lambda: warm_up(self._runner, max_tokens, request.max_batch_size)
+        )
+        return shard_pb2.WarmupResponse(num_blocks=num_blocks)
+
+    def Allocate(
+        self, request: shard_pb2.AllocateRequest, context: grpc.ServicerContext
+    ) -> shard_pb2.AllocateResponse:
+        if not request.num_blocks:
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, "num_blocks is 0")
+        self._thread.call(lambda: self._runner.allocate(request.num_blocks))
+        return shard_pb2.AllocateResponse()
+
+    def Heartbeat(
+        self, request: shard_pb2.HeartbeatRequest, context: grpc.ServicerContext
+    ) -> shard_pb2.HeartbeatResponse:
+        heartbeat = self._runner.heartbeat
+        return shard_pb2.HeartbeatResponse(
+            epoch=self._runner.identity.epoch, beats=heartbeat.beats, busy=heartbeat.busy
+        )
+
+    def Steps(
+        self, request_iterator: Iterator[shard_pb2.StepPlan], context: grpc.ServicerContext
+    ) -> Iterator[shard_pb2.StepResult]:
+        stream = self._open_stream()
+        if not context.add_callback(stream.close):
+            stream.close()  # the client is gone already
+        # Plans are read beside the model's thread: the next one is decoded while a step runs.
+        threading.Thread(
+            target=self._read_plans, args=(request_iterator, stream), name="plans", daemon=True
+        ).start()
+        yield from stream.results()
+
+    def _open_stream(self) -> StepStream:
+        """A new current stream; it starts without rows."""
+        stream = StepStream()
+        with self._lock:
+            if self._stream is not None:
+                self._stream.close()
+            self._stream = stream
+            self._thread.post(self._runner.reset)
+        return stream
+
+    def _read_plans(
+        self, messages: Iterator[shard_pb2.StepPlan], stream: StepStream
+    ) -> None:
+        try:
+            for message in messages:
+                plan, problem = _decode(message)
+                self._thread.post(partial(self._step, stream, plan, problem))
+        except grpc.RpcError:  # the client broke the stream off
+            stream.close()
+        self._thread.post(stream.close)
+
+    def _step(self, stream: StepStream, plan: StepPlan, problem: str) -> None:
+        if not stream.is_current:
+            return
+        try:
+            result = self._runner.step(plan, lambda: stream.is_current, problem)
+        except Superseded:
+            return
+        stream.put(encode_result(result))
+
+
+def _decode(message: shard_pb2.StepPlan) -> tuple[StepPlan, str]:
+    """(plan, ""), or (an empty plan, why the message is none)."""
+    try:
+        return decode_plan(message), ""
+    except (ValueError, OverflowError) as error:
+        return StepPlan(message.epoch, message.sequence), f"the plan cannot be decoded: {error}"
+
+
+def start_server(service: ShardService, address: str) -> grpc.Server:
+    """Serves on `address`, with gRPC's health and reflection beside it; health says SERVING.
+
+    Raises ConfigError when the address cannot be bound.
+    """
+    pool = ThreadPoolExecutor(_WORKERS, thread_name_prefix="grpc")
+    server = grpc.server(
+        pool,
+        options=[
+            ("grpc.so_reuseport", 0),
+            ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+            ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+        ],
+    )
+    shard_pb2_grpc.add_ShardServicer_to_server(service, server)
+    health_service = health.HealthServicer(
+        experimental_non_blocking=True, experimental_thread_pool=pool
+    )
+    health_pb2_grpc.add_HealthServicer_to_server(health_service, server)
+    reflection.enable_server_reflection(
+        (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), server
+    )
+    names = ("", SERVICE_NAME)
+    for name in names:
+        health_service.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
+    try:
+        server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise ConfigError(f"the shard cannot listen on {address}: {error}") from error
+    server.start()
+    for name in names:
+        health_service.set(name, health_pb2.HealthCheckResponse.SERVING)
+    return server
