@@ -1,9 +1,9 @@
-"""One table of operations, filled by `use` from a back end: the only place that asks what hardware this is.
+"""One table of operations, filled by `use` from a back end.
 
-Callers write `ops.rms_norm(x, weight, eps)` and never learn which implementation ran. What each
-operation means, its shapes and its dtypes is said in `headgate.kernels.reference`. A back end is a
-module with `available() -> bool` and `OPS: dict[str, Callable]` holding the operations it has; the
-reference does the rest.
+The only place that asks what hardware this is. Callers write `ops.rms_norm(x, weight, eps)` and
+never learn which implementation ran. What each operation means, its shapes and its dtypes, is said
+in `headgate.kernels.reference`. A back end is a module with `available() -> bool` and
+`OPS: dict[str, Callable]` holding the operations it has; the reference does the rest.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def _load(name: str) -> dict[str, Callable[..., Any]] | None:
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        # Not shipped, or its compiler (say triton) is not installed. An error inside it is an error.
+        # Not shipped, or its compiler (say triton) is not installed. Errors inside it are errors.
         if error.name and error.name.startswith("headgate.") and error.name != module_name:
             raise
         return None
@@ -77,9 +77,7 @@ def embedding(
     return _table["embedding"](ids, weight, first_id, dtype)
 
 
-def linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
-) -> torch.Tensor:
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     return _table["linear"](x, weight, bias)
 
 

@@ -1,4 +1,4 @@
-"""Every operation in plain torch: the oracle the other back ends are tested against, and the fallback.
+"""Every operation in plain torch: the oracle of the other back ends' tests, and the fallback.
 
 Clear first; only attention is arranged with speed in mind, because this file also serves where no
 faster back end is built. It knows tensors only: no models, no ranks, no hardware.
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 if TYPE_CHECKING:  # kernels import nothing of shard; the step's metadata is read by its fields only
     from headgate.shard.attention_metadata import AttentionMetadata
 
-# Decode rows computed together: the longest may exceed the shortest by this factor, plus the constant.
+# Decode rows computed together: the longest may exceed the shortest by this factor and constant.
 _BUCKET_GROWTH = 1.25
 _BUCKET_SLACK = 64
 
@@ -28,7 +28,7 @@ _BUCKET_SLACK = 64
 def embedding(
     ids: torch.Tensor, weight: torch.Tensor, first_id: int, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Rows of `weight`[V, N], whose row 0 belongs to `first_id`; zeros for ids outside. [T, N] in `dtype`."""
+    """Rows of `weight`[V, N], whose first is for `first_id`; zeros for ids outside. [T, N]."""
     local = ids - first_id
     inside = (local >= 0) & (local < weight.shape[0])
     rows = F.embedding(local.clamp(0, max(weight.shape[0] - 1, 0)), weight).to(dtype)

@@ -1,7 +1,7 @@
 """Group: the collectives between the shards of one model, and the one-rank group that needs none.
 
-gloo on CPUs, NCCL on GPUs. Sums are taken in rank order for every element, whatever its place in the
-tensor, so all ranks hold the same bits and a row's sum does not depend on the rows beside it.
+gloo on CPUs, NCCL on GPUs. Sums are taken in rank order for every element, whatever its place in
+the tensor, so all ranks hold the same bits and a row's sum does not depend on the rows beside it.
 A failed collective is a PeerLost: the group is finished and is never used again. Nothing here
 decides what to do about it.
 """
@@ -36,7 +36,7 @@ class Group:
     def gather_to_rank0(
         self, tensor: torch.Tensor, dim: int, sizes: Sequence[int]
     ) -> torch.Tensor | None:
-        """Joins the ranks' tensors along `dim`, where rank r's is `sizes[r]` long; None beyond rank 0."""
+        """Joins the ranks' tensors, `sizes[rank]` long in `dim`, along it; None beyond rank 0."""
         return tensor
 
     def broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -124,9 +124,7 @@ def single_group() -> Group:
     return Group(0, 1)
 
 
-def init_group(
-    device: str, timeout: float, environment: Mapping[str, str] | None = None
-) -> Group:
+def init_group(device: str, timeout: float, environment: Mapping[str, str] | None = None) -> Group:
     """Joins the group that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe.
 
     Returns when all ranks have joined. `timeout`, in seconds, bounds this and each collective.
@@ -152,12 +150,12 @@ def init_group(
         )
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
-        raise PeerLost(f"shard {rank} could not join its group of {world_size}: {reason}") from error
+        raise PeerLost(f"shard {rank} could not join {world_size - 1} others: {reason}") from error
     return ProcessGroup(rank, world_size)
 
 
 def _bind_gloo_to_loopback() -> None:
-    """On one host, gloo must not look up the host's name: containers often can't resolve their own."""
+    """On one host gloo need not look up the host's name, which containers often can't resolve."""
     loopback = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
     if loopback:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class ModelError(Exception):
-    """The model can't be served as configured. One sentence for the user: what is wrong, and where."""
+    """The model can't be served as configured. One sentence: what is wrong, and where."""
 
 
 class PeerLost(Exception):

@@ -47,7 +47,7 @@ class ModelConfig:
 def read_model_config(
     path: str | Path, rope_scaling: str = "", rope_factor: float = 0.0
 ) -> ModelConfig:
-    """Reads the checkpoint directory `path`. Raises ModelError when config.json is missing or unfit."""
+    """Reads the checkpoint directory `path`. Raises ModelError when config.json is unfit."""
     directory = Path(path)
     config = _read_json(directory / "config.json")
     if config is None:
@@ -62,7 +62,7 @@ def parse_model_config(
     rope_scaling: str = "",
     rope_factor: float = 0.0,
 ) -> ModelConfig:
-    """The two files' contents as a ModelConfig. Raises ModelError naming what is missing or unfit."""
+    """The two files' contents as a ModelConfig. Raises ModelError naming what is unfit."""
     hidden = _size(config, "hidden_size")
     heads = _size(config, "num_attention_heads")
     kv_heads = _size(config, "num_key_value_heads", heads)

@@ -1,7 +1,7 @@
 """Partition: which heads, MLP columns and vocabulary rows each rank of a group holds.
 
-Pure arithmetic, the same on every rank, for any number of shards from one to the number of attention
-heads. It knows no tensors; Weights reads the slices it names.
+Pure arithmetic, the same on every rank, for any number of shards from one to the number of
+attention heads. It knows no tensors; Weights reads the slices it names.
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ def make_partition(config: ModelConfig, world_size: int) -> Partition:
     """Divides the model so that every rank has about the same number of weights to multiply with.
 
     Attention is cut by whole key/value groups, or, with more ranks than groups, each group's query
-    heads are spread over ranks of its own. Those shares are uneven where they don't divide; the MLP's
-    columns, then the vocabulary, make up for it. Raises ModelError when `world_size` does not fit.
+    heads are spread over ranks of its own. Those shares are uneven where they don't divide; the
+    MLP's columns, then the vocabulary, make up for it. Raises ModelError for a `world_size` that
+    does not fit.
     """
     if not 1 <= world_size <= config.num_heads:
         raise ModelError(
@@ -75,7 +76,7 @@ def _split_heads(
 
 
 def split_evenly(total: int, parts: int) -> list[range]:
-    """`total` things in `parts` consecutive ranges whose sizes differ by at most one, larger first."""
+    """`total` things in `parts` consecutive ranges; sizes differ by at most one, larger first."""
     share, larger = divmod(total, parts)
     return _consecutive([share + (index < larger) for index in range(parts)])
 

@@ -1,4 +1,4 @@
-"""How a checkpoint turns positions into angles: RopeConfig, read from config.json in either spelling.
+"""How a checkpoint turns positions into angles: RopeConfig, read from config.json.
 
 The angles themselves are computed in layers/rotary.py. Needs no torch.
 """

@@ -1,8 +1,8 @@
 """Weights: reads a safetensors checkpoint by intent, and of each tensor only this rank's slice.
 
-Layers say what a tensor is (a column-parallel matrix, packed or in parts; a row-parallel one; ...) and
-get their piece in the dtype to compute with. Missing tensors, wrong shapes, damaged files and, at the
-end, tensors nobody asked for are ModelErrors that name them. Knows no model.
+Layers say what a tensor is (a column-parallel matrix, packed or in parts; a row-parallel one; ...)
+and get their piece in the dtype to compute with. Missing tensors, wrong shapes, damaged files and,
+at the end, tensors nobody asked for are ModelErrors that name them. Knows no model.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from headgate.shard.errors import ModelError
 
 _INDEX = "model.safetensors.index.json"
 # Buffers that old versions of Transformers saved, and that every loader computes by itself.
-_COMPUTED = re.compile(r"(\.|^)(rotary_emb\.inv_freq|attn\.masked_bias|rotary_emb\.(cos|sin)_cached)$")
+_COMPUTED = re.compile(r"(^|\.)rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
 _NAMES_SHOWN = 5
 
 
@@ -141,7 +141,7 @@ class Weights:
         return kept
 
     def _resolve(self, name: str) -> str | None:
-        """The name the checkpoint has it under: base models are saved without the prefix "model."."""
+        """The name it has in the checkpoint: base models are saved without the prefix "model."."""
         for candidate in (name, name.removeprefix("model."), f"model.{name}"):
             if candidate in self._files:
                 return candidate
@@ -158,7 +158,7 @@ class Weights:
             paths = sorted(self._path.glob("*.safetensors"))
         files: dict[str, Path] = {}
         for path in paths:
-            for name in self._handle(path).keys():
+            for name in self._handle(path).keys():  # noqa: SIM118 (not a dict)
                 if name in files:
                     raise ModelError(f"tensor {name} is in both {files[name]} and {path.name}")
                 files[name] = path

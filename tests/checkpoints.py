@@ -50,7 +50,7 @@ def make_checkpoint(
     max_shard_size: str | int = "1GB",
     **overrides: Any,
 ) -> Path:
-    """Writes a random checkpoint of `architecture` (a Transformers model type) and returns its path.
+    """Writes a random checkpoint of `architecture`, a Transformers model type; returns its path.
 
     `overrides` are fields of the Transformers config. The same arguments give the same weights.
     """
@@ -87,7 +87,7 @@ def make_checkpoint(
 
 
 def write_tokenizer(path: Path) -> None:
-    """A byte-level BPE without merges: token n is byte n, so any text has exactly its bytes as ids."""
+    """A byte-level BPE without merges: token n is byte n, so a text's ids are its bytes."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     vocab = {character: byte for byte, character in enumerate(_byte_alphabet())}

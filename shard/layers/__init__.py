@@ -1,1 +1,1 @@
-"""Layers that models are wired from. Each reads its own slice of the weights; none knows a model."""
+"""Layers that models are wired from. Each reads its slice of the weights; none knows a model."""

@@ -13,7 +13,7 @@ from headgate.shard.load_context import LoadContext
 
 
 class Attention:
-    """Grouped-query attention of this rank's heads. `prefix`: its name, e.g. model.layers.0.self_attn.
+    """Grouped-query attention of this rank's heads. `prefix`: such as model.layers.0.self_attn.
 
     `window` > 0: a token sees only the last `window` positions, its own included; their KV is kept
     for the whole sequence all the same.
@@ -50,7 +50,7 @@ class Attention:
         kv: tuple[torch.Tensor, torch.Tensor],
         attention: AttentionMetadata,
     ) -> torch.Tensor:
-        """[T, hidden_size] to [T, hidden_size], summed over the group; stores the tokens' KV in `kv`."""
+        """[T, hidden_size] to the same, summed over the group; stores the tokens' KV in `kv`."""
         tokens = x.shape[0]
         parts = self._qkv(x).split((self._q_size, self._kv_size, self._kv_size), dim=-1)
         q, k, v = (part.view(tokens, -1, self._head_dim) for part in parts)

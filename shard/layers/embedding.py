@@ -1,4 +1,4 @@
-"""The vocabulary's two layers, split over the ranks by token id: ids to vectors, vectors to logits."""
+"""The vocabulary's two layers, split by token id: ids to vectors, vectors to logits."""
 
 from __future__ import annotations
 
@@ -21,9 +21,7 @@ class VocabEmbedding:
 
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
         """ids[T] to [T, hidden_size]."""
-        return self._group.all_reduce(
-            ops.embedding(ids, self.weight, self._first_id, self._dtype)
-        )
+        return self._group.all_reduce(ops.embedding(ids, self.weight, self._first_id, self._dtype))
 
 
 class VocabHead:

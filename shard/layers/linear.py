@@ -1,7 +1,7 @@
 """Linear layers split over the ranks: by columns of the result, or by rows of the product.
 
-On a CPU the matrices are float32 copies made at load, of values rounded to the stored dtype (Weights
-says why); elsewhere they are held and multiplied in that dtype.
+On a CPU the matrices are float32 copies made at load, of values rounded to the stored dtype
+(Weights says why); elsewhere they are held and multiplied in that dtype.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class ColumnLinear:
 
     @classmethod
     def qkv(cls, context: LoadContext, prefix: str, bias: bool) -> ColumnLinear:
-        """Queries, keys and values of this rank's heads, side by side. `prefix`: the attention's name."""
+        """Queries, keys and values of this rank's heads. `prefix`: the attention's name."""
         config, dim = context.config, context.config.head_dim
         heads, kv_heads = _times(context.heads, dim), _times(context.kv_heads, dim)
         return cls._packed(
@@ -83,9 +83,7 @@ class RowLinear:
     @classmethod
     def down(cls, context: LoadContext, name: str, bias: bool) -> RowLinear:
         """The MLP's second projection, from this rank's columns."""
-        return cls._of(
-            context, name, context.config.intermediate_size, context.mlp_columns, bias
-        )
+        return cls._of(context, name, context.config.intermediate_size, context.mlp_columns, bias)
 
     @classmethod
     def _of(

@@ -1,13 +1,14 @@
 """Rotary position embedding: the table of cosines and sines for every kind of RoPE.
 
-The table is fixed when the model is loaded, so a token's angle depends on its position alone: never on
-the length of its request, on other requests or on what ran before. For the two kinds whose published
-definition depends on the current sequence length, the longest sequence that the server admits
-(`length`) takes its place:
+The table is fixed when the model is loaded, so a token's angle depends on its position alone: never
+on the length of its request, on other requests or on what ran before. For the two kinds whose
+published definition depends on the current sequence length, the longest sequence that the server
+admits (`length`) takes its place:
 
-* dynamic NTK: the base is stretched as for a sequence of `length`. A server that admits no more than
-  max_position_embeddings computes exactly the unscaled RoPE.
-* longrope: the long factors where `length` exceeds original_max_position_embeddings, else the short.
+* dynamic NTK: the base is stretched as for a sequence of `length`. A server that admits no more
+  than max_position_embeddings computes exactly the unscaled RoPE.
+* longrope: the long factors where `length` exceeds original_max_position_embeddings, else the
+  short ones.
 
 Transformers stretches for the sequence at hand and keeps keys rotated by older, shorter stretches;
 the two agree for a whole prompt of exactly `length`, and wherever nothing is stretched.
@@ -27,16 +28,14 @@ from headgate.shard.rope_config import RopeConfig
 class RotaryEmbedding:
     """Angles for positions below `length`, shared by all layers."""
 
-    def __init__(
-        self, rope: RopeConfig, head_dim: int, length: int, device: torch.device
-    ) -> None:
+    def __init__(self, rope: RopeConfig, head_dim: int, length: int, device: torch.device) -> None:
         self.length = length
         self._cos_sin = cos_sin_table(rope, head_dim, length).to(device)
 
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rotates q[T, H, D] and k[T, K, D], whose tokens are at positions[T]; may work in place."""
+        """Rotates q[T, H, D] and k[T, K, D] by positions[T] (< length); may work in place."""
         return ops.rotary_embedding(q, k, positions, self._cos_sin)
 
 
@@ -47,9 +46,7 @@ def cos_sin_table(rope: RopeConfig, head_dim: int, length: int) -> torch.Tensor:
     return torch.cat((angles.cos() * scale, angles.sin() * scale), dim=1)
 
 
-def inverse_frequencies(
-    rope: RopeConfig, head_dim: int, length: int
-) -> tuple[torch.Tensor, float]:
+def inverse_frequencies(rope: RopeConfig, head_dim: int, length: int) -> tuple[torch.Tensor, float]:
     """(radians per position, float32[r/2]; factor on cosines and sines)."""
     dim = int(head_dim * rope.partial_rotary_factor)
     if dim < 2 or dim % 2:

@@ -45,7 +45,7 @@ class CausalLM(ABC):
         kv_cache: KVCache,
         attention: AttentionMetadata,
     ) -> torch.Tensor:
-        """input_ids, positions int64[T] to the normed hidden states [T, hidden_size]; stores their KV.
+        """input_ids, positions int64[T] to normed hidden states [T, hidden_size]; stores their KV.
 
         Every rank must call it with the same arguments but for the cache. Raises PeerLost.
         """

@@ -1,4 +1,4 @@
-"""Qwen2: Llama with biases on queries, keys and values, and windows on its upper layers if asked for."""
+"""Qwen2: Llama with biases on queries, keys and values, and windows on its upper layers at wish."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _DEFAULT_FULL_LAYERS = 28
 
 
 def window_of(config: ModelConfig, index: int) -> int:
-    """Layer `index`'s window, 0 for none: by "layer_types", or from layer "max_window_layers" on."""
+    """Layer `index`'s window, or 0: by "layer_types", else from layer "max_window_layers" on."""
     extra = config.extra
     if not extra.get("use_sliding_window"):
         return 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -14,7 +14,7 @@ BLOCK_SIZE = 4
 
 
 class PagedRows:
-    """Some rows with `capacity` positions each. `step` computes tokens and gives back all logits."""
+    """Some rows with `capacity` positions each; `logits` collects what `step` computes for them."""
 
     def __init__(self, model: CausalLM, num_rows: int, capacity: int) -> None:
         blocks_per_row = -(-capacity // BLOCK_SIZE)
@@ -31,19 +31,24 @@ class PagedRows:
         order = torch.randperm(num_blocks, generator=generator)
         self._tables = order[: num_rows * blocks_per_row].view(num_rows, -1).to(torch.int32)
         self._lengths = [0] * num_rows
+        self._logits: list[list[torch.Tensor]] = [[] for _ in range(num_rows)]
 
-    def step(self, tokens: Sequence[tuple[int, Sequence[int]]]) -> list[torch.Tensor | None]:
-        """Computes (row, its next ids) for several rows; each row's logits [n, vocab] (rank 0)."""
-        rows = [row for row, _ in tokens]
-        counts = [len(ids) for _, ids in tokens]
-        positions = torch.cat(
-            [torch.arange(self._lengths[row], self._lengths[row] + len(ids)) for row, ids in tokens]
-        )
+    def logits(self, row: int) -> torch.Tensor:
+        """[tokens so far, vocab], on rank 0."""
+        return torch.cat(self._logits[row])
+
+    def step(self, tokens: Mapping[int, Sequence[int]]) -> None:
+        """Computes the next ids of several rows, {row: ids}."""
+        rows, counts = list(tokens), [len(ids) for ids in tokens.values()]
+        starts = [self._lengths[row] for row in rows]
         for row, count in zip(rows, counts, strict=True):
             self._lengths[row] += count
+        contexts = [self._lengths[row] for row in rows]
+        positions = torch.cat(
+            [torch.arange(start, end) for start, end in zip(starts, contexts, strict=True)]
+        )
         owners = torch.repeat_interleave(torch.tensor(rows), torch.tensor(counts))
         blocks = self._tables[owners, positions // BLOCK_SIZE].long()
-        contexts = [self._lengths[row] for row in rows]
         attention = AttentionMetadata(
             cu_query_lens=torch.tensor([0, *counts]).cumsum(0).to(torch.int32),
             context_lens=torch.tensor(contexts, dtype=torch.int32),
@@ -52,9 +57,9 @@ class PagedRows:
             max_query_len=max(counts),
             max_context_len=max(contexts),
         )
-        ids = torch.tensor([token for _, row_ids in tokens for token in row_ids])
+        ids = torch.tensor([token for row_ids in tokens.values() for token in row_ids])
         hidden = self._model.forward(ids, positions, self._cache, attention)
         logits = self._model.logits(hidden)
-        if logits is None:
-            return [None] * len(rows)
-        return list(logits.split(counts))
+        if logits is not None:
+            for row, part in zip(rows, logits.split(counts), strict=True):
+                self._logits[row].append(part)

@@ -19,9 +19,10 @@ CHUNK = 7
 
 
 def run_case(case: Case, checkpoints: Path, group: Group) -> torch.Tensor | None:
-    """Logits [tokens, vocab] of the reference's ids: the prompt, then single tokens; None beyond rank 0.
+    """Logits [tokens, vocab] of the reference's ids, the prompt whole, then token by token.
 
-    Two more rows compute beside it and must agree with it: one in chunks, one all at once and late.
+    Two more rows compute the same ids beside it and must agree with it: one takes the prompt in
+    chunks, one everything at once, in a step with decoding rows. None beyond rank 0.
     """
     model = load_model(
         checkpoints / case.name,
@@ -35,40 +36,25 @@ def run_case(case: Case, checkpoints: Path, group: Group) -> torch.Tensor | None
     ids = torch.load(checkpoints / f"{case.name}.pt")["ids"].tolist()
     prompt, tail = ids[: case.prompt_length], ids[case.prompt_length :]
     rows = PagedRows(model, 3, len(ids))
-    whole, chunked = [], []
-    parts = [prompt[start : start + CHUNK] for start in range(0, len(prompt), CHUNK)]
-    first, piece = rows.step([(0, prompt), (1, parts[0])])
-    whole.append(first)
-    chunked.append(piece)
-    for part in parts[1:]:
-        chunked += rows.step([(1, part)])
-    assert len(beats) == model.num_layers * len(parts)
-    late: list[torch.Tensor | None] = []
-    for token in tail:
-        mixed = rows.step([(1, [token]), (2, ids), (0, [token])] if not late
-                          else [(0, [token]), (1, [token])])
-        if late:
-            whole.append(mixed[0])
-            chunked.append(mixed[1])
-        else:
-            chunked.append(mixed[0])
-            late.append(mixed[1])
-            whole.append(mixed[2])
+    rows.step({0: prompt, 1: prompt[:CHUNK]})
+    assert len(beats) == model.num_layers
+    for start in range(CHUNK, len(prompt), CHUNK):
+        rows.step({1: prompt[start : start + CHUNK]})
+    for index, token in enumerate(tail):
+        late = {2: ids} if index == 0 else {}
+        rows.step({1: [token], **late, 0: [token]})
     if group.rank != 0:
         return None
-    result = torch.cat([part for part in whole if part is not None])
-    others = [torch.cat([part for part in chunked if part is not None])]
-    others += [part for part in late if part is not None]
-    for other in others:
-        torch.testing.assert_close(other, result, atol=1e-4, rtol=0)
-    return result
+    for other in (1, 2) if tail else (1,):
+        torch.testing.assert_close(rows.logits(other), rows.logits(0), atol=1e-4, rtol=0)
+    return rows.logits(0)
 
 
 def main() -> None:
     torch.set_num_threads(1)
     checkpoints, output = Path(sys.argv[1]), Path(sys.argv[2])
     group = init_group("cpu", timeout=60)
-    results = {}
+    results: dict[str, torch.Tensor | str | None] = {}
     for case in CASES:
         try:
             results[case.name] = run_case(case, checkpoints, group)

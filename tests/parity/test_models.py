@@ -50,9 +50,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module", params=[1, 2, 3], ids=lambda ranks: f"{ranks}-ranks")
-def results(
-    request: pytest.FixtureRequest, checkpoints: Path
-) -> dict[str, torch.Tensor | str]:
+def results(request: pytest.FixtureRequest, checkpoints: Path) -> dict[str, torch.Tensor | str]:
     """All cases by one group of processes."""
     world_size: int = request.param
     output = checkpoints / f"results-{world_size}.pt"
