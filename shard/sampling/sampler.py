@@ -98,7 +98,8 @@ def _gumbel_max(
     scores: npt.NDArray[np.float32], seed: int, output_position: int, sample_index: int
 ) -> int:
     """One row's winner; tokens without a chance get no noise. scores: float32[vocab]."""
-    candidates = np.flatnonzero(scores >= scores.max() - np.float32(_HOPELESS))
+    # Not ">=": of a broken model's NaNs, too, some token is taken.
+    candidates = np.flatnonzero(~(scores < scores.max() - np.float32(_HOPELESS)))
     if len(candidates) <= len(scores) * _SPARSE:
         noise = gumbel_noise_at(seed, output_position, sample_index, candidates)
         return int(candidates[(scores[candidates] + noise).argmax()])
