@@ -1,0 +1,118 @@
+"""Any model over any number of shards: everything is covered once, and the work is even."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from headgate.shard.errors import ModelError
+from headgate.shard.model_config import ModelConfig, parse_model_config
+from headgate.shard.partition import Partition, make_partition, split_evenly
+
+
+def config(
+    heads: int,
+    groups: int,
+    *,
+    hidden: int = 576,
+    intermediate: int = 1536,
+    vocab: int = 49152,
+    layers: int = 30,
+    head_dim: int = 64,
+) -> ModelConfig:
+    return parse_model_config(
+        {
+            "architectures": ["LlamaForCausalLM"],
+            "vocab_size": vocab,
+            "hidden_size": hidden,
+            "intermediate_size": intermediate,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": groups,
+            "head_dim": head_dim,
+        },
+        {},
+    )
+
+
+def work(model: ModelConfig, cut: Partition) -> list[int]:
+    """Weights that each rank multiplies with, over hidden_size."""
+    return [
+        model.num_layers * (2 * model.head_dim * (len(q) + len(kv)) + 3 * len(columns)) + len(ids)
+        for q, kv, columns, ids in zip(
+            cut.heads, cut.kv_heads, cut.mlp_columns, cut.vocabulary, strict=True
+        )
+    ]
+
+
+def assert_covers(ranges: tuple[range, ...], total: int) -> None:
+    assert ranges[0].start == 0 and ranges[-1].stop == total
+    assert all(left.stop == right.start for left, right in pairwise(ranges))
+    assert all(len(part) > 0 for part in ranges)
+
+
+def test_nine_heads_in_three_groups_over_two() -> None:
+    model = config(9, 3)
+    cut = make_partition(model, 2)
+    assert cut.heads == (range(6), range(6, 9))
+    assert cut.kv_heads == (range(2), range(2, 3))
+    # The rank with two groups gets fewer columns: 683 would be even, and cuts fall on tiles of 16.
+    assert [len(columns) for columns in cut.mlp_columns] == [688, 848]
+    assert max(work(model, cut)) / min(work(model, cut)) < 1.001
+
+
+def test_more_ranks_than_groups_share_key_value_heads() -> None:
+    cut = make_partition(config(9, 3), 4)
+    assert cut.heads == (range(2), range(2, 3), range(3, 6), range(6, 9))
+    assert cut.kv_heads == (range(1), range(1), range(1, 2), range(2, 3))
+
+
+def test_one_rank_has_everything() -> None:
+    model = config(9, 3)
+    cut = make_partition(model, 1)
+    assert (cut.heads, cut.kv_heads) == ((range(9),), (range(3),))
+    assert (cut.mlp_columns, cut.vocabulary) == ((range(1536),), (range(49152),))
+
+
+@given(
+    groups=st.integers(1, 8),
+    per_group=st.integers(1, 8),
+    data=st.data(),
+    intermediate=st.integers(64, 3000),
+    vocab=st.integers(64, 60000),
+)
+def test_any_world_size(
+    groups: int, per_group: int, data: st.DataObject, intermediate: int, vocab: int
+) -> None:
+    model = config(groups * per_group, groups, intermediate=intermediate, vocab=vocab, head_dim=16)
+    world_size = data.draw(st.integers(1, model.num_heads))
+    cut = make_partition(model, world_size)
+    assert_covers(cut.heads, model.num_heads)
+    assert_covers(cut.mlp_columns, intermediate)
+    assert_covers(cut.vocabulary, vocab)
+    for heads, kv_heads in zip(cut.heads, cut.kv_heads, strict=True):
+        assert {head // per_group for head in heads} == set(kv_heads)
+        assert len(heads) % len(kv_heads) == 0
+    # Where the MLP's columns can make up for attention, the totals are within a tile's work.
+    attention = [2 * 16 * (len(q) + len(kv)) for q, kv in zip(cut.heads, cut.kv_heads, strict=True)]
+    if (max(attention) - min(attention)) * world_size < intermediate:
+        totals = [a + 3 * len(c) for a, c in zip(attention, cut.mlp_columns, strict=True)]
+        assert max(totals) - min(totals) <= 3 * 16
+
+
+@pytest.mark.parametrize("world_size", [0, 10, -1])
+def test_world_sizes_that_do_not_fit(world_size: int) -> None:
+    with pytest.raises(ModelError, match=r"9 attention heads.*not"):
+        make_partition(config(9, 3), world_size)
+
+
+def test_too_few_columns() -> None:
+    with pytest.raises(ModelError, match="3 MLP columns cannot be split over 4 shards"):
+        make_partition(config(4, 4, intermediate=3), 4)
+
+
+def test_split_evenly() -> None:
+    assert split_evenly(7, 3) == [range(3), range(3, 5), range(5, 7)]
