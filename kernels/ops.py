@@ -77,7 +77,12 @@ def embedding(
     return _table["embedding"](ids, weight, first_id, dtype)
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def pack_linear(weight: torch.Tensor, dtype: torch.dtype) -> Any:
+    """What `linear` takes as its weight: the tensor itself, or the back end's packed form of it."""
+    return _table["pack_linear"](weight, dtype)
+
+
+def linear(x: torch.Tensor, weight: Any, bias: torch.Tensor | None = None) -> torch.Tensor:
     return _table["linear"](x, weight, bias)
 
 

@@ -35,6 +35,11 @@ def embedding(
     return rows.masked_fill_(~inside.unsqueeze(-1), 0)
 
 
+def pack_linear(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """weight[O, I], whose values `dtype` can hold, in the form that `linear` likes best."""
+    return weight
+
+
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """x[T, I] times the transpose of weight[O, I], plus bias[O]: [T, O]."""
     return F.linear(x, weight, bias)
@@ -251,6 +256,7 @@ OPS: dict[str, Callable[..., Any]] = {
     function.__name__: function
     for function in (
         embedding,
+        pack_linear,
         linear,
         rms_norm,
         rms_norm_residual,

@@ -1,0 +1,168 @@
+// Norms, gated activations, rotary embedding and the write into the paged cache, on float32.
+//
+// A row's result depends on that row alone.
+#pragma once
+
+#include "kernels.h"
+#include "simd.h"
+
+namespace {
+
+using namespace headgate;
+
+struct Rows {
+  int64_t first, last;
+};
+
+HG_INLINE Rows rows_of_tile(int64_t rows, int64_t rows_per_tile, int64_t tile) {
+  const int64_t first = tile * rows_per_tile;
+  return {first, first + rows_per_tile < rows ? first + rows_per_tile : rows};
+}
+
+// Calls body(offset, load function, store function) for each vector of `size` floats.
+template <class Body>
+HG_INLINE void for_each_vector(int64_t size, Body body) {
+  int64_t i = 0;
+  for (; i + VL <= size; i += VL)
+    body(i, [](const float* p) { return load(p); }, [](float* p, vf x) { store(p, x); });
+  if (i < size) {
+    const int n = (int)(size - i);
+    body(i, [n](const float* p) { return load_n(p, n); },
+         [n](float* p, vf x) { store_n(p, x, n); });
+  }
+}
+
+void rms_norm_row(const float* x, const float* residual, const float* weight, float* out,
+                  float* total, int64_t size, float eps) {
+  vf squares[4] = {set1(0.0f), set1(0.0f), set1(0.0f), set1(0.0f)};
+  for_each_vector(size, [&](int64_t i, auto get, auto put) {
+    vf y = get(x + i);
+    if (residual) {
+      y = y + get(residual + i);
+      put(total + i, y);
+    }
+    vf& sum = squares[i / VL % 4];
+    sum = fma(y, y, sum);
+  });
+  const float mean = sum_lanes((squares[0] + squares[1]) + (squares[2] + squares[3])) / (float)size;
+  const vf scale = set1(1.0f / __builtin_sqrtf(mean + eps));
+  const float* source = residual ? total : x;
+  for_each_vector(size, [&](int64_t i, auto get, auto put) {
+    put(out + i, get(source + i) * scale * get(weight + i));
+  });
+}
+
+void rms_norm_tile(const void* data, int64_t tile) {
+  const NormJob& job = *(const NormJob*)data;
+  const Rows rows = rows_of_tile(job.rows, job.rows_per_tile, tile);
+  for (int64_t r = rows.first; r < rows.last; ++r)
+    rms_norm_row(job.x + r * job.x_stride,
+                 job.residual ? job.residual + r * job.residual_stride : nullptr, job.weight,
+                 job.out + r * job.size, job.total ? job.total + r * job.size : nullptr, job.size,
+                 job.eps);
+}
+
+template <int A>
+HG_INLINE vf activate(vf x) {
+  if constexpr (A == kSilu) return x * sigmoid_v(x);
+  const vf half = x * set1(0.5f);
+  if constexpr (A == kGeluErf)
+    return half * (set1(1.0f) + erf_v(x * set1(0.70710678118654752f)));
+  const vf inner = fma(x * x * x, set1(0.044715f), x) * set1(0.79788456080286536f);
+  return half * (set1(1.0f) + tanh_v(inner));
+}
+
+template <int A>
+void gate_rows(const GateJob& job, Rows rows) {
+  for (int64_t r = rows.first; r < rows.last; ++r) {
+    const float* gate = job.x + r * job.x_stride;
+    const float* up = gate + job.size;
+    float* out = job.out + r * job.size;
+    for_each_vector(job.size, [&](int64_t i, auto get, auto put) {
+      put(out + i, activate<A>(get(gate + i)) * get(up + i));
+    });
+  }
+}
+
+void gate_tile(const void* data, int64_t tile) {
+  const GateJob& job = *(const GateJob*)data;
+  const Rows rows = rows_of_tile(job.rows, job.rows_per_tile, tile);
+  if (job.activation == kSilu) gate_rows<kSilu>(job, rows);
+  else if (job.activation == kGeluTanh) gate_rows<kGeluTanh>(job, rows);
+  else gate_rows<kGeluErf>(job, rows);
+}
+
+void rotate_heads(float* x, int64_t head_stride, int heads, const float* cos, const float* sin,
+                  int64_t half) {
+  for (int h = 0; h < heads; ++h, x += head_stride) {
+    for_each_vector(half, [&](int64_t i, auto get, auto put) {
+      const vf a = get(x + i), b = get(x + half + i), c = get(cos + i), s = get(sin + i);
+      put(x + i, fma(a, c, set1(0.0f) - b * s));
+      put(x + half + i, fma(b, c, a * s));
+    });
+  }
+}
+
+void rotary_tile(const void* data, int64_t tile) {
+  const RotaryJob& job = *(const RotaryJob*)data;
+  const Rows rows = rows_of_tile(job.tokens, job.tokens_per_tile, tile);
+  const int64_t half = job.rotary_dim / 2;
+  for (int64_t t = rows.first; t < rows.last; ++t) {
+    const float* cos = job.cos_sin + job.positions[t] * job.rotary_dim;
+    rotate_heads(job.q + t * job.q_token_stride, job.q_head_stride, job.heads, cos, cos + half, half);
+    rotate_heads(job.k + t * job.k_token_stride, job.k_head_stride, job.kv_heads, cos, cos + half,
+                 half);
+  }
+}
+
+// Rounds to nearest, ties to even, as torch does; NaN stays NaN.
+HG_INLINE uint16_t to_bf16(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  if ((bits & 0x7fffffff) > 0x7f800000) return (uint16_t)(bits >> 16 | 0x40);
+  return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+HG_INLINE uint16_t to_f16(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  const uint32_t sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+  if (magnitude > 0x7f800000) return (uint16_t)(sign | 0x7e00);
+  if (magnitude >= 0x477ff000) return (uint16_t)(sign | 0x7c00);  // rounds past the largest half
+  if (magnitude < 0x38800000) {  // subnormal: adding 0.5 lines up the bits and rounds them
+    float y;
+    memcpy(&y, &magnitude, 4);
+    y += 0.5f;
+    uint32_t rounded;
+    memcpy(&rounded, &y, 4);
+    return (uint16_t)(sign | (rounded - 0x3f000000));
+  }
+  const uint32_t rounded = magnitude + 0xfff + (magnitude >> 13 & 1) - 0x38000000;
+  return (uint16_t)(sign | rounded >> 13);
+}
+
+void write_token(const float* from, int64_t head_stride, void* cache, int64_t at, int heads, int dim,
+                 int dtype) {
+  for (int h = 0; h < heads; ++h, from += head_stride, at += dim) {
+    if (dtype == kFloat32) {
+      memcpy((float*)cache + at, from, sizeof(float) * dim);
+      continue;
+    }
+    uint16_t* to = (uint16_t*)cache + at;
+    for (int d = 0; d < dim; ++d) to[d] = dtype == kBFloat16 ? to_bf16(from[d]) : to_f16(from[d]);
+  }
+}
+
+void write_kv_tile(const void* data, int64_t tile) {
+  const WriteKvJob& job = *(const WriteKvJob*)data;
+  const Rows rows = rows_of_tile(job.tokens, job.tokens_per_tile, tile);
+  for (int64_t t = rows.first; t < rows.last; ++t) {
+    const int64_t at = job.slots[t] * job.kv_heads * job.head_dim;
+    write_token(job.k + t * job.k_token_stride, job.k_head_stride, job.k_cache, at, job.kv_heads,
+                job.head_dim, job.cache_dtype);
+    write_token(job.v + t * job.v_token_stride, job.v_head_stride, job.v_cache, at, job.kv_heads,
+                job.head_dim, job.cache_dtype);
+  }
+}
+
+}  // namespace

@@ -1,0 +1,267 @@
+// The library's C functions: each describes an operation as a job and shares its tiles out.
+//
+// Pointers are the caller's; nothing is kept after a call returns. Strides are in elements. Shapes
+// are checked in Python, before the call.
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "kernels.h"
+#include "thread_pool.h"
+
+namespace headgate {
+namespace {
+
+const Kernels* kernels = nullptr;
+
+bool supported(const char* name) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("f16c");
+  if (!strcmp(name, "avx512"))
+    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (!strcmp(name, "avx2")) return avx2;
+#endif
+  return !strcmp(name, "generic");
+}
+
+const Kernels* const kAll[] = {
+#if defined(__x86_64__)
+    &kernels_avx512, &kernels_avx2,
+#endif
+    &kernels_generic,
+};
+
+// Memory of the calling thread that grows and stays, aligned to cache lines.
+float* scratch(int slot, int64_t floats) {
+  struct Free {
+    void operator()(float* p) const { free(p); }
+  };
+  thread_local std::unique_ptr<float, Free> memory[2];
+  thread_local int64_t size[2] = {0, 0};
+  if (size[slot] < floats) {
+    const size_t bytes = (size_t(floats) * sizeof(float) + 4095) / 4096 * 4096;
+    memory[slot].reset(static_cast<float*>(aligned_alloc(64, bytes)));
+    size[slot] = memory[slot] ? int64_t(bytes / sizeof(float)) : 0;
+  }
+  return memory[slot].get();
+}
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Rows that one tile takes when each costs about `cost` nanoseconds: enough that claiming it is
+// cheap, and the whole operation stays on the caller where waking a thread would cost more.
+int64_t rows_per_tile(int64_t rows, int64_t cost) {
+  constexpr int64_t kWorthSharing = 4000;
+  const int64_t least = divide_up(kWorthSharing, cost < 1 ? 1 : cost);
+  const int64_t even = divide_up(rows, int64_t(num_threads()) * 4);
+  return least > even ? least : even;
+}
+
+template <class Job>
+void run(void (*function)(const void*, int64_t), const Job& job, int64_t tiles) {
+  run_tiles(function, &job, tiles);
+}
+
+// What attention on one call is cut into.
+struct Items {
+  std::vector<AttentionItem> attend;
+  std::vector<MergeItem> merge;
+  int64_t partials = 0;
+};
+
+// Prompt chunks in query tiles, the longest contexts first; then decode rows. A row with a single
+// query tile is cut along its keys where there would be too few items to keep all threads busy.
+void plan_attention(const AttentionJob& job, Items& items) {
+  const int group = job.heads / job.kv_heads;
+  int64_t tiles = 0;
+  for (int r = 0; r < job.rows; ++r)
+    tiles += divide_up(int64_t(job.cu_query_lens[r + 1] - job.cu_query_lens[r]) * group, kQueryTile);
+  const int threads = num_threads();
+  const bool cut = threads > 1 && tiles * job.kv_heads < 4 * threads;
+  for (const bool single : {false, true}) {
+    for (int r = 0; r < job.rows; ++r) {
+      const int32_t tokens = job.cu_query_lens[r + 1] - job.cu_query_lens[r];
+      const int64_t queries = int64_t(tokens) * group;
+      if (!tokens || (queries <= kQueryTile) != single) continue;
+      const int32_t position = job.context_lens[r] - tokens;
+      for (int64_t tile = divide_up(queries, kQueryTile); tile-- > 0;) {
+        const int first = int(tile * kQueryTile);
+        const int count = int(queries - first < kQueryTile ? queries - first : kQueryTile);
+        const int32_t low = position + first / group, high = position + (first + count - 1) / group;
+        const int32_t start = job.window && low >= job.window ? low - job.window + 1 : 0;
+        const int32_t begin = start / kPartition, end = high / kPartition + 1;
+        for (int h = 0; h < job.kv_heads; ++h) {
+          if (!cut || !single || end - begin == 1) {
+            items.attend.push_back({r, h, first, count, begin, end, -1});
+            continue;
+          }
+          items.merge.push_back({r, h, first, count, end - begin, items.partials});
+          for (int32_t p = begin; p < end; ++p) {
+            items.attend.push_back({r, h, first, count, p, p + 1, items.partials});
+            items.partials += partial_size(count, job.head_dim);
+          }
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace headgate
+
+using namespace headgate;
+
+#define HG_API extern "C" __attribute__((visibility("default")))
+
+// Chooses the instruction set: `name`, or the best there is where it is empty. Returns its name, or
+// null where this machine or build does not have it.
+HG_API const char* hg_init(const char* name) {
+  for (const Kernels* k : kAll) {
+    if ((!*name || !strcmp(name, k->name)) && supported(k->name)) {
+      kernels = k;
+      return k->name;
+    }
+  }
+  return nullptr;
+}
+
+HG_API void hg_set_num_threads(int32_t count) { set_num_threads(count); }
+HG_API int32_t hg_num_threads() { return num_threads(); }
+HG_API void hg_set_spin(int32_t microseconds) { set_spin(microseconds); }
+
+HG_API int64_t hg_packed_bytes(int64_t columns, int64_t inner, int32_t dtype) {
+  const int64_t padded = dtype == kBFloat16 ? (inner + 1) / 2 * 2 : inner;
+  return divide_up(columns, kPanel) * kPanel * padded * (dtype == kFloat32 ? 4 : 2);
+}
+
+// weight[columns, inner] in `dtype` to the panels that hg_linear reads (see linear.h).
+HG_API void hg_pack_weight(const void* weight, int64_t columns, int64_t inner, int32_t dtype,
+                           void* packed) {
+  memset(packed, 0, size_t(hg_packed_bytes(columns, inner, dtype)));
+  const int64_t padded = dtype == kBFloat16 ? (inner + 1) / 2 * 2 : inner;
+  for (int64_t n = 0; n < columns; ++n) {
+    const int64_t panel = n / kPanel * padded * kPanel, lane = n % kPanel;
+    if (dtype == kFloat32) {
+      const float* from = static_cast<const float*>(weight) + n * inner;
+      float* to = static_cast<float*>(packed) + panel + lane;
+      for (int64_t k = 0; k < inner; ++k) to[k * kPanel] = from[k];
+      continue;
+    }
+    const uint16_t* from = static_cast<const uint16_t*>(weight) + n * inner;
+    uint16_t* to = static_cast<uint16_t*>(packed) + panel;
+    if (dtype == kFloat16)
+      for (int64_t k = 0; k < inner; ++k) to[k * kPanel + lane] = from[k];
+    else
+      for (int64_t k = 0; k < inner; ++k) to[k / 2 * 2 * kPanel + lane * 2 + k % 2] = from[k];
+  }
+}
+
+HG_API int32_t hg_linear(const float* x, int64_t rows, int64_t inner, int64_t x_stride,
+                         const void* weight, int32_t dtype, int64_t columns, const float* bias,
+                         float* y, int64_t y_stride) {
+  if (rows == 0 || columns == 0) return 0;
+  const int64_t row_tiles = divide_up(rows, kernels->tile_rows);
+  if (rows > 1) {
+    float* packed = scratch(0, rows * inner);
+    if (!packed) return -1;
+    const PackRowsJob pack = {x, packed, rows, inner, x_stride, int32_t(row_tiles)};
+    run(kernels->pack_rows, pack, row_tiles);
+    x = packed;
+  }
+  const int64_t panels = divide_up(columns, kPanel), threads = num_threads();
+  // A few tiles for each thread even out what the system takes away; more cost claims.
+  const int64_t wanted = threads == 1 ? 1 : threads * 8;
+  const int64_t panels_per_tile = panels > wanted ? panels / wanted : 1;
+  const int64_t panel_tiles = divide_up(panels, panels_per_tile);
+  int64_t groups = panel_tiles < wanted / 2 ? divide_up(wanted / 2, panel_tiles) : 1;
+  if (groups > row_tiles) groups = row_tiles;
+  const LinearJob job = {x,        weight, bias,  y,     rows, inner, columns,
+                         y_stride, dtype,  int32_t(row_tiles), panels_per_tile, int32_t(groups)};
+  run(kernels->linear, job, panel_tiles * groups);
+  return 0;
+}
+
+HG_API int32_t hg_paged_attention(const float* q, int64_t q_token_stride, int64_t q_head_stride,
+                                  const void* k_cache, const void* v_cache, int32_t cache_dtype,
+                                  const int32_t* cu_query_lens, const int32_t* context_lens,
+                                  const int32_t* block_tables, int64_t table_stride, int32_t rows,
+                                  int32_t heads, int32_t kv_heads, int32_t head_dim,
+                                  int32_t block_size, float scale, int32_t window, float soft_cap,
+                                  float* out) {
+  AttentionJob job = {};
+  job.q = q;
+  job.k_cache = k_cache;
+  job.v_cache = v_cache;
+  job.out = out;
+  job.cu_query_lens = cu_query_lens;
+  job.context_lens = context_lens;
+  job.block_tables = block_tables;
+  job.q_token_stride = q_token_stride;
+  job.q_head_stride = q_head_stride;
+  job.table_stride = table_stride;
+  job.rows = rows;
+  job.heads = heads;
+  job.kv_heads = kv_heads;
+  job.head_dim = head_dim;
+  job.block_size = block_size;
+  job.cache_dtype = cache_dtype;
+  job.window = window;
+  job.scale = scale;
+  job.soft_cap = soft_cap;
+  thread_local Items items;
+  items.attend.clear();
+  items.merge.clear();
+  items.partials = 0;
+  plan_attention(job, items);
+  if (items.partials && !(job.partials = scratch(1, items.partials))) return -1;
+  job.items = items.attend.data();
+  run(kernels->attention, job, int64_t(items.attend.size()));
+  if (!items.merge.empty()) {
+    const MergeJob merge = {&job, items.merge.data()};
+    run(kernels->attention_merge, merge, int64_t(items.merge.size()));
+  }
+  return 0;
+}
+
+// out = rms_norm(x) * weight; with a residual: total = x + residual, out = rms_norm(total) * weight.
+HG_API void hg_rms_norm(const float* x, int64_t x_stride, const float* residual,
+                        int64_t residual_stride, const float* weight, float* out, float* total,
+                        int64_t rows, int64_t size, float eps) {
+  const int64_t per_tile = rows_per_tile(rows, size / 4);
+  const NormJob job = {x,    residual, weight,   out,      total,           rows,
+                       size, per_tile, x_stride, residual_stride, eps};
+  run(kernels->rms_norm, job, divide_up(rows, per_tile));
+}
+
+HG_API void hg_gate(const float* x, int64_t x_stride, float* out, int64_t rows, int64_t size,
+                    int32_t activation) {
+  const int64_t per_tile = rows_per_tile(rows, size / 2);
+  const GateJob job = {x, out, rows, size, per_tile, x_stride, activation};
+  run(kernels->gate, job, divide_up(rows, per_tile));
+}
+
+HG_API void hg_rotary(float* q, int64_t q_token_stride, int64_t q_head_stride, float* k,
+                      int64_t k_token_stride, int64_t k_head_stride, const int64_t* positions,
+                      const float* cos_sin, int64_t tokens, int32_t heads, int32_t kv_heads,
+                      int32_t rotary_dim) {
+  const int64_t per_tile = rows_per_tile(tokens, int64_t(heads + kv_heads) * rotary_dim / 4);
+  const RotaryJob job = {q,        k,        positions,      cos_sin,       tokens,
+                         per_tile, q_token_stride, q_head_stride, k_token_stride, k_head_stride,
+                         heads,    kv_heads, rotary_dim};
+  run(kernels->rotary, job, divide_up(tokens, per_tile));
+}
+
+HG_API void hg_write_kv(const float* k, int64_t k_token_stride, int64_t k_head_stride,
+                        const float* v, int64_t v_token_stride, int64_t v_head_stride, void* k_cache,
+                        void* v_cache, int32_t cache_dtype, const int64_t* slots, int64_t tokens,
+                        int32_t kv_heads, int32_t head_dim) {
+  const int64_t per_tile = rows_per_tile(tokens, int64_t(kv_heads) * head_dim / 2);
+  const WriteKvJob job = {k,        v,        k_cache,        v_cache,       slots,
+                          tokens,   per_tile, k_token_stride, k_head_stride, v_token_stride,
+                          v_head_stride, kv_heads, head_dim,  cache_dtype};
+  run(kernels->write_kv, job, divide_up(tokens, per_tile));
+}

@@ -1,0 +1,16 @@
+// The kernels of one instruction set. Built once per set; HG_TABLE names the table it defines.
+#include "attention.h"
+#include "elementwise.h"
+#include "linear.h"
+
+namespace headgate {
+
+#define HG_TEXT_OF(x) #x
+#define HG_TEXT(x) HG_TEXT_OF(x)
+
+extern const Kernels HG_TABLE = {
+    HG_TEXT(HG_NAME), kTileRows,       pack_rows_tile, linear_tile, attention_tile,
+    attention_merge_tile, rms_norm_tile, gate_tile,      rotary_tile, write_kv_tile,
+};
+
+}  // namespace headgate

@@ -1,0 +1,156 @@
+// What one instruction set offers: plain functions over plain memory, each computing one tile.
+//
+// A job describes a whole operation and lives on the caller's stack; the thread pool hands out its
+// tiles. Strides are in elements. Results for one row never depend on what else is in the job.
+#pragma once
+
+#include <stdint.h>
+
+namespace headgate {
+
+enum DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+// Packed weights come in panels of so many output columns, whatever the instruction set.
+constexpr int kPanel = 32;
+// Rows of the input that one inner loop takes at most; packed inputs are padded to nothing: a tile
+// of m rows is stored as [K][m].
+constexpr int kMaxTileRows = 12;
+
+// y[M, N] = x[M, K] w[N, K]^T + bias[N]
+struct LinearJob {
+  const float* x;         // packed row tiles (see pack_rows), or x itself where M is 1
+  const void* weight;     // packed panels
+  const float* bias;      // or null
+  float* y;
+  int64_t rows, inner, columns;
+  int64_t y_stride;
+  int32_t weight_dtype;
+  int32_t row_tiles;      // x is cut into so many tiles of nearly equal height
+  int64_t panels_per_tile;
+  int32_t row_groups;     // tiles of work along the rows: 1 unless there are too few panels
+};
+
+struct PackRowsJob {
+  const float* x;
+  float* packed;
+  int64_t rows, inner, x_stride;
+  int32_t row_tiles;
+};
+
+// Rows [first, last) of row tile `tile` when `rows` are cut into `tiles`.
+struct RowRange {
+  int64_t first, last;
+};
+static inline RowRange row_range(int64_t rows, int64_t tiles, int64_t tile) {
+  return {rows * tile / tiles, rows * (tile + 1) / tiles};
+}
+
+constexpr int kMaxHeadDim = 256;
+// Query rows (tokens times heads of a group) that one tile of attention takes.
+constexpr int kQueryTile = 64;
+// Keys are taken in blocks and partitions that start at multiples of these absolute positions,
+// for every kind of row: this fixes the order of all sums.
+constexpr int kKeyBlock = 64;
+constexpr int kPartition = 256;
+
+// A part of the work on one row and key/value head.
+struct AttentionItem {
+  int32_t row, kv_head;
+  int32_t query_first, query_count;          // query rows, token-major over the heads of the group
+  int32_t partition_first, partition_last;   // partitions of keys [first, last)
+  int64_t partial;                           // where to leave results in `partials`; -1: in `out`
+};
+
+struct AttentionJob {
+  const float* q;
+  const void* k_cache;
+  const void* v_cache;
+  float* out;                                // [T, H, D] without gaps
+  const int32_t* cu_query_lens;
+  const int32_t* context_lens;
+  const int32_t* block_tables;
+  const AttentionItem* items;
+  float* partials;
+  int64_t q_token_stride, q_head_stride, table_stride;
+  int32_t rows, heads, kv_heads, head_dim, block_size, cache_dtype;
+  int32_t window;                            // 0: none
+  float scale, soft_cap;                     // 0: none
+};
+
+// Floats that an item of n query rows leaves: maximum, sum, and the weighted sum of values.
+static inline int64_t partial_size(int64_t query_rows, int64_t head_dim) {
+  return query_rows * (2 + head_dim);
+}
+
+// Puts the partials of one row and head together in ascending order of their keys.
+struct MergeItem {
+  int32_t row, kv_head;
+  int32_t query_first, query_count;
+  int32_t partitions;
+  int64_t partial;                           // the first one's place; the others follow
+};
+struct MergeJob {
+  const AttentionJob* attention;
+  const MergeItem* items;
+};
+
+struct NormJob {
+  const float* x;
+  const float* residual;                     // or null
+  const float* weight;
+  float* out;
+  float* total;                              // x + residual, where there is a residual
+  int64_t rows, size, rows_per_tile;
+  int64_t x_stride, residual_stride;
+  float eps;
+};
+
+enum Activation : int32_t { kSilu = 0, kGeluTanh = 1, kGeluErf = 2 };
+struct GateJob {
+  const float* x;                            // [rows, 2 * size] = [gate, up]
+  float* out;                                // [rows, size]
+  int64_t rows, size, rows_per_tile, x_stride;
+  int32_t activation;
+};
+
+struct RotaryJob {
+  float* q;                                  // both are rotated in place
+  float* k;
+  const int64_t* positions;
+  const float* cos_sin;                      // [positions, rotary_dim]
+  int64_t tokens, tokens_per_tile;
+  int64_t q_token_stride, q_head_stride, k_token_stride, k_head_stride;
+  int32_t heads, kv_heads, rotary_dim;
+};
+
+struct WriteKvJob {
+  const float* k;
+  const float* v;
+  void* k_cache;
+  void* v_cache;
+  const int64_t* slots;
+  int64_t tokens, tokens_per_tile;
+  int64_t k_token_stride, k_head_stride, v_token_stride, v_head_stride;
+  int32_t kv_heads, head_dim, cache_dtype;
+};
+
+struct Kernels {
+  const char* name;
+  int tile_rows;  // tallest row tile of linear
+  void (*pack_rows)(const void* job, int64_t tile);
+  void (*linear)(const void* job, int64_t tile);
+  void (*attention)(const void* job, int64_t tile);
+  void (*attention_merge)(const void* job, int64_t tile);
+  void (*rms_norm)(const void* job, int64_t tile);
+  void (*gate)(const void* job, int64_t tile);
+  void (*rotary)(const void* job, int64_t tile);
+  void (*write_kv)(const void* job, int64_t tile);
+};
+
+extern const Kernels kernels_generic;
+#if defined(__x86_64__)
+extern const Kernels kernels_avx2;
+extern const Kernels kernels_avx512;
+#endif
+
+}  // namespace headgate

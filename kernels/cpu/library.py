@@ -1,0 +1,56 @@
+"""Loads the compiled kernels with ctypes and declares their functions. It checks no shapes."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import os
+
+from headgate.kernels.cpu import build
+
+_log = logging.getLogger(__name__)
+
+_P, _I, _L, _F = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
+
+# Result and arguments of each function in interface.cpp.
+_SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
+    "hg_init": (ctypes.c_char_p, (ctypes.c_char_p,)),
+    "hg_set_num_threads": (None, (_I,)),
+    "hg_num_threads": (_I, ()),
+    "hg_set_spin": (None, (_I,)),
+    "hg_packed_bytes": (_L, (_L, _L, _I)),
+    "hg_pack_weight": (None, (_P, _L, _L, _I, _P)),
+    "hg_linear": (_I, (_P, _L, _L, _L, _P, _I, _L, _P, _P, _L)),
+    "hg_paged_attention": (
+        _I,
+        (_P, _L, _L, _P, _P, _I, _P, _P, _P, _L, _I, _I, _I, _I, _I, _F, _I, _F, _P),
+    ),
+    "hg_rms_norm": (None, (_P, _L, _P, _L, _P, _P, _P, _L, _L, _F)),
+    "hg_gate": (None, (_P, _L, _P, _L, _L, _I)),
+    "hg_rotary": (None, (_P, _L, _L, _P, _L, _L, _P, _P, _L, _I, _I, _I)),
+    "hg_write_kv": (None, (_P, _L, _L, _P, _L, _L, _P, _P, _I, _P, _L, _I, _I)),
+}
+
+
+@functools.cache
+def load() -> ctypes.CDLL | None:
+    """The library, compiled first if need be; None, after one warning, where that cannot be done.
+
+    HEADGATE_CPU_ISA=avx512|avx2|generic asks for less than the machine's best instruction set.
+    """
+    try:
+        library = ctypes.CDLL(str(build.ensure_built()))
+    except (build.BuildError, OSError) as error:
+        _log.warning("the C++ kernels are not used, which makes this CPU slower: %s", error)
+        return None
+    for name, (result, arguments) in _SIGNATURES.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    wanted = os.environ.get("HEADGATE_CPU_ISA", "")
+    chosen = library.hg_init(wanted.encode())
+    if chosen is None:
+        _log.warning("the C++ kernels are not used: HEADGATE_CPU_ISA=%s is not to be had", wanted)
+        return None
+    _log.info("CPU kernels for %s", chosen.decode())
+    return library

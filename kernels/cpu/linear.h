@@ -1,0 +1,193 @@
+// y = x w^T + bias in float32 arithmetic, with weights in float32, bfloat16 or float16.
+//
+// Each output is one chain of fused multiply-adds over k in ascending order, whatever the number of
+// rows, the tile, the number of threads or the width of the vectors: bit-identical in any batch.
+//
+// Packed weights: panels of kPanel output columns. float32 and float16: [K][kPanel]. bfloat16: two k's
+// share a 32-bit lane, [K/2][kPanel][2], so that one shift and one mask widen them, without a
+// shuffle; an odd K is padded with zeros, which are not multiplied. Missing columns are zeros.
+#pragma once
+
+#include "kernels.h"
+#include "simd.h"
+
+namespace {
+
+using namespace headgate;
+
+// Rows and vectors of the inner loop: their product of sums stays in registers.
+constexpr int kTileRows = VL == 16 ? 12 : 6;
+constexpr int kPanelVectors = kPanel / VL;
+// Inputs and weights of so many k's are used while they are in the first-level cache. A sum leaves
+// and enters registers between two such blocks unrounded: the chain stays one.
+constexpr int64_t kInnerBlock = 512;
+// How far ahead of its use a weight is asked for, in bytes.
+constexpr int kPrefetch = 2048;
+
+template <int T>
+constexpr int kElement = T == kFloat32 ? 4 : 2;
+
+template <int T>
+HG_INLINE const char* weight_at(const char* panel, int64_t k) {
+  return panel + k * kPanel * kElement<T>;
+}
+
+// sums[r][v] += x[k][r] * w[k][v] for k of one step: two k's for bfloat16, one for the others.
+template <int T, int R, int V>
+HG_INLINE void step(const float* x, const char* w, bool both, vf (&sums)[R][V]) {
+  vf first[V], second[V];
+#pragma GCC unroll 8
+  for (int v = 0; v < V; ++v) {
+    if constexpr (T == kFloat32) {
+      first[v] = load((const float*)w + v * VL);
+    } else if constexpr (T == kFloat16) {
+      first[v] = load_f16((const uint16_t*)w + v * VL);
+    } else {
+      vi pair = load_int(w + v * VL * 4);
+      first[v] = widen_low(pair);
+      second[v] = widen_high(pair);
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+    vf a = set1(x[r]);
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) sums[r][v] = fma(a, first[v], sums[r][v]);
+  }
+  if constexpr (T == kBFloat16) {
+    if (!both) return;
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      vf a = set1(x[R + r]);
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) sums[r][v] = fma(a, second[v], sums[r][v]);
+    }
+  }
+}
+
+// One block of k's for R rows and V vectors of columns. x[k][R]; y points at the first column.
+template <int T, int R, int V>
+void multiply(const float* x, const char* w, int64_t inner, float* y, int64_t y_stride,
+              int64_t columns, bool resume) {
+  vf sums[R][V];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) {
+      const int64_t left = columns - v * VL;
+      if (!resume || left <= 0) sums[r][v] = set1(0.0f);
+      else if (left >= VL) sums[r][v] = load(y + r * y_stride + v * VL);
+      else sums[r][v] = load_n(y + r * y_stride + v * VL, (int)left);
+    }
+  }
+  constexpr int kStep = T == kBFloat16 ? 2 : 1;
+  constexpr int kBytes = kStep * kPanel * kElement<T>;
+  int64_t k = 0;
+  for (; k + kStep <= inner; k += kStep) {
+    __builtin_prefetch(w + kPrefetch);
+    if constexpr (kBytes > 64) __builtin_prefetch(w + kPrefetch + 64);
+    step<T, R, V>(x, w, true, sums);
+    x += kStep * R;
+    w += kBytes;
+  }
+  if (k < inner) step<T, R, V>(x, w, false, sums);
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) {
+      const int64_t left = columns - v * VL;
+      if (left >= VL) store(y + r * y_stride + v * VL, sums[r][v]);
+      else if (left > 0) store_n(y + r * y_stride + v * VL, sums[r][v], (int)left);
+    }
+  }
+}
+
+// All columns of one panel for R rows and one block of k's.
+template <int T, int R>
+void multiply_panel(const float* x, const char* w, int64_t inner, float* y, int64_t y_stride,
+                    int64_t columns, bool resume) {
+  // As many vectors as the registers hold sums for.
+  constexpr int kMost = VL == 16 ? 2 : (R <= 3 ? 4 : 2);
+  constexpr int V = kMost < kPanelVectors ? kMost : kPanelVectors;
+  constexpr int kLane = T == kBFloat16 ? 4 : kElement<T>;
+  for (int v = 0; v < kPanelVectors && v * VL < columns; v += V)
+    multiply<T, R, V>(x, w + v * VL * kLane, inner, y + v * VL, y_stride, columns - v * VL, resume);
+}
+
+using PanelFunction = void (*)(const float*, const char*, int64_t, float*, int64_t, int64_t, bool);
+
+template <int T>
+PanelFunction panel_function(int64_t rows) {
+  static const PanelFunction table[] = {
+      multiply_panel<T, 1>, multiply_panel<T, 2>, multiply_panel<T, 3>,
+      multiply_panel<T, 4>, multiply_panel<T, 5>, multiply_panel<T, 6>,
+#if defined(__AVX512F__)
+      multiply_panel<T, 7>, multiply_panel<T, 8>, multiply_panel<T, 9>,
+      multiply_panel<T, 10>, multiply_panel<T, 11>, multiply_panel<T, 12>,
+#endif
+  };
+  static_assert(sizeof table / sizeof *table == kTileRows, "one function for each height");
+  return table[rows - 1];
+}
+
+void add_bias(float* y, int64_t y_stride, int64_t rows, const float* bias, int64_t columns) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < columns; ++c) y[r * y_stride + c] += bias[c];
+}
+
+template <int T>
+void linear_typed(const LinearJob& job, int64_t panel_first, int64_t panel_last, RowRange tiles) {
+  const int64_t padded = T == kBFloat16 ? (job.inner + 1) / 2 * 2 : job.inner;
+  const int64_t panel_bytes = padded * kPanel * kElement<T>;
+  for (int64_t panel = panel_first; panel < panel_last; ++panel) {
+    const char* weight = (const char*)job.weight + panel * panel_bytes;
+    const int64_t column = panel * kPanel;
+    const int64_t columns = job.columns - column < kPanel ? job.columns - column : kPanel;
+    for (int64_t k = 0; k < job.inner; k += kInnerBlock) {
+      const int64_t inner = job.inner - k < kInnerBlock ? job.inner - k : kInnerBlock;
+      for (int64_t tile = tiles.first; tile < tiles.last; ++tile) {
+        const RowRange range = row_range(job.rows, job.row_tiles, tile);
+        const int64_t height = range.last - range.first;
+        panel_function<T>(height)(job.x + range.first * job.inner + k * height,
+                                  weight_at<T>(weight, k), inner,
+                                  job.y + range.first * job.y_stride + column, job.y_stride,
+                                  columns, k > 0);
+      }
+    }
+    if (job.bias) {
+      const int64_t first = row_range(job.rows, job.row_tiles, tiles.first).first;
+      const int64_t last = row_range(job.rows, job.row_tiles, tiles.last - 1).last;
+      add_bias(job.y + first * job.y_stride + column, job.y_stride, last - first,
+               job.bias + column, columns);
+    }
+  }
+}
+
+// Tile: a run of panels for one group of row tiles.
+void linear_tile(const void* data, int64_t tile) {
+  const LinearJob& job = *(const LinearJob*)data;
+  const int64_t panels = (job.columns + kPanel - 1) / kPanel;
+  const int64_t first = tile / job.row_groups * job.panels_per_tile;
+  const int64_t last = first + job.panels_per_tile < panels ? first + job.panels_per_tile : panels;
+  const RowRange tiles = row_range(job.row_tiles, job.row_groups, tile % job.row_groups);
+  if (job.weight_dtype == kBFloat16) linear_typed<kBFloat16>(job, first, last, tiles);
+  else if (job.weight_dtype == kFloat16) linear_typed<kFloat16>(job, first, last, tiles);
+  else linear_typed<kFloat32>(job, first, last, tiles);
+}
+
+// Tile: one row tile, stored as [K][height] so that the inner loop reads one stream.
+void pack_rows_tile(const void* data, int64_t tile) {
+  const PackRowsJob& job = *(const PackRowsJob*)data;
+  const RowRange range = row_range(job.rows, job.row_tiles, tile);
+  const int64_t height = range.last - range.first;
+  float* packed = job.packed + range.first * job.inner;
+  const float* x = job.x + range.first * job.x_stride;
+  // Sixteen k's of all rows at a time: their lines are in the cache for both sides.
+  for (int64_t k = 0; k < job.inner; k += 16) {
+    const int64_t end = k + 16 < job.inner ? k + 16 : job.inner;
+    for (int64_t r = 0; r < height; ++r)
+      for (int64_t i = k; i < end; ++i) packed[i * height + r] = x[r * job.x_stride + i];
+  }
+}
+
+}  // namespace

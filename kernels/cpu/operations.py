@@ -1,0 +1,255 @@
+"""The operations as Python functions over tensors: checks what the C++ takes, allocates, calls.
+
+What a call means is said in `headgate.kernels.reference`, which also does whatever the C++ does not
+take: other dtypes, odd strides, head dims above 256. The GIL is free during a call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from headgate.kernels import reference
+from headgate.kernels.cpu import library
+from headgate.kernels.cpu.packed import DTYPES, PackedWeight
+
+if TYPE_CHECKING:
+    from headgate.shard.attention_metadata import AttentionMetadata
+
+_MAX_HEAD_DIM = 256
+_SILU, _GELU_TANH, _GELU_ERF = 0, 1, 2
+
+
+def _library() -> ctypes.CDLL:
+    loaded = library.load()
+    assert loaded is not None, "asked for without available()"
+    return loaded
+
+
+def _is_rows(x: torch.Tensor) -> bool:
+    """float32 whose last dimension is without gaps."""
+    return x.dtype == torch.float32 and x.stride(-1) == 1
+
+
+def _as_matrix(x: torch.Tensor) -> torch.Tensor:
+    """[..., N] as [rows, N] with one stride between rows; copied where there is no such view."""
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
+def linear(
+    x: torch.Tensor, weight: torch.Tensor | PackedWeight, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """As the reference; with packed weights the same bits for any number of rows."""
+    if not isinstance(weight, PackedWeight):
+        return reference.linear(x, weight, bias)
+    if not _is_rows(x) or x.shape[-1] != weight.inner:
+        raise ValueError(
+            f"linear takes float32 rows of {weight.inner}, not {x.dtype} {tuple(x.shape)}"
+        )
+    if bias is not None and not (_is_rows(bias) and bias.shape == (weight.columns,)):
+        raise ValueError(f"linear's bias must be float32[{weight.columns}]")
+    rows = _as_matrix(x)
+    out = torch.empty((*x.shape[:-1], weight.columns))
+    status = _library().hg_linear(
+        rows.data_ptr(),
+        rows.shape[0],
+        weight.inner,
+        rows.stride(0),
+        weight.address,
+        weight.dtype_code,
+        weight.columns,
+        None if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+        weight.columns,
+    )
+    if status:
+        raise MemoryError("no memory for the inputs of a linear layer")
+    return out
+
+
+def pack_linear(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | PackedWeight:
+    """weight[N, K], rounded to `dtype`, in the layout that `linear` reads fastest."""
+    return PackedWeight(weight, dtype) if dtype in DTYPES else reference.pack_linear(weight, dtype)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    if not (_is_rows(x) and _is_rows(weight)):
+        return reference.rms_norm(x, weight, eps)
+    rows = _as_matrix(x)
+    out = torch.empty(x.shape)
+    _library().hg_rms_norm(
+        rows.data_ptr(),
+        rows.stride(0),
+        None,
+        0,
+        weight.data_ptr(),
+        out.data_ptr(),
+        None,
+        rows.shape[0],
+        rows.shape[1],
+        eps,
+    )
+    return out
+
+
+def rms_norm_residual(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if not (_is_rows(x) and _is_rows(residual) and _is_rows(weight)):
+        return reference.rms_norm_residual(x, residual, weight, eps)
+    rows, residual_rows = _as_matrix(x), _as_matrix(residual)
+    out, total = torch.empty(x.shape), torch.empty(x.shape)
+    _library().hg_rms_norm(
+        rows.data_ptr(),
+        rows.stride(0),
+        residual_rows.data_ptr(),
+        residual_rows.stride(0),
+        weight.data_ptr(),
+        out.data_ptr(),
+        total.data_ptr(),
+        rows.shape[0],
+        rows.shape[1],
+        eps,
+    )
+    return out, total
+
+
+def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
+    return _gate(x, _SILU) if _is_rows(x) else reference.silu_and_mul(x)
+
+
+def gelu_and_mul(x: torch.Tensor, tanh: bool) -> torch.Tensor:
+    if not _is_rows(x):
+        return reference.gelu_and_mul(x, tanh)
+    return _gate(x, _GELU_TANH if tanh else _GELU_ERF)
+
+
+def _gate(x: torch.Tensor, activation: int) -> torch.Tensor:
+    rows = _as_matrix(x)
+    size = x.shape[-1] // 2
+    out = torch.empty((*x.shape[:-1], size))
+    _library().hg_gate(
+        rows.data_ptr(), rows.stride(0), out.data_ptr(), rows.shape[0], size, activation
+    )
+    return out
+
+
+def rotary_embedding(
+    q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """In place."""
+    whole = cos_sin.is_contiguous() and positions.is_contiguous()
+    if not (whole and all(map(_is_rows, (q, k, cos_sin))) and positions.dtype == torch.int64):
+        return reference.rotary_embedding(q, k, positions, cos_sin)
+    _library().hg_rotary(
+        q.data_ptr(),
+        q.stride(0),
+        q.stride(1),
+        k.data_ptr(),
+        k.stride(0),
+        k.stride(1),
+        positions.data_ptr(),
+        cos_sin.data_ptr(),
+        positions.shape[0],
+        q.shape[1],
+        k.shape[1],
+        cos_sin.shape[1],
+    )
+    return q, k
+
+
+def _cache_code(k_cache: torch.Tensor, v_cache: torch.Tensor) -> int | None:
+    """The C++ name of the caches' dtype; None where it takes no such caches."""
+    if not (k_cache.is_contiguous() and v_cache.is_contiguous() and k_cache.dtype == v_cache.dtype):
+        return None
+    return DTYPES.get(k_cache.dtype)
+
+
+def write_kv(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+) -> None:
+    code = _cache_code(k_cache, v_cache)
+    if code is None or not (_is_rows(k) and _is_rows(v) and slot_mapping.is_contiguous()):
+        reference.write_kv(k, v, k_cache, v_cache, slot_mapping)
+        return
+    _library().hg_write_kv(
+        k.data_ptr(),
+        k.stride(0),
+        k.stride(1),
+        v.data_ptr(),
+        v.stride(0),
+        v.stride(1),
+        k_cache.data_ptr(),
+        v_cache.data_ptr(),
+        code,
+        slot_mapping.data_ptr(),
+        slot_mapping.shape[0],
+        k.shape[1],
+        k.shape[2],
+    )
+
+
+def paged_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    attention: AttentionMetadata,
+    scale: float,
+    window: int,
+    soft_cap: float,
+) -> torch.Tensor:
+    code = _cache_code(k_cache, v_cache)
+    _, heads, dim = q.shape
+    tables = attention.block_tables
+    if code is None or not _is_rows(q) or dim > _MAX_HEAD_DIM or tables.stride(-1) != 1:
+        return reference.paged_attention(
+            q, k_cache, v_cache, attention, scale, window, soft_cap
+        )
+    out = torch.empty(q.shape)
+    status = _library().hg_paged_attention(
+        q.data_ptr(),
+        q.stride(0),
+        q.stride(1),
+        k_cache.data_ptr(),
+        v_cache.data_ptr(),
+        code,
+        attention.cu_query_lens.data_ptr(),
+        attention.context_lens.data_ptr(),
+        tables.data_ptr(),
+        tables.stride(0),
+        tables.shape[0],
+        heads,
+        k_cache.shape[2],
+        dim,
+        k_cache.shape[1],
+        scale,
+        window,
+        soft_cap,
+        out.data_ptr(),
+    )
+    if status:
+        raise MemoryError("no memory for the partial results of attention")
+    return out
+
+
+OPS: dict[str, Callable[..., Any]] = {
+    function.__name__: function
+    for function in (
+        linear,
+        pack_linear,
+        rms_norm,
+        rms_norm_residual,
+        silu_and_mul,
+        gelu_and_mul,
+        rotary_embedding,
+        write_kv,
+        paged_attention,
+    )
+}

@@ -1,0 +1,37 @@
+"""PackedWeight: a matrix in the layout that the C++ linear reads, made once at load."""
+
+from __future__ import annotations
+
+import torch
+
+from headgate.kernels.cpu import library
+
+# dtypes of weights and caches, by their names in kernels.h.
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+_ALIGNMENT = 64  # of tensors, by torch's allocator: a panel never shares a cache line
+
+
+class PackedWeight:
+    """weight[N, K] held in `dtype`, N padded to whole panels. Arithmetic with it is float32."""
+
+    __slots__ = ("_memory", "address", "columns", "dtype", "dtype_code", "inner", "nbytes")
+
+    def __init__(self, weight: torch.Tensor, dtype: torch.dtype) -> None:
+        loaded = library.load()
+        assert loaded is not None, "asked for without available()"
+        self.columns, self.inner = weight.shape
+        self.dtype, self.dtype_code = dtype, DTYPES[dtype]
+        self.nbytes: int = loaded.hg_packed_bytes(self.columns, self.inner, self.dtype_code)
+        self._memory = torch.empty(self.nbytes, dtype=torch.uint8)
+        self.address = self._memory.data_ptr()
+        assert self.address % _ALIGNMENT == 0
+        source = weight.to(dtype).contiguous()
+        loaded.hg_pack_weight(
+            source.data_ptr(), self.columns, self.inner, self.dtype_code, self.address
+        )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K) of the matrix it was made from."""
+        return self.columns, self.inner

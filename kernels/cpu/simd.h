@@ -1,0 +1,287 @@
+// Vectors of floats for one instruction set, chosen by the flags this translation unit is built with.
+//
+// Every kernel is written once against these names and built once per instruction set. All is
+// static or in an anonymous namespace, and nothing inline of the standard library is used: a merged
+// symbol built with AVX-512 could otherwise end up in code that runs on a machine without it.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+
+#define HG_INLINE static inline __attribute__((always_inline))
+
+namespace {
+
+#if defined(__AVX512F__)
+
+constexpr int VL = 16;  // floats in a vector
+typedef __m512 vf;
+typedef __m512i vi;
+
+HG_INLINE vf load(const float* p) { return _mm512_loadu_ps(p); }
+HG_INLINE void store(float* p, vf x) { _mm512_storeu_ps(p, x); }
+HG_INLINE vf load_n(const float* p, int n) {
+  return _mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p);
+}
+HG_INLINE void store_n(float* p, vf x, int n) {
+  _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), x);
+}
+HG_INLINE vf set1(float x) { return _mm512_set1_ps(x); }
+HG_INLINE vi set1i(int x) { return _mm512_set1_epi32(x); }
+HG_INLINE vf fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
+HG_INLINE vf vmax(vf a, vf b) { return _mm512_max_ps(a, b); }
+HG_INLINE vf vmin(vf a, vf b) { return _mm512_min_ps(a, b); }
+HG_INLINE vf vabs(vf a) { return _mm512_abs_ps(a); }
+HG_INLINE vf round_even(vf a) { return _mm512_roundscale_ps(a, 8); }
+HG_INLINE vi to_int(vf a) { return _mm512_cvtps_epi32(a); }
+HG_INLINE vf as_float(vi a) { return _mm512_castsi512_ps(a); }
+HG_INLINE vi as_int(vf a) { return _mm512_castps_si512(a); }
+HG_INLINE vi shift_left(vi a, int n) { return _mm512_slli_epi32(a, n); }
+HG_INLINE vi add_int(vi a, vi b) { return _mm512_add_epi32(a, b); }
+HG_INLINE vi and_int(vi a, vi b) { return _mm512_and_si512(a, b); }
+HG_INLINE vi load_int(const void* p) { return _mm512_loadu_si512(p); }
+// a < b ? x : y, lane by lane.
+HG_INLINE vf if_less(vf a, vf b, vf x, vf y) {
+  return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), y, x);
+}
+// low <= at <= high ? x : y, lane by lane.
+HG_INLINE vf if_within(vi at, vi low, vi high, vf x, vf y) {
+  __mmask16 m = _mm512_cmp_epi32_mask(at, low, _MM_CMPINT_NLT);
+  return _mm512_mask_blend_ps(_mm512_mask_cmp_epi32_mask(m, at, high, _MM_CMPINT_LE), y, x);
+}
+HG_INLINE vi iota() {
+  return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+}
+HG_INLINE vf load_bf16(const uint16_t* p) {
+  return as_float(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
+}
+HG_INLINE vf load_f16(const uint16_t* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+}
+// out[j] = {rows[0][j], rows[1][j], ...} for the four floats at each of VL rows.
+HG_INLINE void load_columns4(const float* const* rows, ptrdiff_t at, vf out[4]) {
+  vf t[4];
+  for (int j = 0; j < 4; ++j) {
+    vf v = _mm512_castps128_ps512(_mm_loadu_ps(rows[j] + at));
+    v = _mm512_insertf32x4(v, _mm_loadu_ps(rows[4 + j] + at), 1);
+    v = _mm512_insertf32x4(v, _mm_loadu_ps(rows[8 + j] + at), 2);
+    t[j] = _mm512_insertf32x4(v, _mm_loadu_ps(rows[12 + j] + at), 3);
+  }
+  __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(t[0], t[1]));
+  __m512d b = _mm512_castps_pd(_mm512_unpacklo_ps(t[2], t[3]));
+  __m512d c = _mm512_castps_pd(_mm512_unpackhi_ps(t[0], t[1]));
+  __m512d d = _mm512_castps_pd(_mm512_unpackhi_ps(t[2], t[3]));
+  out[0] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+  out[1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+  out[2] = _mm512_castpd_ps(_mm512_unpacklo_pd(c, d));
+  out[3] = _mm512_castpd_ps(_mm512_unpackhi_pd(c, d));
+}
+
+#elif defined(__AVX2__)
+
+constexpr int VL = 8;
+typedef __m256 vf;
+typedef __m256i vi;
+
+HG_INLINE vi iota() { return _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7); }
+HG_INLINE vi first_lanes(int n) { return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), iota()); }
+HG_INLINE vf load(const float* p) { return _mm256_loadu_ps(p); }
+HG_INLINE void store(float* p, vf x) { _mm256_storeu_ps(p, x); }
+HG_INLINE vf load_n(const float* p, int n) { return _mm256_maskload_ps(p, first_lanes(n)); }
+HG_INLINE void store_n(float* p, vf x, int n) { _mm256_maskstore_ps(p, first_lanes(n), x); }
+HG_INLINE vf set1(float x) { return _mm256_set1_ps(x); }
+HG_INLINE vi set1i(int x) { return _mm256_set1_epi32(x); }
+HG_INLINE vf fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
+HG_INLINE vf vmax(vf a, vf b) { return _mm256_max_ps(a, b); }
+HG_INLINE vf vmin(vf a, vf b) { return _mm256_min_ps(a, b); }
+HG_INLINE vf vabs(vf a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
+HG_INLINE vf round_even(vf a) { return _mm256_round_ps(a, 8); }
+HG_INLINE vi to_int(vf a) { return _mm256_cvtps_epi32(a); }
+HG_INLINE vf as_float(vi a) { return _mm256_castsi256_ps(a); }
+HG_INLINE vi as_int(vf a) { return _mm256_castps_si256(a); }
+HG_INLINE vi shift_left(vi a, int n) { return _mm256_slli_epi32(a, n); }
+HG_INLINE vi add_int(vi a, vi b) { return _mm256_add_epi32(a, b); }
+HG_INLINE vi and_int(vi a, vi b) { return _mm256_and_si256(a, b); }
+HG_INLINE vi load_int(const void* p) { return _mm256_loadu_si256((const __m256i*)p); }
+HG_INLINE vf if_less(vf a, vf b, vf x, vf y) {
+  return _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_LT_OQ));
+}
+HG_INLINE vf if_within(vi at, vi low, vi high, vf x, vf y) {
+  vi outside = _mm256_or_si256(_mm256_cmpgt_epi32(low, at), _mm256_cmpgt_epi32(at, high));
+  return _mm256_blendv_ps(x, y, as_float(outside));
+}
+HG_INLINE vf load_bf16(const uint16_t* p) {
+  return as_float(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
+}
+HG_INLINE vf load_f16(const uint16_t* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+}
+HG_INLINE void load_columns4(const float* const* rows, ptrdiff_t at, vf out[4]) {
+  vf t[4];
+  for (int j = 0; j < 4; ++j) {
+    vf v = _mm256_castps128_ps256(_mm_loadu_ps(rows[j] + at));
+    t[j] = _mm256_insertf128_ps(v, _mm_loadu_ps(rows[4 + j] + at), 1);
+  }
+  __m256d a = _mm256_castps_pd(_mm256_unpacklo_ps(t[0], t[1]));
+  __m256d b = _mm256_castps_pd(_mm256_unpacklo_ps(t[2], t[3]));
+  __m256d c = _mm256_castps_pd(_mm256_unpackhi_ps(t[0], t[1]));
+  __m256d d = _mm256_castps_pd(_mm256_unpackhi_ps(t[2], t[3]));
+  out[0] = _mm256_castpd_ps(_mm256_unpacklo_pd(a, b));
+  out[1] = _mm256_castpd_ps(_mm256_unpackhi_pd(a, b));
+  out[2] = _mm256_castpd_ps(_mm256_unpacklo_pd(c, d));
+  out[3] = _mm256_castpd_ps(_mm256_unpackhi_pd(c, d));
+}
+
+#else  // any machine: the compiler's own vectors of four (SSE2 or NEON where there is one)
+
+constexpr int VL = 4;
+typedef float vf __attribute__((vector_size(16)));
+typedef int32_t vi __attribute__((vector_size(16)));
+
+HG_INLINE vf load(const float* p) { vf x; memcpy(&x, p, 16); return x; }
+HG_INLINE void store(float* p, vf x) { memcpy(p, &x, 16); }
+HG_INLINE vf load_n(const float* p, int n) {
+  vf x = {};
+  for (int i = 0; i < n; ++i) x[i] = p[i];
+  return x;
+}
+HG_INLINE void store_n(float* p, vf x, int n) {
+  for (int i = 0; i < n; ++i) p[i] = x[i];
+}
+HG_INLINE vf set1(float x) { return vf{x, x, x, x}; }
+HG_INLINE vi set1i(int x) { return vi{x, x, x, x}; }
+HG_INLINE vf fma(vf a, vf b, vf c) {
+#if defined(__ARM_NEON)
+  return (vf)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+  return a * b + c;
+#endif
+}
+HG_INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }
+HG_INLINE vf vmin(vf a, vf b) { return a < b ? a : b; }
+HG_INLINE vf as_float(vi a) { return (vf)a; }
+HG_INLINE vi as_int(vf a) { return (vi)a; }
+HG_INLINE vf vabs(vf a) { return (vf)((vi)a & 0x7fffffff); }
+// Only for |a| < 2^22, which is all that exp_v asks.
+HG_INLINE vf round_even(vf a) { vf magic = set1(12582912.0f); return (a + magic) - magic; }
+HG_INLINE vi to_int(vf a) { return __builtin_convertvector(a, vi); }
+HG_INLINE vi shift_left(vi a, int n) { return a << n; }
+HG_INLINE vi add_int(vi a, vi b) { return a + b; }
+HG_INLINE vi and_int(vi a, vi b) { return a & b; }
+HG_INLINE vi load_int(const void* p) { vi x; memcpy(&x, p, 16); return x; }
+HG_INLINE vf if_less(vf a, vf b, vf x, vf y) { return a < b ? x : y; }
+HG_INLINE vf if_within(vi at, vi low, vi high, vf x, vf y) {
+  vi inside = (at >= low) & (at <= high);
+  return inside ? x : y;
+}
+HG_INLINE vi iota() { return vi{0, 1, 2, 3}; }
+HG_INLINE vi load_u16(const uint16_t* p) { return vi{p[0], p[1], p[2], p[3]}; }
+HG_INLINE vf load_bf16(const uint16_t* p) { return (vf)(load_u16(p) << 16); }
+HG_INLINE vf load_f16(const uint16_t* p) {
+  vi h = load_u16(p);
+  vi magnitude = h & 0x7fff;
+  // The exponents' biases differ by 112; the product also makes subnormal halves right.
+  vf x = (vf)(magnitude << 13) * set1(5.192296858534828e33f);
+  vi special = (magnitude << 13) | 0x7f800000;
+  x = magnitude >= 0x7c00 ? (vf)special : x;
+  return (vf)((vi)x | ((h & 0x8000) << 16));
+}
+HG_INLINE void load_columns4(const float* const* rows, ptrdiff_t at, vf out[4]) {
+  vf a = load(rows[0] + at), b = load(rows[1] + at), c = load(rows[2] + at), d = load(rows[3] + at);
+  for (int j = 0; j < 4; ++j) out[j] = vf{a[j], b[j], c[j], d[j]};
+}
+
+#endif
+
+// The first n < VL lanes of half-precision values without reading past them.
+HG_INLINE vf load_bf16_n(const uint16_t* p, int n) {
+  uint16_t part[VL] = {};
+  for (int i = 0; i < n; ++i) part[i] = p[i];
+  return load_bf16(part);
+}
+HG_INLINE vf load_f16_n(const uint16_t* p, int n) {
+  uint16_t part[VL] = {};
+  for (int i = 0; i < n; ++i) part[i] = p[i];
+  return load_f16(part);
+}
+
+// The bfloat16 in the lower and in the upper half of each 32-bit lane.
+HG_INLINE vf widen_low(vi pair) { return as_float(shift_left(pair, 16)); }
+HG_INLINE vf widen_high(vi pair) { return as_float(and_int(pair, set1i((int)0xffff0000u))); }
+
+// Sums in the one order that all kernels use: halves folded onto each other.
+HG_INLINE float sum_lanes(vf x) {
+  float lane[VL];
+  store(lane, x);
+  for (int width = VL / 2; width; width /= 2)
+    for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
+  return lane[0];
+}
+HG_INLINE float max_lanes(vf x) {
+  float lane[VL];
+  store(lane, x);
+  for (int width = VL / 2; width; width /= 2)
+    for (int i = 0; i < width; ++i) lane[i] = lane[i + width] > lane[i] ? lane[i + width] : lane[i];
+  return lane[0];
+}
+
+// e^x, about 1 unit in the last place; exactly 0 below -87.3, clamped above 88.3.
+HG_INLINE vf exp_v(vf x) {
+  const vf lowest = set1(-87.3f);
+  vf y = vmin(vmax(x, lowest), set1(88.3f));
+  vf n = round_even(y * set1(1.44269504088896341f));
+  vf r = fma(n, set1(-0.693359375f), y);
+  r = fma(n, set1(2.12194440e-4f), r);
+  vf p = set1(1.9875691500e-4f);
+  p = fma(p, r, set1(1.3981999507e-3f));
+  p = fma(p, r, set1(8.3334519073e-3f));
+  p = fma(p, r, set1(4.1665795894e-2f));
+  p = fma(p, r, set1(1.6666665459e-1f));
+  p = fma(p, r, set1(5.0000001201e-1f));
+  p = fma(p, r * r, r) + set1(1.0f);
+  vf power = as_float(shift_left(add_int(to_int(n), set1i(127)), 23));
+  return if_less(x, lowest, set1(0.0f), p * power);
+}
+
+// tanh by e^2|x|, and by its odd series near zero, where the quotient would cancel.
+HG_INLINE vf tanh_v(vf x) {
+  const vf one = set1(1.0f);
+  vf a = vabs(x);
+  vf big = one - set1(2.0f) / (exp_v(a + a) + one);
+  vf s = x * x;
+  vf t = set1(-5.70498872745e-3f);
+  t = fma(t, s, set1(2.06390887954e-2f));
+  t = fma(t, s, set1(-5.37397155531e-2f));
+  t = fma(t, s, set1(1.33314422036e-1f));
+  t = fma(t, s, set1(-3.33332819422e-1f));
+  vf small = fma(t * s, x, x);
+  vf signed_big = if_less(x, set1(0.0f), set1(0.0f) - big, big);
+  return if_less(a, set1(0.625f), small, signed_big);
+}
+
+// The error function to about 2e-7 absolute (a rational function of 1 / (1 + p|x|) times e^-x^2).
+HG_INLINE vf erf_v(vf x) {
+  const vf one = set1(1.0f);
+  vf a = vabs(x);
+  vf t = one / fma(set1(0.3275911f), a, one);
+  vf p = set1(1.061405429f);
+  p = fma(p, t, set1(-1.453152027f));
+  p = fma(p, t, set1(1.421413741f));
+  p = fma(p, t, set1(-0.284496736f));
+  p = fma(p, t, set1(0.254829592f));
+  vf y = one - p * t * exp_v(set1(0.0f) - a * a);
+  return if_less(x, set1(0.0f), set1(0.0f) - y, y);
+}
+
+HG_INLINE vf sigmoid_v(vf x) {
+  return set1(1.0f) / (set1(1.0f) + exp_v(set1(0.0f) - x));
+}
+
+}  // namespace

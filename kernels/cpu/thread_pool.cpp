@@ -1,0 +1,207 @@
+// See thread_pool.h. Workers sleep on a futex; no processor time is used while nothing runs.
+//
+// One 64-bit word holds (job number, tiles, next tile), so that a claim says by itself whether it is
+// valid: a worker that comes late, even by several jobs, either gets a tile of the job that runs now
+// or finds nothing left. A job cannot end before every claimed tile is reported done, so whoever
+// holds a valid claim may read the job's fields.
+#include "thread_pool.h"
+
+#include <linux/futex.h>
+#include <pthread.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <climits>
+#include <mutex>
+
+namespace headgate {
+namespace {
+
+constexpr int kCountBits = 22;
+constexpr uint64_t kCountMask = (1ull << kCountBits) - 1;
+// Idle workers may step past the last tile, once each: room is left for them.
+constexpr int64_t kMaxTiles = (1 << kCountBits) - 65536;
+constexpr int kMaxThreads = 1024;
+
+struct Pool {
+  alignas(64) std::atomic<uint64_t> claims{0};  // job number | tiles | next tile
+  alignas(64) std::atomic<int32_t> done{0};     // tiles finished
+  std::atomic<int32_t> caller_sleeps{0};
+  alignas(64) std::atomic<int32_t> signal{0};   // bumped for each job; sleeping workers wait on it
+  std::atomic<int32_t> sleepers{0};
+  std::atomic<int32_t> wanted_workers{0};       // workers with an index from here on end themselves
+  std::atomic<int32_t> spin_microseconds{50};
+  TileFunction function = nullptr;
+  const void* job = nullptr;
+  std::mutex turn;  // one job at a time
+  int started = 0;  // workers that exist; guarded by `turn`
+  pthread_t threads[kMaxThreads];
+  uint64_t number = 0;
+};
+
+// Never destroyed: workers may outlive the static destructors.
+Pool& pool() {
+  static Pool* instance = new Pool;
+  return *instance;
+}
+
+void futex_wait(std::atomic<int32_t>& word, int32_t seen) {
+  syscall(SYS_futex, reinterpret_cast<int32_t*>(&word), FUTEX_WAIT_PRIVATE, seen, nullptr, nullptr, 0);
+}
+
+void futex_wake(std::atomic<int32_t>& word, int count) {
+  syscall(SYS_futex, reinterpret_cast<int32_t*>(&word), FUTEX_WAKE_PRIVATE, count, nullptr, nullptr, 0);
+}
+
+int64_t now_ns() {
+  timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return int64_t(t.tv_sec) * 1000000000 + t.tv_nsec;
+}
+
+void pause_briefly() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  __asm__ volatile("yield");
+#endif
+}
+
+bool has_work(uint64_t claims) {
+  return (claims & kCountMask) < ((claims >> kCountBits) & kCountMask);
+}
+
+// Calls `ready` until it holds or the time is over; says whether it held.
+template <class Ready>
+bool spin(Pool& p, Ready ready) {
+  const int64_t limit = int64_t(p.spin_microseconds.load(std::memory_order_relaxed)) * 1000;
+  const int64_t start = now_ns();
+  do {
+    for (int i = 0; i < 32; ++i) {
+      if (ready()) return true;
+      pause_briefly();
+    }
+  } while (now_ns() - start < limit);
+  return ready();
+}
+
+// Takes tiles until none is left.
+void work(Pool& p) {
+  while (has_work(p.claims.load(std::memory_order_acquire))) {
+    const uint64_t claim = p.claims.fetch_add(1, std::memory_order_acq_rel);
+    if (!has_work(claim)) return;
+    const int64_t tiles = (claim >> kCountBits) & kCountMask;
+    p.function(p.job, int64_t(claim & kCountMask));
+    if (p.done.fetch_add(1, std::memory_order_seq_cst) + 1 == tiles &&
+        p.caller_sleeps.load(std::memory_order_seq_cst)) {
+      futex_wake(p.done, 1);
+    }
+  }
+}
+
+void* worker_main(void* argument) {
+  Pool& p = pool();
+  const int index = int(reinterpret_cast<intptr_t>(argument));
+  pthread_setname_np(pthread_self(), "headgate-cpu");
+  for (;;) {
+    const int32_t seen = p.signal.load(std::memory_order_seq_cst);
+    if (index >= p.wanted_workers.load(std::memory_order_seq_cst)) return nullptr;
+    work(p);
+    auto awake = [&] { return p.signal.load(std::memory_order_acquire) != seen; };
+    if (spin(p, awake)) continue;
+    p.sleepers.fetch_add(1, std::memory_order_seq_cst);
+    futex_wait(p.signal, seen);
+    p.sleepers.fetch_sub(1, std::memory_order_seq_cst);
+  }
+}
+
+void wake_workers(Pool& p) {
+  p.signal.fetch_add(1, std::memory_order_seq_cst);
+  if (p.sleepers.load(std::memory_order_seq_cst)) futex_wake(p.signal, INT_MAX);
+}
+
+void start_workers(Pool& p) {
+  const int wanted = p.wanted_workers.load(std::memory_order_relaxed);
+  while (p.started < wanted) {
+    void* index = reinterpret_cast<void*>(intptr_t(p.started));
+    if (pthread_create(&p.threads[p.started], nullptr, worker_main, index) != 0) {
+      // The system grants no more threads: the job is done by those there are.
+      p.wanted_workers.store(p.started);
+      return;
+    }
+    ++p.started;
+  }
+}
+
+// A forked child has no workers; it starts its own when it runs its first job.
+void forget_workers() {
+  Pool& p = pool();
+  p.started = 0;
+  p.sleepers.store(0);
+  p.caller_sleeps.store(0);
+  p.claims.store(0);
+  p.turn.unlock();
+}
+
+void register_fork_handlers() {
+  static const int once = pthread_atfork([] { pool().turn.lock(); }, [] { pool().turn.unlock(); },
+                                         forget_workers);
+  (void)once;
+}
+
+void run_on_caller(TileFunction function, const void* job, int64_t first, int64_t tiles) {
+  for (int64_t tile = first; tile < tiles; ++tile) function(job, tile);
+}
+
+void wait_until_done(Pool& p, int32_t tiles) {
+  auto complete = [&] { return p.done.load(std::memory_order_acquire) == tiles; };
+  while (!spin(p, complete)) {
+    p.caller_sleeps.store(1, std::memory_order_seq_cst);
+    const int32_t seen = p.done.load(std::memory_order_seq_cst);
+    if (seen != tiles) futex_wait(p.done, seen);
+    p.caller_sleeps.store(0, std::memory_order_seq_cst);
+  }
+}
+
+}  // namespace
+
+void set_num_threads(int count) {
+  Pool& p = pool();
+  register_fork_handlers();
+  std::lock_guard<std::mutex> lock(p.turn);
+  const int workers = (count < 1 ? 1 : count > kMaxThreads ? kMaxThreads : count) - 1;
+  p.wanted_workers.store(workers);
+  if (p.started > workers) wake_workers(p);
+  for (; p.started > workers; --p.started) pthread_join(p.threads[p.started - 1], nullptr);
+}
+
+int num_threads() { return pool().wanted_workers.load() + 1; }
+
+void set_spin(int microseconds) {
+  pool().spin_microseconds.store(microseconds < 0 ? 0 : microseconds);
+}
+
+void run_tiles(TileFunction function, const void* job, int64_t tiles) {
+  Pool& p = pool();
+  if (tiles <= 1 || p.wanted_workers.load(std::memory_order_relaxed) == 0) {
+    run_on_caller(function, job, 0, tiles);
+    return;
+  }
+  std::lock_guard<std::mutex> lock(p.turn);
+  start_workers(p);
+  const int64_t shared = tiles < kMaxTiles ? tiles : kMaxTiles;
+  p.function = function;
+  p.job = job;
+  p.done.store(0, std::memory_order_relaxed);
+  p.number = (p.number + 1) & ((1ull << (64 - 2 * kCountBits)) - 1);
+  p.claims.store(p.number << (2 * kCountBits) | uint64_t(shared) << kCountBits,
+                 std::memory_order_seq_cst);
+  wake_workers(p);
+  work(p);
+  wait_until_done(p, int32_t(shared));
+  run_on_caller(function, job, shared, tiles);
+}
+
+}  // namespace headgate

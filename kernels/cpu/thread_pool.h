@@ -1,0 +1,22 @@
+// A pool of threads that share the tiles of one job at a time.
+#pragma once
+
+#include <stdint.h>
+
+namespace headgate {
+
+// Computes tile `tile` of the job described by `job`. Must not throw.
+using TileFunction = void (*)(const void* job, int64_t tile);
+
+// Threads that take part in a job, the caller's own included; at least 1.
+void set_num_threads(int count);
+int num_threads();
+
+// How long an idle worker watches for the next job before it sleeps, in microseconds.
+void set_spin(int microseconds);
+
+// Runs all tiles and returns when they are done. Callable from any thread; calls take turns.
+// Tiles are claimed one by one, so a thread that the system holds up delays only its own tile.
+void run_tiles(TileFunction function, const void* job, int64_t tiles);
+
+}  // namespace headgate
