@@ -1,0 +1,161 @@
+"""A scheduler and a fake shard on one bench, moved by hand: plan, deliver, lose, refuse."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from headgate.proto.messages import RowSampling, StepPlan
+from headgate.router.request import Request
+from headgate.router.scheduler import RowOutput, Scheduler, SchedulerConfig
+from tests.unit.fake_shard import FakeShard, expected_answer, expected_prompt_logprobs
+
+VOCABULARY = 40
+EOS = 0
+
+DEFAULTS = SchedulerConfig(
+    num_blocks=32,
+    block_size=4,
+    max_batch_prefill_tokens=16,
+    kv_overcommit=0.5,
+)
+
+
+class Simulation:
+    """Checks integrity after every operation, and each answer against what it should be."""
+
+    def __init__(self, config: SchedulerConfig = DEFAULTS, **changes: Any) -> None:
+        self.config = replace(config, **changes)
+        self.scheduler = Scheduler(self.config)
+        self.requests: list[Request] = []
+        self.answers: dict[int, list[int]] = {}  # tokens as they came out, by request id
+        self.prompt_logprobs: dict[int, list[float]] = {}
+        self.plans: deque[StepPlan] = deque()  # sent, not delivered
+        self.epoch = 0
+        self.start_shard()
+
+    def start_shard(self) -> None:
+        self.epoch += 1
+        self.shard = FakeShard(
+            self.config.num_blocks,
+            self.config.block_size,
+            vocabulary=VOCABULARY,
+            eos_id=EOS,
+            max_tokens=self.config.max_batch_prefill_tokens,
+            max_rows=self.config.max_batch_size,
+            epoch=self.epoch,
+        )
+        self.sequence = 0
+        self.plans.clear()
+
+    # ------------------------------------------------------------ requests
+
+    def add(
+        self, prompt: Sequence[int] | int, new: int = 4, *, eos: bool = False, **fields: Any
+    ) -> Request:
+        """A request that runs to `new` tokens, or (`eos`) may end before."""
+        number = len(self.requests)
+        ids = (
+            [(number * 7 + i) % 30 + 1 for i in range(prompt)]
+            if isinstance(prompt, int)
+            else prompt
+        )
+        sampling = fields.pop("sampling", {})
+        request = Request(
+            id=number,
+            prompt_ids=ids,
+            sampling=RowSampling(max_new_tokens=new, seed=number, ignore_eos=not eos, **sampling),
+            arrival=fields.pop("arrival", float(number)),
+            **fields,
+        )
+        self.scheduler.add(request)
+        self.requests.append(request)
+        self.answers[number] = list(request.output_ids)
+        self.scheduler.check_integrity()
+        return request
+
+    def cancel(self, request: Request) -> bool:
+        known = self.scheduler.cancel(request.id)
+        self.scheduler.check_integrity()
+        return known
+
+    def expected(self, request: Request) -> list[int]:
+        answer, _ = expected_answer(
+            request.prompt_ids,
+            request.sampling,
+            vocabulary=VOCABULARY,
+            eos_id=EOS,
+            adapter_id=request.adapter_id,
+        )
+        return answer
+
+    # ------------------------------------------------------------ steps
+
+    def plan(self) -> StepPlan | None:
+        """Schedules one step and sends it."""
+        plan = self.scheduler.schedule(self.epoch, self.sequence + 1, now=float(self.sequence))
+        self.scheduler.check_integrity()
+        if plan is not None:
+            self.sequence += 1
+            self.plans.append(plan)
+        return plan
+
+    def deliver(self) -> list[RowOutput]:
+        """Executes the oldest plan that was sent, and gives its result to the scheduler."""
+        result = self.shard.execute(self.plans.popleft())
+        outputs = self.scheduler.update(result)
+        self.scheduler.check_integrity()
+        for output in outputs:
+            number = output.request.id
+            if output.token_id is not None:
+                self.answers[number].append(output.token_id)
+            if output.prompt_logprobs is not None:
+                known = self.prompt_logprobs.setdefault(number, [])
+                assert output.prompt_logprobs.start == len(known) + 1
+                known.extend(output.prompt_logprobs.logprobs)
+        return outputs
+
+    def step(self) -> StepPlan:
+        """One plan, delivered at once."""
+        plan = self.plan()
+        assert plan is not None
+        self.deliver()
+        return plan
+
+    def run(self, depth: int = 1, limit: int = 10_000) -> int:
+        """Until all is answered; how many steps that took."""
+        steps = 0
+        while self.scheduler.has_work() or self.plans:
+            while len(self.plans) < depth and self.plan() is not None:
+                pass
+            self.deliver()
+            steps += 1
+            assert steps < limit, "it goes on for ever"
+        return steps
+
+    def lose_shards(self) -> None:
+        self.scheduler.reset()
+        self.start_shard()
+        self.scheduler.check_integrity()
+
+    # ------------------------------------------------------------ the end
+
+    def check_answers(self) -> None:
+        """Each request that was not cancelled has the tokens it would have had alone."""
+        for request in self.requests:
+            assert request.is_finished
+            expected = self.expected(request)
+            answer = self.answers[request.id]
+            assert answer == request.output_ids
+            if request.finish_reason in ("length", "eos", "stop_token"):
+                assert answer == expected
+                if request.sampling.prompt_logprobs:
+                    wanted = expected_prompt_logprobs(request.prompt_ids, request.adapter_id)
+                    assert self.prompt_logprobs.get(request.id, []) == wanted
+            else:
+                assert answer == expected[: len(answer)]
+        stats = self.scheduler.stats
+        assert stats.blocks_used == 0
+        assert stats.blocks_free + stats.blocks_cached == self.config.num_blocks
