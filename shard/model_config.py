@@ -48,12 +48,16 @@ def read_model_config(
     path: str | Path, rope_scaling: str = "", rope_factor: float = 0.0
 ) -> ModelConfig:
     """Reads the checkpoint directory `path`. Raises ModelError when config.json is unfit."""
+    return parse_model_config(*read_config_files(path), rope_scaling, rope_factor)
+
+
+def read_config_files(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Contents of config.json and generation_config.json ({} where there is none) in `path`."""
     directory = Path(path)
     config = _read_json(directory / "config.json")
     if config is None:
         raise ModelError(f"{directory} has no config.json, so it is not a model checkpoint")
-    generation = _read_json(directory / "generation_config.json") or {}
-    return parse_model_config(config, generation, rope_scaling, rope_factor)
+    return config, _read_json(directory / "generation_config.json") or {}
 
 
 def parse_model_config(

@@ -17,7 +17,7 @@ import torch
 from headgate.shard.distributed import Group
 from headgate.shard.errors import ModelError
 from headgate.shard.load_context import LoadContext
-from headgate.shard.model_config import read_model_config
+from headgate.shard.model_config import architecture_of, parse_model_config, read_config_files
 from headgate.shard.models.base import CausalLM
 from headgate.shard.partition import make_partition
 from headgate.shard.weights import Weights
@@ -60,11 +60,13 @@ def load_model(
     that depend on a length take it, see layers/rotary.py. Raises ModelError, one sentence that says
     what is wrong, for whatever in the checkpoint or the settings can't be served.
     """
-    config = read_model_config(path, rope_scaling, rope_factor)
-    model_class = _find(config.architecture, config.extra, model_module)
-    method = quantize or (config.extra.get("quantization_config") or {}).get("quant_method")
+    files = read_config_files(path)
+    # What is not supported must be said before its config is missed for not looking like Llama's.
+    model_class = _find(files[0], model_module)
+    method = quantize or (files[0].get("quantization_config") or {}).get("quant_method")
     if method:
         raise ModelError(f"quantisation by {method!r} is not supported")
+    config = parse_model_config(*files, rope_scaling, rope_factor)
     context = LoadContext(
         config=config,
         weights=Weights(path, dtype=_dtype(dtype), device=device),
@@ -85,7 +87,8 @@ def supported() -> list[str]:
     return sorted(_models)
 
 
-def _find(architecture: str, config: Mapping[str, Any], model_module: str) -> type[CausalLM]:
+def _find(config: Mapping[str, Any], model_module: str) -> type[CausalLM]:
+    architecture = architecture_of(config)
     names = supported()
     if model_module:
         _import_file(Path(model_module))
