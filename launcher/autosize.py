@@ -170,8 +170,8 @@ class _Demand:
             model, num_shard, kv_dtype
         )
         item = _ITEM_BYTES[dtype]
-        # A CPU computes in float32: 16-bit weights are kept beside a float32 copy.
-        per_weight = 4 if device == "cpu" and item == 4 else item + 4 if device == "cpu" else item
+        # A CPU computes in float32 and keeps no second copy: dtype only rounds the values.
+        per_weight = 4 if device == "cpu" else item
         self.weight_bytes = model.parameters * per_weight
         self.activation_bytes = num_shard * _activation_bytes(
             model, num_shard, budget, batch_size, 4 if device == "cpu" else item

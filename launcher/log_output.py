@@ -6,6 +6,7 @@ It keeps nothing: a child's last words are kept by process.py.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -130,10 +131,8 @@ class LogOutput:
             stream.write(text.encode("ascii", "backslashreplace").decode() + "\n")
 
     def _flush(self, stream: TextIO) -> None:
-        try:
+        with contextlib.suppress(BrokenPipeError, ValueError):
             stream.flush()
-        except (BrokenPipeError, ValueError):
-            pass
 
 
 def parse_record(line: str) -> dict[str, Any] | None:

@@ -15,16 +15,21 @@ from typing import Any
 from headgate.launcher.errors import LaunchError
 from headgate.launcher.safetensors_header import WeightFiles, read_weight_files
 
-_ENCODER_DECODER = frozenset(
-    "t5 mt5 umt5 longt5 bart mbart pegasus marian m2m_100 blenderbot led prophetnet whisper".split()
+# fmt: off
+_ENCODER_DECODER = (  # model types
+    "t5", "mt5", "umt5", "longt5", "bart", "mbart", "pegasus", "marian", "m2m_100",
+    "blenderbot", "led", "prophetnet", "whisper",
 )
-_VISION = frozenset(
-    "llava llava_next llava_onevision idefics idefics2 idefics3 paligemma mllama qwen2_vl "
-    "qwen2_5_vl qwen3_vl pix2struct blip blip-2 fuyu chameleon florence2 smolvlm internvl".split()
+_VISION = (  # model types
+    "llava", "llava_next", "llava_onevision", "idefics", "idefics2", "idefics3", "paligemma",
+    "mllama", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "pix2struct", "blip", "blip-2", "fuyu",
+    "chameleon", "florence2", "smolvlm", "internvl",
 )
-_STATE_SPACE = frozenset(
-    "mamba mamba2 falcon_mamba jamba zamba zamba2 bamba rwkv recurrent_gemma".split()
+_STATE_SPACE = (  # model types
+    "mamba", "mamba2", "falcon_mamba", "jamba", "zamba", "zamba2", "bamba", "rwkv",
+    "recurrent_gemma",
 )
+# fmt: on
 _ENCODER_ONLY = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification")
 
 
@@ -58,16 +63,16 @@ class ModelFacts:
         return max(self.parameters - embedding, self.parameters // 4)
 
 
-def read_model_facts(directory: Path, *, own_module: bool = False) -> ModelFacts:
+def read_model_facts(directory: Path, *, weights: str = "", own_module: bool = False) -> ModelFacts:
     """Reads config.json and the weight files' headers.
 
-    `own_module`: the user brings the architecture, so its kind is not judged by name. Raises
-    LaunchError with one sentence.
+    `weights`: the directory that holds them, where it is another one. `own_module`: the user brings
+    the architecture, so its kind is not judged by name. Raises LaunchError with one sentence.
     """
     config = read_config(directory)
     if not own_module:
         refuse_other_kinds(config, directory)
-    return make_facts(config, read_weight_files(directory), directory)
+    return make_facts(config, read_weight_files(Path(weights or directory)), directory)
 
 
 def read_config(directory: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ every child the kernel hands over, also those that others left behind.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import json
 import os
@@ -58,6 +59,11 @@ class Reaper:
     def add(self, pid: int, child: Child) -> None:
         """Has `child` told when `pid` ends."""
         self._children[pid] = child
+
+    @property
+    def running(self) -> list[Child]:
+        """All children that have not ended."""
+        return list(self._children.values())
 
     def reap(self) -> None:
         """Collects all that have ended. A process' own children end with it."""
@@ -159,9 +165,7 @@ class Child:
         if end.code == CONFIGURATION_ERROR and self.last_error:
             return self.last_error
         last = self.last_error or (self.last_words[-1].strip() if self.last_words else "")
-        return (
-            f"{self.name} {end}" + (f": {last}" if last else "") + ("" if last[-1:] == "." else ".")
-        )
+        return f"{self.name} {end}" + (f": {last}" if last else "")
 
     def ended(self, code: int) -> None:
         """Called by the Reaper."""
@@ -216,10 +220,8 @@ class Child:
 
 def _signal_group(pid: int, number: signal.Signals) -> None:
     """Each child leads a process group of its own, so its own children get the signal too."""
-    try:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(pid, number)
-    except (ProcessLookupError, PermissionError):
-        pass
 
 
 def _die_with_parent(parent: int) -> Callable[[], None] | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 LONGEST_SOCKET_PATH = 100  # bytes; the kernel takes 107
-PHASES = ("downloading", "loading", "ready", "draining", "failed")
+PHASES = ("downloading", "loading", "ready", "recovering", "draining", "failed")
 
 
 class RunDirectory:

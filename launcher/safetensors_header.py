@@ -44,7 +44,7 @@ def read_weight_files(directory: Path) -> WeightFiles:
 
 
 def find_weight_files(directory: Path) -> list[Path]:
-    """The files the index names, else all *.safetensors. Raises LaunchError naming a missing one."""
+    """The files the index names, else all *.safetensors. Raises LaunchError for a missing one."""
     index = directory / INDEX_NAME
     if not index.exists():
         return sorted(directory.glob("*.safetensors"))

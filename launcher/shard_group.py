@@ -1,0 +1,113 @@
+"""One epoch of the shards: all of a group start together and end together.
+
+It says when and why the group was lost; what to do then is the supervisor's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from headgate.launcher.process import CONFIGURATION_ERROR, Child, Exit
+
+SpawnShard = Callable[[int, int], Child]  # (rank, epoch)
+
+# Before the first ready, one shard's death makes its peers fail too; the one that can say why in a
+# sentence may be a moment slower than a peer that only sees a broken connection.
+_CONFESSION_SECONDS = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """Why a group is over."""
+
+    reason: str  # "shard-1 was killed by SIGKILL"
+    child: Child | None = None  # the shard to blame, where one is
+    end: Exit | None = None
+
+    @property
+    def is_final(self) -> bool:
+        """Whether another try would end alike: configuration or model are at fault."""
+        return self.end is not None and self.end.code == CONFIGURATION_ERROR
+
+    @property
+    def sentence(self) -> str:
+        """For the user."""
+        if self.child is not None and self.end is not None:
+            return self.child.final_sentence(self.end)
+        return self.reason
+
+
+class ShardGroup:
+    """The shard processes of one epoch. Create it on the event loop; then await `lost`."""
+
+    def __init__(
+        self, epoch: int, addresses: Sequence[str], spawn: SpawnShard, startup_timeout: float
+    ) -> None:
+        self.epoch = epoch
+        self.addresses = list(addresses)  # where each rank listens
+        self.ready = False
+        self._ends: list[tuple[Child, Exit]] = []  # in the order of their deaths
+        self._judged = asyncio.Event()  # something is wrong
+        self._reason = ""
+        self.remove_sockets()
+        self.children = [spawn(rank, epoch) for rank in range(len(addresses))]
+        self._watchers = [asyncio.create_task(self._watch(child)) for child in self.children]
+        self._timer = asyncio.get_running_loop().call_later(
+            startup_timeout,
+            self.blame,
+            f"the shards were not ready within {startup_timeout:g} s (--startup-timeout)",
+        )
+
+    def mark_ready(self) -> None:
+        """The router serves with this group."""
+        self.ready = True
+        self._timer.cancel()
+
+    def blame(self, reason: str) -> None:
+        """Declares the group lost though its processes may live: hung, or not ready in time."""
+        if not self._judged.is_set():
+            self._reason = reason
+            self._judged.set()
+
+    async def lost(self) -> Loss:
+        """Waits until the group is over; no process of it is left then."""
+        await self._judged.wait()
+        self._timer.cancel()
+        if not self.ready and not self._reason and len(self._watchers) > 1:
+            await asyncio.wait(self._watchers, timeout=_CONFESSION_SECONDS)
+        culprits = list(self._ends)
+        self.kill()
+        await asyncio.gather(*self._watchers)
+        self.remove_sockets()
+        if self._reason or not culprits:
+            return Loss(self._reason)
+        child, end = min(culprits, key=_blame_rank)  # stable: the first of equals
+        return Loss(f"{child.name} {end}", child, end)
+
+    def kill(self) -> None:
+        """Ends all at once."""
+        self._timer.cancel()
+        for child in self.children:
+            child.kill()
+
+    def remove_sockets(self) -> None:
+        """Removes what shards that were killed left behind."""
+        for address in self.addresses:
+            with contextlib.suppress(OSError):
+                os.unlink(address.removeprefix("unix:"))
+
+    async def _watch(self, child: Child) -> None:
+        end = await child.wait()
+        if not child.asked_to_stop:
+            self._ends.append((child, end))
+        self._judged.set()
+
+
+def _blame_rank(culprit: tuple[Child, Exit]) -> int:
+    """A shard that explains itself, then one that was killed, then those that failed after it."""
+    code = culprit[1].code
+    return 0 if code == CONFIGURATION_ERROR else 1 if code < 0 else 2
