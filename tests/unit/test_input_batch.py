@@ -1,0 +1,273 @@
+"""InputBatch: a plan's changes, what does not fit, row ends; and the tensors made of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from headgate.proto.messages import Fork, NewRow, RowEnd, RowSampling, StepPlan
+from headgate.shard.input_batch import BatchLimits, InputBatch, PlanError
+from headgate.shard.step_inputs import build_inputs
+
+LIMITS = BatchLimits(
+    num_blocks=20,
+    block_size=4,
+    vocab_size=100,
+    max_total_tokens=32,
+    max_step_tokens=24,
+    expected_rows=2,
+)
+EOS = 99
+
+
+def batch() -> InputBatch:
+    return InputBatch(LIMITS, [EOS])
+
+
+def new_row(row_id: int, tokens: int = 5, blocks: list[int] | None = None, **fields: Any) -> NewRow:
+    sampling = {name: fields.pop(name) for name in list(fields) if hasattr(RowSampling, name)}
+    row = NewRow(
+        id=row_id,
+        prompt_ids=list(range(tokens)),
+        sampling=RowSampling(**{"max_new_tokens": 4, **sampling}),
+        block_ids=[2 * row_id, 2 * row_id + 1] if blocks is None else blocks,
+    )
+    return replace(row, **fields)
+
+
+def plan(**fields: Any) -> StepPlan:
+    return StepPlan(epoch=1, sequence=1, **fields)
+
+
+def run(target: InputBatch, tokens: list[int], **fields: Any) -> list[int]:
+    """Applies a plan and takes its tokens; returns the ends."""
+    scheduled = target.apply(plan(**fields))
+    return target.advance(scheduled, np.array(tokens, np.int64)).tolist()
+
+
+# ------------------------------------------------------------------ scheduling
+
+
+def test_a_row_samples_when_all_its_tokens_are_computed() -> None:
+    target = batch()
+    first = target.apply(plan(new_rows=[new_row(1), new_row(2, 3)], rows=[1, 2], counts=[4, 3]))
+    assert first.samples.tolist() == [False, True]
+    target.advance(first, np.array([42]))
+    second = target.apply(plan(rows=[2, 1], counts=[1, 1]))
+    assert second.samples.tolist() == [True, True]
+    inputs = build_inputs(target, second, "cpu")
+    assert inputs.input_ids.tolist() == [42, 4]  # 42 was never sent
+    assert inputs.positions.tolist() == [3, 4]
+
+
+def test_the_tensors_of_a_mixed_step() -> None:
+    target = batch()
+    target.advance(
+        target.apply(plan(new_rows=[new_row(1, 6, [7, 3])], rows=[1], counts=[6])), np.array([50])
+    )
+    scheduled = target.apply(
+        plan(
+            new_rows=[new_row(2, 9, [5, 6], num_computed_tokens=4)],
+            rows=[2, 1],
+            counts=[3, 1],
+        )
+    )
+    inputs = build_inputs(target, scheduled, "cpu")
+    attention = inputs.attention
+    assert inputs.input_ids.tolist() == [4, 5, 6, 50]
+    assert inputs.positions.tolist() == [4, 5, 6, 6]
+    assert attention.cu_query_lens.tolist() == [0, 3, 4]
+    assert attention.context_lens.tolist() == [7, 7]
+    assert attention.block_tables.tolist() == [[5, 6], [7, 3]]
+    assert attention.slot_mapping.tolist() == [24, 25, 26, 14]
+    assert (attention.max_query_len, attention.max_context_len) == (3, 7)
+    assert inputs.sample_tokens.tolist() == [3]
+
+
+def test_changes_apply_in_the_documented_order() -> None:
+    target = batch()
+    target.apply(plan(new_rows=[new_row(1, blocks=[0])]))
+    # Row 1 is removed before it comes again, forked after that, and gets its blocks last.
+    scheduled = target.apply(
+        plan(
+            removed=[1, 77],
+            new_rows=[new_row(1, 8, blocks=[4])],
+            forks=[Fork(1, 2, 1, [5])],
+            copies=[(4, 5)],
+            block_rows=[1, 2, 1],
+            block_ids=[6, 7, 8],
+            rows=[1, 2],
+            counts=[8, 8],
+        )
+    )
+    tables = [target.block_tables[slot, : target.num_blocks[slot]] for slot in scheduled.slots]
+    assert [table.tolist() for table in tables] == [[4, 6, 8], [5, 7]]
+
+
+def test_a_fork_has_its_parents_tokens_and_a_sample_index_of_its_own() -> None:
+    target = batch()
+    run(target, [60], new_rows=[new_row(1, seed=9)], rows=[1], counts=[5])
+    target.apply(plan(forks=[Fork(1, 2, 3, [8, 9])]))
+    parent, child = target.slot_of(1), target.slot_of(2)
+    assert target.token_ids[child, :6].tolist() == [0, 1, 2, 3, 4, 60]
+    assert target.num_computed[child] == target.num_computed[parent] == 5
+    assert target.params[child]["sample_index"] == 3
+    assert target.params[parent]["sample_index"] == 0
+    assert run(target, [61, 62], rows=[1, 2], counts=[1, 1]) == [RowEnd.NONE] * 2
+    assert target.token_ids[parent, 6] == 61
+    assert target.token_ids[child, 6] == 62
+
+
+def test_more_rows_than_expected_are_kept_intact() -> None:
+    target = batch()
+    rows = [new_row(index, index + 1, [index, index]) for index in range(8)]
+    run(target, [], new_rows=rows[:2])
+    target.apply(plan(removed=[0], new_rows=rows[2:]))
+    assert len(target) == 7 and 0 not in target
+    for row in rows[1:]:
+        slot = target.slot_of(row.id)
+        assert target.ids[slot] == row.id
+        assert target.num_tokens[slot] == len(row.prompt_ids)
+        assert target.block_tables[slot, : target.num_blocks[slot]].tolist() == row.block_ids
+    assert len({target.slot_of(row.id) for row in rows[1:]}) == 7
+
+
+def test_a_reset_forgets_every_row() -> None:
+    target = batch()
+    target.apply(plan(new_rows=[new_row(1)]))
+    target.apply(plan(reset=True, new_rows=[new_row(2)]))
+    assert 1 not in target and 2 in target
+
+
+def test_a_row_sent_again_continues_with_its_output() -> None:
+    target = batch()
+    row = new_row(1, 3, output_ids=[10, 11], max_new_tokens=3)
+    scheduled = target.apply(plan(new_rows=[row], rows=[1], counts=[5]))
+    assert target.sampled_rows(scheduled.slots).output_positions.tolist() == [2]
+    assert target.advance(scheduled, np.array([12])).tolist() == [RowEnd.LENGTH]
+
+
+# ------------------------------------------------------------------ ends
+
+
+@pytest.mark.parametrize(
+    ("sampling", "token", "end"),
+    [
+        ({}, 5, RowEnd.NONE),
+        ({"max_new_tokens": 1}, 5, RowEnd.LENGTH),
+        ({}, EOS, RowEnd.EOS),
+        ({"max_new_tokens": 1}, EOS, RowEnd.EOS),
+        ({"ignore_eos": True}, EOS, RowEnd.NONE),
+        ({"ignore_eos": True, "max_new_tokens": 1}, EOS, RowEnd.LENGTH),
+        ({"ignore_eos": True, "stop_token_ids": (EOS,)}, EOS, RowEnd.STOP_TOKEN),
+        ({"stop_token_ids": (5, EOS)}, EOS, RowEnd.EOS),
+        ({"stop_token_ids": (6, 5)}, 5, RowEnd.STOP_TOKEN),
+        ({"stop_token_ids": (5,), "max_new_tokens": 1}, 5, RowEnd.STOP_TOKEN),
+        ({"stop_token_ids": (6,)}, 5, RowEnd.NONE),
+    ],
+)
+def test_ends(sampling: dict[str, Any], token: int, end: RowEnd) -> None:
+    ends = run(batch(), [token], new_rows=[new_row(1, **sampling)], rows=[1], counts=[5])
+    assert ends == [end]
+
+
+def test_an_ended_row_is_dead_in_later_plans() -> None:
+    target = batch()
+    run(target, [EOS, 3], new_rows=[new_row(1), new_row(2)], rows=[1, 2], counts=[5, 5])
+    # The router knows nothing of the end yet: it schedules the row and gives it blocks.
+    scheduled = target.apply(
+        plan(rows=[1, 2], counts=[1, 1], block_rows=[1], block_ids=[9])
+    )
+    assert target.ids[scheduled.slots].tolist() == [2]
+    assert not len(target.apply(plan(rows=[1], counts=[9])).slots)
+
+
+def test_min_new_tokens_bans_what_would_end_the_row() -> None:
+    target = batch()
+    rows = [
+        new_row(1, min_new_tokens=1, stop_token_ids=(7, 5000)),
+        new_row(2, min_new_tokens=1, stop_token_ids=(8,), ignore_eos=True),
+        new_row(3, stop_token_ids=(8,)),
+    ]
+    scheduled = target.apply(plan(new_rows=rows, rows=[1, 2, 3], counts=[5, 5, 5]))
+    sampled = target.sampled_rows(scheduled.slots)
+    assert sampled.banned_rows.tolist() == [0, 0, 1]
+    assert sampled.banned_ids.tolist() == [7, EOS, 8]
+    target.advance(scheduled, np.array([1, 1, 1]))
+    assert not len(target.sampled_rows(scheduled.slots).banned_rows)
+
+
+def test_the_sampler_sees_the_history_of_penalised_rows_only() -> None:
+    target = batch()
+    rows = [new_row(1, 2), new_row(2, 3, output_ids=[50], presence_penalty=1.0)]
+    scheduled = target.apply(plan(new_rows=rows, rows=[1, 2], counts=[2, 4]))
+    sampled = target.sampled_rows(scheduled.slots)
+    assert sampled.history_rows.tolist() == [1, 1, 1, 1]
+    assert sampled.history_ids.tolist() == [0, 1, 2, 50]
+    assert sampled.history_is_output.tolist() == [False, False, False, True]
+
+
+# ------------------------------------------------------------------ prompt logprobs
+
+
+def test_prompt_chunks_meet_without_gap_or_overlap() -> None:
+    target = batch()
+    rows = [new_row(1, 7, prompt_logprobs=True, prompt_top_n_tokens=2), new_row(2, 2, [9])]
+    places: list[tuple[int, int]] = []
+    for counts in ([3], [3], [1]):
+        scheduled = target.apply(plan(new_rows=rows, rows=[2, 1][-len(counts) :], counts=counts))
+        inputs = build_inputs(target, scheduled, "cpu")
+        for chunk in inputs.prompt_chunks:
+            assert (chunk.row_id, chunk.top_n, chunk.first) == (1, 2, 0)
+            places += enumerate(chunk.targets.tolist(), chunk.start)
+        target.advance(scheduled, np.array([50] * int(scheduled.samples.sum())))
+        rows = []
+    assert places == [(position, position) for position in range(1, 7)]
+
+
+# ------------------------------------------------------------------ refusals
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"rows": [5], "counts": [1]}, "row 5 is unknown"),
+        ({"block_rows": [5], "block_ids": [1]}, "row 5 is unknown"),
+        ({"block_rows": [1], "block_ids": [20]}, "row 1 refers to block 20 of 20"),
+        ({"block_rows": [1], "block_ids": []}, "0 new blocks for 1 rows"),
+        ({"block_rows": [1] * 9, "block_ids": [0] * 9}, "row 1 gets more blocks"),
+        ({"copies": [(1, 20)]}, "a block copy refers to block 20"),
+        ({"forks": [Fork(5, 6, 1, [])]}, "row 5 is unknown"),
+        ({"forks": [Fork(1, 1, 1, [0, 1])]}, "row 1 is already here"),
+        ({"rows": [1], "counts": [6]}, "row 1 is scheduled for tokens that are not known"),
+        ({"rows": [1], "counts": [0]}, "row 1 is scheduled for no token"),
+        ({"rows": [1, 1], "counts": [1, 1]}, "scheduled twice"),
+        ({"rows": [1], "counts": []}, "0 counts for 1 rows"),
+        ({"new_rows": [new_row(1)]}, "row 1 is already here"),
+        ({"new_rows": [new_row(2, 0)]}, "row 2 has no prompt"),
+        ({"new_rows": [new_row(2, prompt_ids=[100])]}, "outside the vocabulary"),
+        ({"new_rows": [new_row(2, output_ids=[1] * 4)]}, "has all of its 4 tokens"),
+        ({"new_rows": [new_row(2, 29)]}, "may grow beyond 32 tokens"),
+        ({"new_rows": [new_row(2, num_computed_tokens=5)]}, "5 of its 5 tokens computed"),
+        ({"new_rows": [new_row(2, blocks=[], num_computed_tokens=4)]}, "its 0 blocks hold"),
+        ({"new_rows": [new_row(2, adapter_id="x")]}, "adapter 'x'"),
+        ({"new_rows": [new_row(2, temperature=float("nan"))]}, "not a number"),
+        ({"new_rows": [new_row(2, top_n_tokens=101)]}, "more alternatives"),
+        (
+            {"new_rows": [new_row(2, 9)], "rows": [2], "counts": [9]},
+            "row 2 is scheduled for more tokens than its blocks hold",
+        ),
+        (
+            {"new_rows": [new_row(2, 25, list(range(7)))], "rows": [2], "counts": [25]},
+            "25 tokens in one step, and 24 are the most",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused(fields: dict[str, Any], message: str) -> None:
+    target = batch()
+    target.apply(plan(new_rows=[new_row(1)]))
+    with pytest.raises(PlanError, match=message):
+        target.apply(plan(**fields))
