@@ -1,0 +1,114 @@
+"""A request's answer does not depend on its company, its chunks, the caches or preemptions.
+
+Only near ties may differ while matrix products round differently with the batch size:
+a comparison ends after a position where the noise-free choice could have gone either way,
+which the logprobs tell (they must agree to 1e-4).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from headgate.launcher.embedded_model import ensure_embedded_model
+from headgate.proto.messages import RowSampling
+from tests.checkpoints import VOCAB_SIZE, make_checkpoint
+from tests.parity.serving import Answer, Job, Server
+
+GREEDY = RowSampling(max_new_tokens=16, logprobs=True, ignore_eos=True)
+SEEDED = replace(GREEDY, temperature=0.9, top_k=50, top_p=0.95, seed=1234)
+PENALISED = replace(SEEDED, repetition_penalty=1.2, frequency_penalty=0.3, min_p=0.01, seed=77)
+
+
+@pytest.fixture(scope="module", params=["tiny llama", "tiny mistral with a window", "embedded"])
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if request.param == "embedded":
+        return ensure_embedded_model()
+    path = tmp_path_factory.mktemp("model")
+    if request.param == "tiny llama":
+        return make_checkpoint(path, "llama")
+    return make_checkpoint(path, "mistral", sliding_window=20)
+
+
+@pytest.fixture(scope="module")
+def server(checkpoint: Path) -> Iterator[Server]:
+    yield Server(checkpoint)
+
+
+def random_prompt(seed: int, length: int) -> list[int]:
+    rng = random.Random(seed)
+    return [rng.randrange(VOCAB_SIZE - 3) for _ in range(length)]
+
+
+JOBS = [
+    Job(random_prompt(1, 45), GREEDY),
+    Job(random_prompt(2, 33), SEEDED),
+    Job(random_prompt(3, 64), PENALISED),
+]
+
+
+@pytest.fixture(scope="module")
+def alone(server: Server) -> list[Answer]:
+    """Each job by itself, prompt in one piece, nothing cached."""
+    answers = []
+    for job in JOBS:
+        server.limits()
+        answers += server.serve([job])
+    return answers
+
+
+def assert_same(answers: list[Answer], expected: list[Answer]) -> None:
+    for answer, wanted in zip(answers, expected, strict=True):
+        assert answer.token_ids == wanted.token_ids
+        assert answer.logprobs == pytest.approx(wanted.logprobs, abs=1e-4)
+
+
+def company(count: int) -> list[Job]:
+    rng = random.Random(9)
+    return [
+        Job(random_prompt(100 + i, rng.randrange(1, 60)), replace(SEEDED, seed=i))
+        for i in range(count)
+    ]
+
+
+def test_in_a_batch_of_32_others(server: Server, alone: list[Answer]) -> None:
+    server.limits()
+    assert_same(server.serve(JOBS + company(32))[: len(JOBS)], alone)
+    server.limits()
+    assert_same(server.serve(company(32) + JOBS)[-len(JOBS) :], alone)
+
+
+def test_with_prompts_in_chunks_of_seven(server: Server, alone: list[Answer]) -> None:
+    server.limits(step_tokens=7)
+    assert_same(server.serve(JOBS), alone)
+
+
+def test_from_the_prefix_cache(server: Server, alone: list[Answer]) -> None:
+    server.limits()
+    server.serve(JOBS)
+    hits = server.scheduler.stats.prefix_hits
+    assert_same(server.serve(JOBS), alone)
+    assert server.scheduler.stats.prefix_hits > hits
+
+
+def test_preempted_and_recomputed(server: Server, alone: list[Answer]) -> None:
+    """Memory for about a third of what runs, and an admission that hopes for short answers."""
+    server.limits(num_blocks=12, kv_overcommit=1.0)
+    assert_same(server.serve(JOBS + company(6))[: len(JOBS)], alone)
+    assert server.scheduler.stats.preemptions > 0
+
+
+def test_after_the_shards_were_lost(server: Server, alone: list[Answer]) -> None:
+    """What recovery does: rows are sent again with the tokens so far."""
+    server.limits()
+    answers = server.serve(
+        [
+            replace(job, output_ids=answer.token_ids[:10])
+            for job, answer in zip(JOBS, alone, strict=True)
+        ]
+    )
+    assert [answer.token_ids for answer in answers] == [answer.token_ids for answer in alone]
