@@ -10,12 +10,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from headgate.kernels import ops
 from headgate.shard.errors import ModelError
 
 _INDEX = "model.safetensors.index.json"
@@ -23,13 +25,29 @@ _INDEX = "model.safetensors.index.json"
 _COMPUTED = re.compile(r"(^|\.)rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
 _NAMES_SHOWN = 5
 
+Matrix = Any  # a tensor or a back end's packed form of one; for ops.linear only
+
+
+@dataclass(frozen=True, slots=True)
+class Fused:
+    """Column-parallel tensors that are multiplied as one: q, k and v, or gate and up.
+
+    A checkpoint has either one tensor a part or one tensor `whole` that holds them in this order.
+    """
+
+    parts: tuple[str, ...]  # names, below the layer's prefix
+    whole: str
+    sizes: tuple[int, ...]  # rows of each part in the model
+    rows: tuple[range, ...]  # and those of this rank
+
 
 class Weights:
     """An open checkpoint. `dtype` is how values are stored: they are rounded to it.
 
-    On a CPU arithmetic is float32, and torch would widen a bfloat16 matrix again at every call, so
-    there tensors are widened once, here, after the rounding: they take float32's memory. `nbytes`
-    counts what was handed out, in the dtype it is held in.
+    On a CPU arithmetic is float32 (`compute_dtype`). Matrices are handed out in the form that the
+    back end in use wants for `ops.linear`: the C++ kernels keep them in `dtype`, packed; torch
+    would widen them again at every call, so for it they are float32 copies, made once, here. So the
+    back end must be chosen (`ops.use`) before. `nbytes` counts the memory of all handed out.
     """
 
     def __init__(self, path: str | Path, *, dtype: torch.dtype, device: str | torch.device) -> None:
@@ -45,41 +63,34 @@ class Weights:
     # ------------------------------------------------------------------ intents
 
     def replicated(self, name: str, shape: Sequence[int]) -> torch.Tensor:
-        """The whole tensor: norms, biases of row-parallel layers."""
-        return self._keep(self._read(name, shape, lambda view: view[:]))
+        """The whole tensor, to compute with: norms, biases of row-parallel layers."""
+        return self._count(self._read(name, shape, lambda view: view[:]).to(self.compute_dtype))
 
-    def rows(self, name: str, shape: Sequence[int], rows: range) -> torch.Tensor:
-        """Part of the first dimension: a column-parallel matrix or its bias, a vocabulary."""
-        return self._keep(self._read_rows(name, shape, [rows]))
+    def table(self, name: str, shape: Sequence[int], rows: range) -> torch.Tensor:
+        """Rows to look up, in the stored dtype: an embedding."""
+        return self._count(self._read_rows(name, shape, [rows]))
 
-    def columns(self, name: str, shape: Sequence[int], columns: range) -> torch.Tensor:
-        """Part of the second dimension: a row-parallel matrix."""
+    def rows(self, name: str, shape: Sequence[int], rows: range) -> Matrix:
+        """Part of a matrix's first dimension: a column-parallel layer."""
+        return self._count(self._pack(self._read_rows(name, shape, [rows])))
+
+    def columns(self, name: str, shape: Sequence[int], columns: range) -> Matrix:
+        """Part of a matrix's second dimension: a row-parallel layer."""
         cut = slice(columns.start, columns.stop)
-        return self._keep(self._read(name, shape, lambda view: view[:, cut]))
+        return self._count(self._pack(self._read(name, shape, lambda view: view[:, cut])))
 
-    def packed_rows(
-        self, prefix: str, parts: Sequence[str], packed: str, suffix: str,
-        sizes: Sequence[int], rows: Sequence[range], width: int | None,
-    ) -> torch.Tensor:  # fmt: skip
-        """Several column-parallel tensors as one, rank's rows of each in turn: q, k, v or gate, up.
+    def tied(self, table: torch.Tensor) -> Matrix:
+        """The matrix whose values are those of an embedding's `table`; shares its memory if it can."""
+        matrix = self._pack(table)
+        return matrix if matrix is table else self._count(matrix)
 
-        The checkpoint has either tensors `prefix.part.suffix`, `sizes[i]` rows each, or one
-        `prefix.packed.suffix` that holds them one after another. `width`: columns; None for a bias.
-        """
-        tail = () if width is None else (width,)
-        whole = f"{prefix}.{packed}.{suffix}"
-        if self.has(whole):
-            starts = [sum(sizes[:index]) for index in range(len(sizes))]
-            cuts = [
-                range(start + cut.start, start + cut.stop)
-                for start, cut in zip(starts, rows, strict=True)
-            ]
-            return self._keep(self._read_rows(whole, (sum(sizes), *tail), cuts))
-        pieces = [
-            self._read_rows(f"{prefix}.{part}.{suffix}", (size, *tail), [cut])
-            for part, size, cut in zip(parts, sizes, rows, strict=True)
-        ]
-        return self._keep(torch.cat(pieces))
+    def fused_rows(self, prefix: str, fused: Fused, width: int) -> Matrix:
+        """This rank's rows of each part in turn, `width` wide; `prefix`: the layer's name."""
+        return self._count(self._pack(self._read_fused(prefix, fused, "weight", (width,))))
+
+    def fused_bias(self, prefix: str, fused: Fused) -> torch.Tensor:
+        """The biases that belong to `fused_rows`."""
+        return self._count(self._read_fused(prefix, fused, "bias", ()).to(self.compute_dtype))
 
     def has(self, name: str) -> bool:
         return self._resolve(name) is not None
@@ -98,6 +109,23 @@ class Weights:
             )
 
     # ------------------------------------------------------------------ reading
+
+    def _read_fused(
+        self, prefix: str, fused: Fused, suffix: str, tail: tuple[int, ...]
+    ) -> torch.Tensor:
+        whole = f"{prefix}.{fused.whole}.{suffix}"
+        if self.has(whole):
+            starts = [sum(fused.sizes[:index]) for index in range(len(fused.sizes))]
+            cuts = [
+                range(start + cut.start, start + cut.stop)
+                for start, cut in zip(starts, fused.rows, strict=True)
+            ]
+            return self._read_rows(whole, (sum(fused.sizes), *tail), cuts)
+        pieces = [
+            self._read_rows(f"{prefix}.{part}.{suffix}", (size, *tail), [cut])
+            for part, size, cut in zip(fused.parts, fused.sizes, fused.rows, strict=True)
+        ]
+        return torch.cat(pieces)
 
     def _read_rows(self, name: str, shape: Sequence[int], cuts: Sequence[range]) -> torch.Tensor:
         def read(view: Any) -> torch.Tensor:
@@ -129,15 +157,14 @@ class Weights:
                 "quantised checkpoints are not supported"
             )
         self._unused.discard(found)
-        return tensor
+        # A copy always: slices are views of the mapped file, which must not be held open by them.
+        return tensor.to(self.device, self.dtype, copy=True).contiguous()
 
-    def _keep(self, tensor: torch.Tensor) -> torch.Tensor:
-        rounded = tensor.to(self.device, self.dtype)
-        # A slice may be a view of a mapped file, which must not outlive it nor pin it in memory.
-        kept = rounded.to(self.compute_dtype).contiguous()
-        if kept.data_ptr() == tensor.data_ptr():
-            kept = kept.clone()
-        self.nbytes += kept.numel() * kept.element_size()
+    def _pack(self, tensor: torch.Tensor) -> Matrix:
+        return ops.pack_linear(tensor.to(self.compute_dtype), self.dtype)
+
+    def _count(self, kept: Matrix) -> Matrix:
+        self.nbytes += kept.nbytes
         return kept
 
     def _resolve(self, name: str) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,3 +18,14 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.checkpoints import make_checkpoint
 
     return make_checkpoint(tmp_path_factory.mktemp("tiny-llama"))
+
+
+@pytest.fixture
+def reference_kernels() -> Iterator[None]:
+    """Operations are the reference's during the test."""
+    from headgate.kernels import ops
+
+    before = ops.active()
+    ops.use("reference")
+    yield
+    ops.use(before)

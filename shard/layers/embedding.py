@@ -14,14 +14,14 @@ class VocabEmbedding:
     def __init__(self, context: LoadContext, name: str) -> None:
         config = context.config
         shape = (config.vocab_size, config.hidden_size)
-        self.weight = context.weights.rows(name, shape, context.vocabulary)
+        self.table = context.weights.table(name, shape, context.vocabulary)
         self._first_id = context.vocabulary.start
         self._dtype = context.weights.compute_dtype
         self._group = context.group
 
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
         """ids[T] to [T, hidden_size]."""
-        return self._group.all_reduce(ops.embedding(ids, self.weight, self._first_id, self._dtype))
+        return self._group.all_reduce(ops.embedding(ids, self.table, self._first_id, self._dtype))
 
 
 class VocabHead:
@@ -31,10 +31,10 @@ class VocabHead:
         config = context.config
         if tied is not None:
             context.weights.ignore(name)
-            self.weight = tied.weight
+            self._weight = context.weights.tied(tied.table)
         else:
             shape = (config.vocab_size, config.hidden_size)
-            self.weight = context.weights.rows(name, shape, context.vocabulary)
+            self._weight = context.weights.rows(name, shape, context.vocabulary)
         self._sizes = [len(ids) for ids in context.partition.vocabulary]
         self._group = context.group
 
@@ -43,6 +43,6 @@ class VocabHead:
         if hidden.shape[0] == 0:
             empty = hidden.new_empty((0, sum(self._sizes)), dtype=torch.float32)
             return empty if self._group.rank == 0 else None
-        logits = ops.linear(hidden, self.weight)
+        logits = ops.linear(hidden, self._weight)
         gathered = self._group.gather_to_rank0(logits, 1, self._sizes)
         return None if gathered is None else gathered.float()

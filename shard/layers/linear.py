@@ -1,7 +1,6 @@
 """Linear layers split over the ranks: by columns of the result, or by rows of the product.
 
-On a CPU the matrices are float32 copies made at load, of values rounded to the stored dtype
-(Weights says why); elsewhere they are held and multiplied in that dtype.
+Weights says in what form and dtype the matrices are held. On a CPU results are float32.
 """
 
 from __future__ import annotations
@@ -11,12 +10,13 @@ import torch
 from headgate.kernels import ops
 from headgate.shard.distributed import Group
 from headgate.shard.load_context import LoadContext
+from headgate.shard.weights import Fused, Matrix
 
 
 class ColumnLinear:
     """Part of the outputs on each rank; no exchange."""
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+    def __init__(self, weight: Matrix, bias: torch.Tensor | None = None) -> None:
         self.weight = weight
         self.bias = bias
 
@@ -25,41 +25,32 @@ class ColumnLinear:
         """Queries, keys and values of this rank's heads. `prefix`: the attention's name."""
         config, dim = context.config, context.config.head_dim
         heads, kv_heads = _times(context.heads, dim), _times(context.kv_heads, dim)
-        return cls._packed(
-            context,
-            prefix,
-            ("q_proj", "k_proj", "v_proj"),
-            "qkv_proj",
-            (config.num_heads * dim, config.num_kv_heads * dim, config.num_kv_heads * dim),
-            (heads, kv_heads, kv_heads),
-            bias,
+        kv_size = config.num_kv_heads * dim
+        fused = Fused(
+            parts=("q_proj", "k_proj", "v_proj"),
+            whole="qkv_proj",
+            sizes=(config.num_heads * dim, kv_size, kv_size),
+            rows=(heads, kv_heads, kv_heads),
         )
+        return cls._fused(context, prefix, fused, bias)
 
     @classmethod
     def gate_up(cls, context: LoadContext, prefix: str, bias: bool) -> ColumnLinear:
         """This rank's columns of gate, then of up. `prefix`: the MLP's name."""
         size, columns = context.config.intermediate_size, context.mlp_columns
-        parts = ("gate_proj", "up_proj")
-        return cls._packed(
-            context, prefix, parts, "gate_up_proj", (size, size), (columns, columns), bias
+        fused = Fused(
+            parts=("gate_proj", "up_proj"),
+            whole="gate_up_proj",
+            sizes=(size, size),
+            rows=(columns, columns),
         )
+        return cls._fused(context, prefix, fused, bias)
 
     @classmethod
-    def _packed(
-        cls,
-        context: LoadContext,
-        prefix: str,
-        parts: tuple[str, ...],
-        packed: str,
-        sizes: tuple[int, ...],
-        rows: tuple[range, ...],
-        bias: bool,
-    ) -> ColumnLinear:
-        weights, width = context.weights, context.config.hidden_size
-        weight = weights.packed_rows(prefix, parts, packed, "weight", sizes, rows, width)
-        if not bias:
-            return cls(weight)
-        return cls(weight, weights.packed_rows(prefix, parts, packed, "bias", sizes, rows, None))
+    def _fused(cls, context: LoadContext, prefix: str, fused: Fused, bias: bool) -> ColumnLinear:
+        weights = context.weights
+        weight = weights.fused_rows(prefix, fused, context.config.hidden_size)
+        return cls(weight, weights.fused_bias(prefix, fused) if bias else None)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return ops.linear(x, self.weight, self.bias)
@@ -68,7 +59,7 @@ class ColumnLinear:
 class RowLinear:
     """Part of the inputs on each rank; the partial results are summed over the group."""
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, group: Group) -> None:
+    def __init__(self, weight: Matrix, bias: torch.Tensor | None, group: Group) -> None:
         self.weight = weight
         self.bias = bias
         self._group = group

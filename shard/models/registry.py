@@ -54,7 +54,7 @@ def load_model(
     rope_factor: float = 0.0,
     max_positions: int = 0,
 ) -> CausalLM:
-    """Reads this rank's part of the checkpoint directory `path`.
+    """Reads this rank's part of the checkpoint directory `path`, for the kernels in use.
 
     `max_positions`: the longest sequence that will be served (0: what config.json says); RoPE kinds
     that depend on a length take it, see layers/rotary.py. Raises ModelError, one sentence that says

@@ -29,6 +29,7 @@ LONGROPE = {
     "short_factor": [1.0, 1.1, 1.2, 1.5],
     "long_factor": [1.0, 2.0, 3.5, 6.0],
 }
+KERNELS = ("reference", "cpu")
 PROMPT_LENGTH = 40  # of the longest prompt
 
 

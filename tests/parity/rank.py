@@ -10,9 +10,10 @@ from pathlib import Path
 
 import torch
 
+from headgate.kernels import ops
 from headgate.shard.distributed import Group, init_group
 from headgate.shard.models.registry import load_model
-from tests.parity.cases import CASES, Case
+from tests.parity.cases import CASES, KERNELS, Case
 from tests.parity.paged import PagedRows
 
 CHUNK = 7
@@ -54,12 +55,14 @@ def main() -> None:
     torch.set_num_threads(1)
     checkpoints, output = Path(sys.argv[1]), Path(sys.argv[2])
     group = init_group("cpu", timeout=60)
-    results: dict[str, torch.Tensor | str | None] = {}
-    for case in CASES:
-        try:
-            results[case.name] = run_case(case, checkpoints, group)
-        except AssertionError as error:
-            results[case.name] = str(error)
+    results: dict[tuple[str, str], torch.Tensor | str | None] = {}
+    for kernels in KERNELS:
+        ops.use(kernels)
+        for case in CASES:
+            try:
+                results[kernels, case.name] = run_case(case, checkpoints, group)
+            except AssertionError as error:
+                results[kernels, case.name] = str(error)
     if group.rank == 0:
         torch.save(results, output)
     group.barrier()

@@ -1,4 +1,4 @@
-"""Every architecture and every RoPE, on 1, 2 and 3 ranks, against Transformers' float32."""
+"""Every architecture and RoPE, by both CPU back ends on 1, 2 and 3 ranks, against Transformers."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from tests.checkpoints import VOCAB_SIZE, make_checkpoint
-from tests.parity.cases import CASES, Case
+from tests.parity.cases import CASES, KERNELS, Case
 
 REPOSITORY = Path(__file__).parents[2]
+Results = dict[tuple[str, str], torch.Tensor | str]  # by kernels and case
 TOLERANCE = 1e-4  # of logits whose standard deviation is about 2
 
 
@@ -50,7 +51,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module", params=[1, 2, 3], ids=lambda ranks: f"{ranks}-ranks")
-def results(request: pytest.FixtureRequest, checkpoints: Path) -> dict[str, torch.Tensor | str]:
+def results(request: pytest.FixtureRequest, checkpoints: Path) -> Results:
     """All cases by one group of processes."""
     world_size: int = request.param
     output = checkpoints / f"results-{world_size}.pt"
@@ -78,10 +79,11 @@ def results(request: pytest.FixtureRequest, checkpoints: Path) -> dict[str, torc
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("kernels", KERNELS)
 def test_logits_equal_transformers(
-    case: Case, checkpoints: Path, results: dict[str, torch.Tensor | str]
+    kernels: str, case: Case, checkpoints: Path, results: Results
 ) -> None:
     expected = torch.load(checkpoints / f"{case.name}.pt")["logits"]
-    logits = results[case.name]
+    logits = results[kernels, case.name]
     assert isinstance(logits, torch.Tensor), logits
     torch.testing.assert_close(logits, expected, atol=TOLERANCE, rtol=0)

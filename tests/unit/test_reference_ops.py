@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -15,12 +14,7 @@ from headgate.shard.attention_metadata import AttentionMetadata
 BLOCK = 4
 
 
-@pytest.fixture(autouse=True)
-def reference_table() -> Iterator[None]:
-    before = ops.active()
-    ops.use("reference")
-    yield
-    ops.use(before)
+pytestmark = pytest.mark.usefixtures("reference_kernels")
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -17,6 +17,8 @@ from headgate.shard.model_config import read_model_config
 from headgate.shard.models import registry
 from headgate.shard.models.base import CausalLM
 
+pytestmark = pytest.mark.usefixtures("reference_kernels")
+
 
 def load(path: Path, **more: Any) -> CausalLM:
     return registry.load_model(

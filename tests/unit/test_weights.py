@@ -10,9 +10,11 @@ import torch
 from safetensors.torch import save_file
 
 from headgate.shard.errors import ModelError
-from headgate.shard.weights import Weights
+from headgate.shard.weights import Fused, Weights
 
 MATRIX = torch.arange(48, dtype=torch.float32).view(8, 6)
+
+pytestmark = pytest.mark.usefixtures("reference_kernels")
 
 
 def checkpoint(path: Path, **tensors: torch.Tensor) -> Path:
@@ -34,7 +36,7 @@ def test_slices(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_packed_rows_from_either_form(tmp_path: Path, packed: bool) -> None:
+def test_fused_rows_from_either_form(tmp_path: Path, packed: bool) -> None:
     q, k, v = MATRIX, MATRIX[:4] + 100, MATRIX[:4] + 200
     if packed:
         path = checkpoint(tmp_path, **{"attn.qkv.weight": torch.cat((q, k, v))})
@@ -44,17 +46,17 @@ def test_packed_rows_from_either_form(tmp_path: Path, packed: bool) -> None:
     weights = opened(path)
     cuts = (range(4, 8), range(2, 4), range(2, 4))
     sizes = (8, 4, 4)
-    got = weights.packed_rows("attn", ("q", "k", "v"), "qkv", "weight", sizes, cuts, 6)
+    got = weights.fused_rows("attn", Fused(("q", "k", "v"), "qkv", sizes, cuts), 6)
     assert torch.equal(got, torch.cat((q[4:], k[2:], v[2:])))
     weights.finish()
 
 
-def test_packed_bias(tmp_path: Path) -> None:
+def test_fused_bias(tmp_path: Path) -> None:
     weights = opened(
         checkpoint(tmp_path, **{"m.g.bias": MATRIX[0].clone(), "m.u.bias": MATRIX[1].clone()})
     )
     cuts = (range(2), range(2))
-    got = weights.packed_rows("m", ("g", "u"), "gu", "bias", (6, 6), cuts, None)
+    got = weights.fused_bias("m", Fused(("g", "u"), "gu", (6, 6), cuts))
     assert got.tolist() == [0, 1, 6, 7]
 
 
@@ -146,3 +148,25 @@ def test_quantised_tensor(tmp_path: Path) -> None:
     path = checkpoint(tmp_path, a=MATRIX.to(torch.int8))
     with pytest.raises(ModelError, match="tensor a is int8"):
         opened(path).rows("a", (8, 6), range(8))
+
+
+def test_a_tied_matrix_shares_the_table_where_it_can(tmp_path: Path) -> None:
+    path = checkpoint(tmp_path, a=MATRIX)
+    weights = opened(path)
+    table = weights.table("a", (8, 6), range(8))
+    assert weights.tied(table) is table
+    assert weights.nbytes == MATRIX.nbytes
+    narrow = opened(path, torch.bfloat16)
+    table = narrow.table("a", (8, 6), range(8))
+    assert table.dtype == torch.bfloat16
+    assert narrow.tied(table).dtype == torch.float32  # which torch multiplies fastest
+    assert narrow.nbytes == MATRIX.nbytes * 3 // 2
+
+
+def test_tensors_outlive_the_file(tmp_path: Path) -> None:
+    path = checkpoint(tmp_path, a=MATRIX)
+    weights = opened(path)
+    table = weights.table("a", (8, 6), range(2, 8))
+    weights.finish()
+    (path / "model.safetensors").write_bytes(b"")  # a view of the mapped file would be SIGBUS
+    assert torch.equal(table, MATRIX[2:])
