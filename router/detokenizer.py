@@ -36,6 +36,7 @@ class Pieces:
     texts: list[str | None]  # by id: text of a piece that is whole characters; None: see `bytes`
     bytes: dict[int, bytes]  # pieces that hold part of a character
     special_ids: frozenset[int]
+    decode_one: Callable[[int], str]  # a piece by itself, for lists of alternatives
     new_stream: Callable[[Sequence[int], bool], TextStream]  # (end of prompt, skip special)
 
     @classmethod
@@ -46,7 +47,10 @@ class Pieces:
         names = _names(backend)
         if _steps(decoder) == ["ByteLevel"]:
             texts, partial = _byte_level_pieces(names)
-            return cls(texts, partial, special, lambda context, skip: Utf8Stream(texts, partial))
+            one = _decode_one(texts, partial)
+            return cls(
+                texts, partial, special, one, lambda context, skip: Utf8Stream(texts, partial)
+            )
         replacement = _byte_fallback_space(decoder)
         if replacement is not None:
             texts, partial = _byte_fallback_pieces(names, replacement)
@@ -56,8 +60,14 @@ class Pieces:
                 at_start = all(skip and id_ in special for id_ in context)
                 return ByteFallbackStream(texts, partial, strip=strips and at_start)
 
-            return cls(texts, partial, special, fallback)
-        return cls([], {}, special, lambda context, skip: WindowStream(backend, context, skip))
+            return cls(texts, partial, special, _decode_one(texts, partial), fallback)
+        return cls(
+            [],
+            {},
+            special,
+            lambda id_: backend.decode([id_], skip_special_tokens=False),
+            lambda context, skip: WindowStream(backend, context, skip),
+        )
 
 
 class Detokenizer:
@@ -288,6 +298,14 @@ def _byte_fallback_pieces(
                 pass  # not a byte after all
         texts.append(name.replace(*space))
     return texts, partial
+
+
+def _decode_one(texts: list[str | None], partial: dict[int, bytes]) -> Callable[[int], str]:
+    def decode(id_: int) -> str:
+        text = texts[id_] if id_ < len(texts) else ""
+        return partial[id_].decode("utf-8", "replace") if text is None else text
+
+    return decode
 
 
 def _add(texts: list[str | None], partial: dict[int, bytes], id_: int, data: bytes) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import product
 
 from headgate.router.exposition import Family, Histogram, Series, Summary, Value, label_text, render
+from headgate.router.scheduler_config import SchedulerStats
 
 METHODS = ("prefill", "decode")
 ERRORS = (  # `err` of tgi_request_failure; the first six are TGI's
@@ -302,6 +303,32 @@ class Metrics:
         self.histogram("tgi_request_inference_duration").observe(times.inference)
         self.histogram("tgi_request_mean_time_per_token_duration").observe(times.per_token)
         self.histogram("tgi_request_generated_tokens").observe(generated_tokens)
+
+    # ------------------------------------------------------------------ state
+
+    def take_state(
+        self, live: int, waiting: int, stats: SchedulerStats | None, block_size: int
+    ) -> None:
+        """The metrics that the scheduler keeps; `waiting`: requests that have not reached it."""
+        self.value("tgi_request_live").set(live)
+        self.value("tgi_queue_size").set(waiting + (stats.num_waiting if stats else 0))
+        if stats is None:
+            return
+        for name, amount in {
+            "tgi_batch_current_size": stats.num_running,
+            "tgi_batch_current_max_tokens": stats.predicted_peak_blocks * block_size,
+            "tgi_batch_max_total_tokens": stats.blocks_total * block_size,
+            "tgi_batch_total_tokens": stats.blocks_used * block_size,
+            "tgi_request_preemptions": stats.preemptions,
+            "tgi_request_recoveries": stats.recoveries,
+            "tgi_kv_cache_usage_ratio": stats.blocks_used / max(stats.blocks_total, 1),
+            "tgi_kv_cache_used_blocks": stats.blocks_used,
+            "tgi_kv_cache_cached_blocks": stats.blocks_cached,
+            "tgi_kv_cache_free_blocks": stats.blocks_free,
+            "tgi_prefix_cache_query_tokens": stats.prefix_queries,
+            "tgi_prefix_cache_hit_tokens": stats.prefix_hits,
+        }.items():
+            self.value(name).set(amount)
 
     # ------------------------------------------------------------------ steps
 

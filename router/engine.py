@@ -1,0 +1,405 @@
+"""The loop that turns live requests into steps and steps into answers.
+
+Plan k+1 is on its way while the shards compute plan k. Policy is the scheduler's, text the
+output processor's, the wire the group's: here they meet, with the clock and the sinks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from headgate.proto import router_pb2
+from headgate.proto.messages import StepPlan, StepResult
+from headgate.router.config import RouterConfig
+from headgate.router.errors import (
+    DrainingError,
+    GenerationError,
+    InternalError,
+    RouterError,
+    UnavailableError,
+    ValidationError,
+)
+from headgate.router.live_requests import Limiter, LiveRequest, Permit, Sink
+from headgate.router.metrics import Metrics, StepTimes
+from headgate.router.output_processor import Outcome, OutputProcessor
+from headgate.router.request import Request
+from headgate.router.row_output import ProtocolError, RowOutput
+from headgate.router.scheduler import Scheduler
+from headgate.router.scheduler_config import RequestTooLarge, SchedulerConfig
+from headgate.router.shard_group import GroupBroken, ShardGroup
+from headgate.router.status import DRAINING, FAILED, LOADING, ServerStatus
+from headgate.router.validation import ValidRequest
+
+logger = logging.getLogger(__name__)
+
+MAX_IN_FLIGHT = 2
+MAX_RECOVERIES = 3  # groups that may die under a request before it is taken for the cause
+MAX_REFUSALS = 16  # in a row: by then a step has been cut down to one token
+LOADING_RETRY = 5.0  # seconds
+DRAINED_POLL = 0.02  # seconds
+
+_REASON_NAMES = {
+    router_pb2.FINISH_REASON_LENGTH: "length",
+    router_pb2.FINISH_REASON_EOS_TOKEN: "eos_token",
+    router_pb2.FINISH_REASON_STOP_SEQUENCE: "stop_sequence",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A plan on its way."""
+
+    sequence: int
+    method: str  # prefill or decode
+    sent: float
+
+
+class Engine:
+    """One per router. All methods belong to the event loop's thread."""
+
+    def __init__(
+        self,
+        config: RouterConfig,
+        status: ServerStatus,
+        outputs: OutputProcessor,
+        metrics: Metrics,
+    ) -> None:
+        self._config = config
+        self._status = status
+        self._outputs = outputs
+        self._metrics = metrics
+        self._limiter = Limiter(config.max_concurrent_requests)
+        self._live: dict[int, LiveRequest] = {}
+        self._next_id = 1
+        self._backlog: list[LiveRequest] = []  # accepted before there was any KV memory
+        self._scheduler: Scheduler | None = None
+        self._wake = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self._on_first_step: Callable[[int], None] = lambda epoch: None
+        self._on_broken: Callable[[GroupBroken], None] = lambda broken: None
+        self._last_result = 0.0
+        self._lost_group = False
+
+    # --------------------------------------------------------------- requests
+
+    def admit(self, resubmitted: bool = False) -> Permit:
+        """Room for one more request. `resubmitted`: an earlier router had accepted it.
+
+        Raises OverloadedError, DrainingError or UnavailableError.
+        """
+        state = self._status.state
+        if state == FAILED:
+            raise UnavailableError(self._status.detail)
+        if not resubmitted and state == DRAINING:
+            raise DrainingError()
+        if not resubmitted and state == LOADING:
+            raise UnavailableError("The model is still loading", retry_after=LOADING_RETRY)
+        return self._limiter.acquire()
+
+    def submit(self, valid: ValidRequest, sink: Sink, permit: Permit) -> LiveRequest:
+        """Queues the request and sends `Accepted`. Raises ValidationError, UnavailableError."""
+        if self._status.state == FAILED:  # since it was admitted
+            raise UnavailableError(self._status.detail)
+        request = Request(
+            id=self._take_id(),
+            prompt_ids=valid.prompt_ids,
+            sampling=valid.sampling,
+            arrival=valid.arrival,
+            skip_prefix_cache=valid.sampling.prompt_logprobs,
+        )
+        live = LiveRequest(request, valid, self._outputs.open(request.id, valid), sink, permit)
+        self._live[request.id] = live
+        resumed = self._resume(live)
+        try:
+            if resumed is None or not resumed.reason:
+                self._queue(live)
+        except RequestTooLarge as error:
+            self._forget(live)
+            raise ValidationError(str(error), field="max_new_tokens") from error
+        self._metrics.accepted(len(valid.prompt_ids), valid.sampling.max_new_tokens)
+        accepted = router_pb2.Accepted(
+            input_tokens=len(valid.prompt_ids),
+            seed=valid.seed,
+            prompt_characters=valid.prompt_characters,
+        )
+        sink.send(router_pb2.GenerateEvent(accepted=accepted))
+        if resumed is not None:
+            self._deliver(live, resumed)
+        self._wake.set()
+        return live
+
+    def cancel(self, live: LiveRequest) -> None:
+        """The client left: memory is freed at once, nothing more is sent. Idempotent."""
+        if not live.ended:
+            self._drop(live, "dropped")
+
+    def fail(self, live: LiveRequest, error: RouterError) -> None:
+        """Ends the request with an error event. Idempotent."""
+        if not live.ended:
+            self._drop(live, error.error_type)
+            live.sink.send(router_pb2.GenerateEvent(error=error.to_proto()))
+
+    def fail_all(self, error: RouterError) -> None:
+        for live in list(self._live.values()):
+            self.fail(live, error)
+
+    @property
+    def num_live(self) -> int:
+        """Requests admitted and not ended, those in validation included."""
+        return self._limiter.num_live
+
+    async def drained(self, timeout: float) -> None:
+        """Returns when nothing is live any more; after `timeout` seconds ends what still runs."""
+        deadline = time.monotonic() + timeout
+        while self._limiter.num_live:
+            if time.monotonic() >= deadline:
+                self.fail_all(DrainingError("The server shut down before the answer was complete"))
+                return
+            await asyncio.sleep(DRAINED_POLL)
+
+    # ----------------------------------------------------------------- groups
+
+    def listen(
+        self, on_first_step: Callable[[int], None], on_broken: Callable[[GroupBroken], None]
+    ) -> None:
+        """`on_first_step(epoch)` when a group has shown that it works; `on_broken` when it died."""
+        self._on_first_step, self._on_broken = on_first_step, on_broken
+
+    def attach(self, group: ShardGroup, num_blocks: int) -> None:
+        """Serves with this group from now on; requests that were running go on."""
+        assert self._task is None, "detach() comes first"
+        config = self._config
+        if self._scheduler is None:
+            self._scheduler = Scheduler(
+                SchedulerConfig(
+                    num_blocks=num_blocks,
+                    block_size=config.block_size,
+                    max_batch_prefill_tokens=config.max_batch_prefill_tokens,
+                    max_batch_size=config.max_batch_size,
+                    max_total_tokens=config.max_total_tokens,
+                    kv_overcommit=config.kv_overcommit,
+                    prefix_caching=config.prefix_caching,
+                )
+            )
+            for live in self._backlog:
+                self._scheduler.add(live.request)
+            self._backlog.clear()
+        else:
+            for request in self._scheduler.reset(num_blocks):
+                self.fail(
+                    self._live[request.id], GenerationError("the new shards have too little memory")
+                )
+        if self._lost_group:
+            self._lost_group = False
+            self._metrics.value("tgi_group_recoveries").inc()
+        group.on_result(self._wake.set)
+        self._task = asyncio.get_running_loop().create_task(self._run(group))
+
+    def detach(self) -> None:
+        """The group is lost. What ran waits for the next one, unless groups keep dying under it."""
+        if self._task is None:
+            return
+        self._task.cancel()
+        self._task = None
+        self._lost_group = True
+        assert self._scheduler is not None
+        self._scheduler.reset()
+        for live in list(self._live.values()):
+            if live.request.recoveries >= MAX_RECOVERIES:
+                self.fail(
+                    live,
+                    GenerationError(f"{MAX_RECOVERIES} shard groups died while it was running"),
+                )
+
+    def refresh_gauges(self) -> None:
+        """Brings the metrics that are states, not events, up to date."""
+        stats = self._scheduler.stats if self._scheduler is not None else None
+        waiting = len(self._backlog)
+        self._metrics.take_state(self.num_live, waiting, stats, self._config.block_size)
+
+    # --------------------------------------------------------------- the loop
+
+    async def _run(self, group: ShardGroup) -> None:
+        try:
+            await self._serve(group)
+        except GroupBroken as broken:
+            self._broken(broken)
+        except ProtocolError as error:
+            self._broken(GroupBroken(0, str(error)))
+        except Exception:
+            # A fault of the router itself: the answers in progress cannot be trusted.
+            logger.exception("the engine failed")
+            self.fail_all(InternalError())
+            self._broken(GroupBroken(0, "the router's engine failed"))
+
+    def _broken(self, broken: GroupBroken) -> None:
+        self.detach()
+        self._on_broken(broken)
+
+    async def _serve(self, group: ShardGroup) -> None:
+        in_flight: deque[_Step] = deque()
+        sequence, worked = 0, False
+        while True:
+            self._wake.clear()
+            while (result := group.receive()) is not None:
+                if not worked and not result.refused:
+                    worked = True
+                    self._on_first_step(group.epoch)
+                self._take(in_flight.popleft(), result)
+            while len(in_flight) < MAX_IN_FLIGHT:
+                plan, step = self._plan(group.epoch, sequence + 1)
+                if plan is None or step is None:
+                    break
+                sequence += 1
+                in_flight.append(step)
+                await group.send(plan)
+            await self._wake.wait()
+
+    def _plan(self, epoch: int, sequence: int) -> tuple[StepPlan | None, _Step | None]:
+        assert self._scheduler is not None
+        started = time.monotonic()
+        plan = self._scheduler.schedule(epoch, sequence, started)
+        if plan is None:
+            return None, None
+        now = time.monotonic()
+        method = "prefill" if self._holds_prompt(plan) else "decode"
+        joined = len(plan.new_rows)
+        self._metrics.step_planned(method, joined, len(plan.rows) > joined, now - started)
+        return plan, _Step(sequence, method, now)
+
+    def _holds_prompt(self, plan: StepPlan) -> bool:
+        if plan.new_rows or any(count > 1 for count in plan.counts):
+            return True
+        requests = (self._live[row].request for row in plan.rows)
+        return any(request.num_scheduled <= request.num_prefill_tokens for request in requests)
+
+    def _take(self, step: _Step, result: StepResult) -> None:
+        """A result: tokens go to their clients, what ended is freed."""
+        assert self._scheduler is not None
+        arrived = time.monotonic()
+        outputs = self._scheduler.update(result)
+        updated = time.monotonic()
+        if result.refused:
+            self._refused(step, result)
+            return
+        for output in outputs:
+            self._deliver_output(output, arrived)
+        delivered = time.monotonic()
+        times = StepTimes(
+            inference=arrived - max(step.sent, self._last_result),
+            forward=result.forward_ns / 1e9,
+            decode=delivered - updated,
+            filter=updated - arrived,
+        )
+        self._last_result = arrived
+        self._metrics.step_done(step.method, times)
+
+    def _refused(self, step: _Step, result: StepResult) -> None:
+        assert self._scheduler is not None
+        self._metrics.step_failed(step.method)
+        refusals = self._scheduler.stats.refusals_in_a_row
+        logger.warning(
+            "a step was refused",
+            extra={"fields": {"reason": result.refused, "in_a_row": refusals}},
+        )
+        if refusals >= MAX_REFUSALS:
+            raise GroupBroken(0, f"it refused {refusals} steps in a row: {result.refused}")
+
+    # --------------------------------------------------------------- delivery
+
+    def _deliver_output(self, output: RowOutput, now: float) -> None:
+        live = self._live.get(output.request.id)
+        if live is None:
+            return
+        try:
+            outcome = self._outputs.process(output)
+        except Exception:
+            # One answer's text must not take the other requests with it.
+            logger.exception("request %s failed", live.valid.request_id)
+            self.fail(live, InternalError())
+            return
+        if outcome is None:
+            return
+        if live.last_token is None:
+            live.first_token = now
+            self._metrics.first_token(now - live.valid.arrival)
+        else:
+            self._metrics.next_token(now - live.last_token)
+        live.last_token = now
+        self._deliver(live, outcome)
+
+    def _deliver(self, live: LiveRequest, outcome: Outcome) -> None:
+        if outcome.tokens.tokens or outcome.tokens.text:
+            live.sink.send(router_pb2.GenerateEvent(tokens=outcome.tokens))
+        if outcome.reason and not live.ended:  # a sink that overflowed has ended it
+            self._finish(live, outcome)
+
+    def _finish(self, live: LiveRequest, outcome: Outcome) -> None:
+        if outcome.by_text and self._scheduler is not None:
+            self._scheduler.finish(live.request.id, "stop_sequence")  # unknown: it ended at once
+        now = time.monotonic()
+        self._forget(live)
+        self._metrics.succeeded(live.times(now), live.answer.num_tokens)
+        name = _REASON_NAMES[outcome.reason]
+        live.log_end(name, now, self._config.log_prompts)
+        finished = router_pb2.Finished(
+            reason=outcome.reason,
+            generated_text=live.answer.text,
+            generated_tokens=live.answer.num_tokens,
+            input_tokens=len(live.valid.prompt_ids),
+            cached_tokens=live.request.num_cached_tokens,
+            seed=live.valid.seed,
+            prefill=live.answer.prefill_tokens(),
+            timings=live.timings(now),
+            stop_sequence=live.answer.stop_text,
+        )
+        live.sink.send(router_pb2.GenerateEvent(finished=finished))
+
+    # ------------------------------------------------------------------ books
+
+    def _take_id(self) -> int:
+        """A row id that no live request has."""
+        while True:
+            taken = self._next_id
+            self._next_id = taken % 0xFFFFFFFF + 1
+            if taken not in self._live:
+                return taken
+
+    def _resume(self, live: LiveRequest) -> Outcome | None:
+        """Takes over what an earlier router delivered; the outcome may be that it was all."""
+        progress = live.valid.progress
+        if progress is None:
+            return None
+        ids = [token.id for token in progress.tokens]
+        end = self._outputs.end_of(live.valid, ids)
+        outcome = live.answer.replay(progress.tokens, progress.text_offset, end)
+        live.request.output_ids.extend(ids[: live.answer.num_tokens])
+        return outcome
+
+    def _queue(self, live: LiveRequest) -> None:
+        """Raises RequestTooLarge."""
+        if self._scheduler is None:
+            self._backlog.append(live)
+        else:
+            self._scheduler.add(live.request)
+
+    def _drop(self, live: LiveRequest, cause: str) -> None:
+        if self._scheduler is not None:
+            self._scheduler.cancel(live.request.id)
+        if live in self._backlog:
+            self._backlog.remove(live)
+        self._forget(live)
+        self._metrics.failed(cause)
+        live.log_end(cause, time.monotonic(), self._config.log_prompts)
+        self._wake.set()
+
+    def _forget(self, live: LiveRequest) -> None:
+        live.ended = True
+        self._live.pop(live.request.id, None)
+        self._outputs.close(live.request.id)
+        live.permit.release()

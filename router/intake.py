@@ -1,0 +1,77 @@
+"""The way of a request into the engine, the same for every RPC: admission, validation, queue.
+
+Counts and logs what is refused on the way.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+
+from headgate.proto import router_pb2
+from headgate.router.engine import Engine
+from headgate.router.errors import InternalError, RouterError
+from headgate.router.live_requests import LiveRequest, Sink
+from headgate.router.metrics import Metrics
+from headgate.router.validation import Validator
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """A request with what an earlier router had done for it."""
+
+    request: router_pb2.GenerateRequest
+    resubmitted: bool = False
+    delivered: router_pb2.Delivered | None = None
+
+
+class Intake:
+    def __init__(self, engine: Engine, validator: Validator, metrics: Metrics) -> None:
+        self._engine = engine
+        self._validator = validator
+        self._metrics = metrics
+
+    async def submit(self, submission: Submission, sink: Sink) -> LiveRequest:
+        """Raises RouterError; cancelling the wait frees the place. Later events go to `sink`."""
+        arrival = time.monotonic()
+        self._metrics.received()
+        try:
+            return await self._submit(submission, sink, arrival)
+        except RouterError as error:
+            self._refuse(submission.request, error)
+            raise
+        except Exception as error:
+            logger.exception("a request could not be taken in")
+            self._refuse(submission.request, InternalError())
+            raise InternalError() from error
+        except BaseException:
+            self._metrics.failed("dropped")
+            raise
+
+    def count_refusal(self, error_type: str) -> None:
+        """A request that a gateway refused by itself."""
+        self._metrics.received()
+        self._metrics.failed(error_type)
+
+    async def _submit(self, submission: Submission, sink: Sink, arrival: float) -> LiveRequest:
+        permit = self._engine.admit(submission.resubmitted)
+        try:
+            valid = await self._validator.validate(
+                submission.request, arrival, submission.delivered
+            )
+            return self._engine.submit(valid, sink, permit)
+        except BaseException:
+            permit.release()
+            raise
+
+    def _refuse(self, request: router_pb2.GenerateRequest, error: RouterError) -> None:
+        self._metrics.failed(error.error_type)
+        fields = {
+            "request_id": request.request_id,
+            "outcome": error.error_type,
+            "message": error.message,
+        }
+        logger.info("request refused", extra={"fields": fields})

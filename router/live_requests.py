@@ -1,0 +1,147 @@
+"""The requests a router is working for: how many may live at once, and each one's books.
+
+Counts and times; it schedules nothing and knows no tokens.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections import deque
+from dataclasses import dataclass, field, fields
+from typing import Any, Protocol
+
+from headgate.proto import router_pb2
+from headgate.router.errors import OverloadedError
+from headgate.router.metrics import RequestTimes
+from headgate.router.output_processor import Answer
+from headgate.router.request import Request
+from headgate.router.validation import ValidRequest
+
+logger = logging.getLogger(__name__)
+
+REMEMBERED = 64  # durations of ended requests, to foretell when there will be room
+
+
+class Sink(Protocol):
+    """Where the events of a request go, in order; `finished` or `error` is the last."""
+
+    def send(self, event: router_pb2.GenerateEvent) -> None:
+        """Must not block and not raise."""
+
+
+class Permit:
+    """The right to be one of the live requests. Held from before validation to the end."""
+
+    def __init__(self, limiter: Limiter) -> None:
+        self._limiter: Limiter | None = limiter
+        self._since = time.monotonic()
+
+    def release(self) -> None:
+        """Idempotent."""
+        if self._limiter is not None:
+            self._limiter.give_back(time.monotonic() - self._since)
+            self._limiter = None
+
+
+class Limiter:
+    """Gives out at most `limit` permits at a time, over all gateways."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._durations: deque[float] = deque(maxlen=REMEMBERED)
+        self.num_live = 0
+
+    def acquire(self) -> Permit:
+        """Raises OverloadedError, never waits."""
+        if self.num_live >= self._limit:
+            raise OverloadedError(retry_after=self._retry_after())
+        self.num_live += 1
+        return Permit(self)
+
+    def give_back(self, duration: float) -> None:
+        self.num_live -= 1
+        self._durations.append(duration)
+
+    def _retry_after(self) -> float:
+        """Seconds in which about a quarter of the live requests will have ended; at least 1."""
+        if not self._durations:
+            return 1.0
+        return float(max(1, math.ceil(sum(self._durations) / len(self._durations) / 4)))
+
+
+@dataclass(slots=True, eq=False)
+class LiveRequest:
+    """One accepted request: ids, text, the way to its client, and its times (time.monotonic())."""
+
+    request: Request
+    valid: ValidRequest
+    answer: Answer
+    sink: Sink
+    permit: Permit
+    queued: float = field(default_factory=time.monotonic)
+    first_token: float | None = None
+    last_token: float | None = None
+    ended: bool = False
+
+    def times(self, now: float) -> RequestTimes:
+        """Phases that were not reached are 0 long."""
+        started = self.request.first_scheduled
+        inference = 0.0 if started is None else max(now - started, 0.0)
+        return RequestTimes(
+            total=now - self.valid.arrival,
+            validation=self.queued - self.valid.arrival,
+            queue=max((now if started is None else started) - self.queued, 0.0),
+            inference=inference,
+            per_token=inference / max(self.answer.num_tokens, 1),
+        )
+
+    def timings(self, now: float) -> router_pb2.Timings:
+        times = self.times(now)
+        first = self.first_token
+        return router_pb2.Timings(
+            validation=_nanoseconds(times.validation),
+            queue=_nanoseconds(times.queue),
+            inference=_nanoseconds(times.inference),
+            time_to_first_token=0 if first is None else _nanoseconds(first - self.valid.arrival),
+        )
+
+    def log_end(self, outcome: str, now: float, log_prompts: bool) -> None:
+        """One line: `outcome` is the finish reason or the error type."""
+        times = self.times(now)
+        line: dict[str, Any] = {
+            "request_id": self.valid.request_id,
+            "outcome": outcome,
+            "parameters": {
+                f.name: value
+                for f in fields(self.valid.parameters)
+                if (value := getattr(self.valid.parameters, f.name)) not in (None, ())
+            },
+            "seed": self.valid.seed,
+            "input_tokens": len(self.valid.prompt_ids),
+            "cached_tokens": self.request.num_cached_tokens,
+            "generated_tokens": self.answer.num_tokens,
+            "validation_ms": _milliseconds(times.validation),
+            "queue_ms": _milliseconds(times.queue),
+            "inference_ms": _milliseconds(times.inference),
+            "per_token_ms": _milliseconds(times.per_token),
+            "total_ms": _milliseconds(times.total),
+        }
+        if self.first_token is not None:
+            line["first_token_ms"] = _milliseconds(self.first_token - self.valid.arrival)
+        for name in ("preemptions", "recoveries"):
+            if count := getattr(self.request, name):
+                line[name] = count
+        if log_prompts:
+            line["prompt"] = self.valid.prompt_text or self.valid.prompt_ids
+            line["answer"] = self.answer.text
+        logger.info("request", extra={"fields": line})
+
+
+def _nanoseconds(seconds: float) -> int:
+    return max(int(seconds * 1e9), 0)
+
+
+def _milliseconds(seconds: float) -> float:
+    return round(seconds * 1e3, 2)

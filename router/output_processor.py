@@ -1,0 +1,193 @@
+"""Sampled tokens to what a client reads: text, logprobs, the reason for the end.
+
+Holds the text side of each request (router/request.py holds the ids). Sends nothing and
+knows no clock: the engine does both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from headgate.proto import router_pb2
+from headgate.proto.messages import PromptLogprobs, RowEnd, TopTokens
+from headgate.router.detokenizer import Detokenizer, Pieces
+from headgate.router.row_output import RowOutput
+from headgate.router.stop_strings import StopMatcher
+from headgate.router.validation import ValidRequest
+
+FINISH_REASONS = {
+    RowEnd.LENGTH: router_pb2.FINISH_REASON_LENGTH,
+    RowEnd.EOS: router_pb2.FINISH_REASON_EOS_TOKEN,
+    RowEnd.STOP_TOKEN: router_pb2.FINISH_REASON_STOP_SEQUENCE,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What one token brought."""
+
+    tokens: router_pb2.Tokens
+    reason: router_pb2.FinishReason = (
+        router_pb2.FINISH_REASON_UNSPECIFIED
+    )  # unspecified: it goes on
+    by_text: bool = False  # a stop text was found: the shards do not know of the end
+
+
+class Answer:
+    """The text of one request as it grows."""
+
+    def __init__(self, valid: ValidRequest, pieces: Pieces) -> None:
+        self._valid = valid
+        self._pieces = pieces
+        self._detokenizer = Detokenizer(pieces, valid.prompt_ids, valid.skip_special_tokens)
+        self._stops = StopMatcher(valid.stop, valid.include_stop)
+        self._parts: list[str] = []  # visible text
+        self._length = 0  # characters of it
+        self._sent = 0  # characters given out in events
+        self._prompt_logprobs: dict[int, tuple[float, TopTokens | None]] = {}  # by position
+        self.num_tokens = 0
+
+    @property
+    def text(self) -> str:
+        return "".join(self._parts)
+
+    @property
+    def stop_text(self) -> str:
+        return self._stops.matched or ""
+
+    def push(
+        self,
+        id_: int,
+        logprob: float = 0.0,
+        top: TopTokens | None = None,
+        end: RowEnd = RowEnd.NONE,
+    ) -> Outcome:
+        """Takes the next token. `end`: why the shards ended the row with it."""
+        index = self.num_tokens
+        self.num_tokens += 1
+        # The token that ends an answer is no part of its text where stop texts are none either.
+        hidden = not self._valid.include_stop and end in (RowEnd.EOS, RowEnd.STOP_TOKEN)
+        text, visible = self._detokenizer.push(id_, hidden)
+        released = self._release(visible, index)
+        ended = bool(end) or self._stops.matched is not None
+        if ended:
+            rest, visible = self._detokenizer.flush()
+            text += rest
+            released += self._release(visible, index)
+            if self._stops.matched is None:
+                released += self._stops.flush()
+        token = router_pb2.Token(id=id_, text=text, special=self._detokenizer.is_special(id_))
+        sampling = self._valid.sampling
+        if sampling.logprobs:
+            token.logprob = logprob
+        if top is not None and sampling.top_n_tokens:
+            token.top.extend(self._alternatives(top))
+        event = router_pb2.Tokens(first_index=index, tokens=[token])
+        self._give_out(event, released)
+        if not ended:
+            return Outcome(event)
+        if self._stops.matched is not None and end is not RowEnd.EOS:
+            return Outcome(event, router_pb2.FINISH_REASON_STOP_SEQUENCE, by_text=not end)
+        return Outcome(event, FINISH_REASONS[end])
+
+    def replay(self, tokens: Iterable[router_pb2.Token], text_offset: int, end: RowEnd) -> Outcome:
+        """Takes tokens that an earlier router delivered, with the text up to `text_offset`.
+
+        `end`: what the last of them means to a shard. The outcome's event has no token: only
+        text that is due, or none.
+        """
+        ids = [token.id for token in tokens]
+        outcome = None
+        for place, id_ in enumerate(ids, start=1):
+            outcome = self.push(id_, end=end if place == len(ids) else RowEnd.NONE)
+            if outcome.reason:
+                break
+        event = router_pb2.Tokens(first_index=self.num_tokens)
+        self._sent = text_offset
+        self._give_out(event, "")
+        return replace(outcome, tokens=event) if outcome else Outcome(event)
+
+    def take_prompt_logprobs(self, entry: PromptLogprobs) -> None:
+        for offset, logprob in enumerate(entry.logprobs):
+            top = entry.top[offset] if entry.top else None
+            self._prompt_logprobs[entry.start + offset] = (logprob, top)
+
+    def prefill_tokens(self) -> list[router_pb2.Token]:
+        """The prompt's tokens with their logprobs; the first has none. Empty if not asked for."""
+        if not self._valid.sampling.prompt_logprobs:
+            return []
+        detokenizer = Detokenizer(self._pieces, (), False)
+        tokens = []
+        for position, id_ in enumerate(self._valid.prompt_ids):
+            text, _ = detokenizer.push(id_)
+            token = router_pb2.Token(id=id_, text=text, special=detokenizer.is_special(id_))
+            if position in self._prompt_logprobs:
+                token.logprob, top = self._prompt_logprobs[position]
+                if top is not None and self._valid.sampling.prompt_top_n_tokens:
+                    token.top.extend(self._alternatives(top))
+            tokens.append(token)
+        tokens[-1].text += detokenizer.flush()[0]
+        return tokens
+
+    def _release(self, visible: str, index: int) -> str:
+        """The text that may go out; stop texts count from token min_new_tokens on."""
+        if index < self._valid.sampling.min_new_tokens:
+            return visible
+        return self._stops.push(visible)
+
+    def _give_out(self, event: router_pb2.Tokens, released: str) -> None:
+        """Puts into the event what it brings beyond the characters that are out already."""
+        self._parts.append(released)
+        self._length += len(released)
+        event.text_offset = self._sent
+        if self._length > self._sent:
+            due = self._length - self._sent
+            event.text = released if due == len(released) else self.text[self._sent :]
+            self._sent = self._length
+
+    def _alternatives(self, top: TopTokens) -> list[router_pb2.Token]:
+        special = self._pieces.special_ids
+        return [
+            router_pb2.Token(
+                id=id_, text=self._pieces.decode_one(id_), logprob=logprob, special=id_ in special
+            )
+            for id_, logprob in zip(top.ids, top.logprobs, strict=True)
+        ]
+
+
+class OutputProcessor:
+    """The answers of all live requests, by request id."""
+
+    def __init__(self, pieces: Pieces, eos_token_ids: Sequence[int] = ()) -> None:
+        """`eos_token_ids`: the model's, as its shards tell them; may be set later."""
+        self._pieces = pieces
+        self._answers: dict[int, Answer] = {}
+        self.eos_token_ids = frozenset(eos_token_ids)
+
+    def open(self, request_id: int, valid: ValidRequest) -> Answer:
+        answer = Answer(valid, self._pieces)
+        self._answers[request_id] = answer
+        return answer
+
+    def close(self, request_id: int) -> None:
+        self._answers.pop(request_id, None)
+
+    def process(self, output: RowOutput) -> Outcome | None:
+        """None: only prompt logprobs came. The request must be open."""
+        answer = self._answers[output.request.id]
+        if output.prompt_logprobs is not None:
+            answer.take_prompt_logprobs(output.prompt_logprobs)
+        if output.token_id is None:
+            return None
+        return answer.push(output.token_id, output.logprob, output.top, output.end)
+
+    def end_of(self, valid: ValidRequest, ids: Sequence[int]) -> RowEnd:
+        """How a shard would end a row with these output ids; NONE: it would go on."""
+        sampling = valid.sampling
+        if ids and len(ids) > sampling.min_new_tokens:
+            if ids[-1] in self.eos_token_ids and not sampling.ignore_eos:
+                return RowEnd.EOS
+            if ids[-1] in sampling.stop_token_ids:
+                return RowEnd.STOP_TOKEN
+        return RowEnd.LENGTH if len(ids) >= sampling.max_new_tokens else RowEnd.NONE

@@ -1,0 +1,195 @@
+"""The public gRPC service: converts between messages and the engine. No policy.
+
+Errors of unary calls and plain streams become gRPC statuses with the typed `Error` in the
+trailing metadata; on Multiplex they are events.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator
+from typing import NoReturn, TypeAlias
+
+import grpc
+
+from headgate.proto import router_pb2, router_pb2_grpc
+from headgate.router.engine import Engine
+from headgate.router.errors import (
+    IncompleteGenerationError,
+    RouterError,
+    SlowClientError,
+    ValidationError,
+    from_proto,
+)
+from headgate.router.intake import Intake, Submission
+from headgate.router.live_requests import LiveRequest
+from headgate.router.metrics import Metrics
+from headgate.router.multiplex import MultiplexStream, Streams
+from headgate.router.status import ServerStatus
+from headgate.router.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+SERVICE_NAME = router_pb2.DESCRIPTOR.services_by_name["Router"].full_name
+MAX_UNREAD_EVENTS = 4096  # of a plain stream; then it is ended
+
+Context: TypeAlias = grpc.aio.ServicerContext
+
+
+class EventQueue:
+    """The sink of a call of its own: events in order, unread ones bounded where `limit` is set."""
+
+    def __init__(self, engine: Engine, limit: int = 0) -> None:
+        self._engine = engine
+        self._limit = limit
+        self._events: deque[router_pb2.GenerateEvent] = deque()
+        self._ready = asyncio.Event()
+        self.live: LiveRequest | None = None
+
+    def send(self, event: router_pb2.GenerateEvent) -> None:
+        self._events.append(event)
+        self._ready.set()
+        if self._limit and len(self._events) > self._limit and self.live is not None:
+            self._engine.fail(self.live, SlowClientError())
+
+    async def events(self) -> AsyncIterator[router_pb2.GenerateEvent]:
+        """Up to `finished`. Raises RouterError for an error event."""
+        while True:
+            while not self._events:
+                self._ready.clear()
+                await self._ready.wait()
+            event = self._events.popleft()
+            kind = event.WhichOneof("event")
+            if kind == "error":
+                raise from_proto(event.error)
+            yield event
+            if kind == "finished":
+                return
+
+
+class RouterService(router_pb2_grpc.RouterServicer):
+    """headgate.router.v1.Router."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        intake: Intake,
+        status: ServerStatus,
+        tokenizer: Tokenizer,
+        metrics: Metrics,
+    ) -> None:
+        self._engine = engine
+        self._intake = intake
+        self._status = status
+        self._tokenizer = tokenizer
+        self._metrics = metrics
+        self._streams = Streams(lambda: MultiplexStream(engine, intake, status))
+
+    async def Generate(
+        self, request: router_pb2.GenerateRequest, context: Context
+    ) -> router_pb2.GenerateResponse:
+        response = router_pb2.GenerateResponse()
+        try:
+            async with contextlib.aclosing(
+                self._generate(request, EventQueue(self._engine))
+            ) as all_:
+                async for event in all_:
+                    kind = event.WhichOneof("event")
+                    if kind == "tokens":
+                        response.tokens.extend(event.tokens.tokens)
+                    elif kind == "accepted":
+                        response.accepted.CopyFrom(event.accepted)
+                    else:
+                        response.finished.CopyFrom(event.finished)
+        except RouterError as error:
+            await abort(context, error)
+        if not response.HasField("finished"):
+            await abort(context, IncompleteGenerationError())
+        return response
+
+    async def GenerateStream(
+        self, request: router_pb2.GenerateRequest, context: Context
+    ) -> AsyncIterator[router_pb2.GenerateEvent]:
+        queue = EventQueue(self._engine, MAX_UNREAD_EVENTS)
+        try:
+            async with contextlib.aclosing(self._generate(request, queue)) as events:
+                async for event in events:
+                    yield event
+        except RouterError as error:
+            await abort(context, error)
+
+    async def Multiplex(
+        self, request_iterator: AsyncIterator[router_pb2.ClientMessage], context: Context
+    ) -> AsyncIterator[router_pb2.ServerMessage]:
+        async for message in request_iterator:
+            if message.WhichOneof("message") != "hello":
+                await abort(context, ValidationError("the first message must be `hello`"))
+            break
+        else:
+            return
+        stream = self._streams.open(message.hello.gateway_id)
+        reader = asyncio.get_running_loop().create_task(_read(request_iterator, stream))
+        try:
+            async with contextlib.aclosing(stream.messages()) as messages:
+                async for answer in messages:
+                    yield answer
+        finally:
+            reader.cancel()
+            self._streams.close(stream)
+
+    async def Tokenize(
+        self, request: router_pb2.TokenizeRequest, context: Context
+    ) -> router_pb2.TokenizeResponse:
+        special = request.add_special_tokens or not request.HasField("add_special_tokens")
+        try:
+            spans = await self._tokenizer.spans(request.text, add_special_tokens=special)
+        except Exception as error:  # tokenizers raises plain Exception
+            await abort(context, ValidationError(f"tokenizer error {error}", field="inputs"))
+        return router_pb2.TokenizeResponse(
+            tokens=[
+                router_pb2.TokenSpan(id=span.id, text=span.text, start=span.start, stop=span.stop)
+                for span in spans
+            ]
+        )
+
+    async def Info(
+        self, request: router_pb2.InfoRequest, context: Context
+    ) -> router_pb2.InfoResponse:
+        return self._status.info()
+
+    async def Metrics(
+        self, request: router_pb2.MetricsRequest, context: Context
+    ) -> router_pb2.MetricsResponse:
+        self._engine.refresh_gauges()
+        return router_pb2.MetricsResponse(text=self._metrics.render())
+
+    async def _generate(
+        self, request: router_pb2.GenerateRequest, queue: EventQueue
+    ) -> AsyncGenerator[router_pb2.GenerateEvent, None]:
+        """The events of one request, which is cancelled if they are not read to the end."""
+        queue.live = await self._intake.submit(Submission(request), queue)
+        try:
+            async for event in queue.events():
+                yield event
+        finally:
+            self._engine.cancel(queue.live)
+
+
+async def abort(context: Context, error: RouterError) -> NoReturn:
+    await context.abort(error.grpc_code, error.message, trailing_metadata=error.metadata())
+    raise AssertionError("abort raises")
+
+
+async def _read(messages: AsyncIterator[router_pb2.ClientMessage], stream: MultiplexStream) -> None:
+    """Hands over what the gateway says, and closes the stream when it says no more."""
+    try:
+        async for message in messages:
+            stream.take(message)
+    except asyncio.CancelledError:
+        raise
+    except Exception:
+        logger.exception("the stream of gateway %s failed", stream.gateway_id)
+    stream.close()

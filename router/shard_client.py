@@ -1,0 +1,278 @@
+"""The router's end of the shard service: dial a group, size its memory, exchange steps, watch it.
+
+A plan goes to every rank; tokens come from rank 0, a refusal or an error from any. Deciding
+what a lost group means is group_keeper.py's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import grpc
+
+from headgate.proto import shard_pb2, shard_pb2_grpc
+from headgate.proto.messages import StepPlan, StepResult, decode_result, encode_plan
+from headgate.router.shard_group import GroupBroken
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+MAX_MESSAGE_BYTES = 256 << 20
+DIAL_PAUSE = 0.1  # seconds between attempts to reach a shard that is not up yet
+CALL_TIMEOUT = 5.0  # seconds, of Info
+HEARTBEATS_PER_TIMEOUT = 10
+MIN_FAILURES = 3  # unanswered heartbeats in a row, however late this process itself was
+
+_OPTIONS = [
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.initial_reconnect_backoff_ms", 50),
+    ("grpc.min_reconnect_backoff_ms", 50),
+    ("grpc.max_reconnect_backoff_ms", 500),
+    ("grpc.use_local_subchannel_pool", 1),  # an address may come back under another process
+    ("grpc.enable_http_proxy", 0),
+]
+
+
+@dataclass(frozen=True, slots=True)
+class GroupFacts:
+    """What the shards tell of themselves."""
+
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    num_blocks: int  # KV blocks allocated on every rank
+
+
+class ShardClient:
+    """One rank."""
+
+    def __init__(self, rank: int, address: str) -> None:
+        self.rank = rank
+        self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
+        self._stub = shard_pb2_grpc.ShardStub(self._channel)
+        self._steps: grpc.aio.StreamStreamCall | None = None
+        self._reader: asyncio.Task[None] | None = None
+
+    async def wait_for(self, epoch: int, world_size: int) -> shard_pb2.InfoResponse:
+        """Asks until the shard answers as this rank of this epoch; who calls sets the limit."""
+        while True:
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                info = await self._stub.Info(shard_pb2.InfoRequest(), timeout=CALL_TIMEOUT)
+                if (info.epoch, info.rank, info.world_size) == (epoch, self.rank, world_size):
+                    return info
+            await asyncio.sleep(DIAL_PAUSE)
+
+    async def warm_up(self, max_batch_prefill_tokens: int, max_batch_size: int) -> int:
+        """Number of KV blocks that fit. Raises GroupBroken."""
+        request = shard_pb2.WarmupRequest(
+            max_batch_prefill_tokens=max_batch_prefill_tokens, max_batch_size=max_batch_size
+        )
+        with self._broken_by_rpc("warm-up"):
+            return (await self._stub.Warmup(request)).num_blocks
+
+    async def allocate(self, num_blocks: int) -> None:
+        with self._broken_by_rpc("allocation of KV memory"):
+            await self._stub.Allocate(shard_pb2.AllocateRequest(num_blocks=num_blocks))
+
+    async def heartbeat(self, timeout: float) -> shard_pb2.HeartbeatResponse:
+        """Raises grpc.aio.AioRpcError."""
+        return await self._stub.Heartbeat(shard_pb2.HeartbeatRequest(), timeout=timeout)
+
+    def open_steps(
+        self,
+        on_result: Callable[[int, shard_pb2.StepResult], None],
+        on_broken: Callable[[GroupBroken], None],
+    ) -> None:
+        self._steps = self._stub.Steps()
+        self._reader = asyncio.get_running_loop().create_task(self._read(on_result, on_broken))
+
+    async def send(self, message: shard_pb2.StepPlan) -> None:
+        """Raises GroupBroken."""
+        assert self._steps is not None
+        try:
+            await self._steps.write(message)
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
+            raise GroupBroken(self.rank, f"its stream broke: {_cause(error)}") from error
+
+    async def close(self) -> None:
+        if self._reader is not None:
+            self._reader.cancel()
+        if self._steps is not None:
+            self._steps.cancel()
+        await self._channel.close()
+
+    async def _read(
+        self,
+        on_result: Callable[[int, shard_pb2.StepResult], None],
+        on_broken: Callable[[GroupBroken], None],
+    ) -> None:
+        assert self._steps is not None
+        try:
+            async for result in self._steps:
+                on_result(self.rank, result)
+            cause = "it ended its stream"
+        except grpc.aio.AioRpcError as error:
+            cause = f"its stream broke: {_cause(error)}"
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:
+            logger.exception("a step's result could not be taken")
+            cause = f"its result cannot be read: {error}"
+        on_broken(GroupBroken(self.rank, cause))
+
+    @contextlib.contextmanager
+    def _broken_by_rpc(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except grpc.aio.AioRpcError as error:
+            raise GroupBroken(self.rank, f"{what} failed: {_cause(error)}") from error
+
+
+class ShardedClient:
+    """All ranks of one epoch: an engine's ShardGroup."""
+
+    def __init__(self, epoch: int, addresses: Sequence[str]) -> None:
+        self._epoch = epoch
+        self._clients = [ShardClient(rank, address) for rank, address in enumerate(addresses)]
+        self._answers: dict[int, list[shard_pb2.StepResult | None]] = {}  # by sequence, by rank
+        self._results: deque[StepResult] = deque()
+        self._broken: GroupBroken | None = None
+        self._notify: Callable[[], None] = lambda: None
+
+    @property
+    def epoch(self) -> int:
+        return self._epoch
+
+    async def start(
+        self, max_batch_prefill_tokens: int, max_batch_size: int, on_reached: Callable[[], None]
+    ) -> GroupFacts:
+        """Waits for all ranks, warms them up, allocates, opens the streams. Raises GroupBroken.
+
+        `on_reached` is called when all have answered: from then on they can be watched.
+        """
+        clients = self._clients
+        infos = await _all(client.wait_for(self._epoch, len(clients)) for client in clients)
+        on_reached()
+        # At once: a warm-up step is collective.
+        blocks = await _all(
+            client.warm_up(max_batch_prefill_tokens, max_batch_size) for client in clients
+        )
+        num_blocks = min(blocks)
+        if not num_blocks:
+            rank = blocks.index(0)
+            raise GroupBroken(rank, "there is no memory for a single KV block")
+        await _all(client.allocate(num_blocks) for client in clients)
+        for client in clients:
+            client.open_steps(self._take_answer, self._take_broken)
+        return GroupFacts(infos[0].vocab_size, tuple(infos[0].eos_token_ids), num_blocks)
+
+    async def send(self, plan: StepPlan) -> None:
+        """To every rank. Raises GroupBroken."""
+        if self._broken is not None:
+            raise self._broken
+        message = encode_plan(plan)
+        self._answers[plan.sequence] = [None] * len(self._clients)
+        for client in self._clients:
+            await client.send(message)
+
+    def receive(self) -> StepResult | None:
+        """The next result that all ranks have answered, if any. Raises GroupBroken."""
+        if self._results:
+            return self._results.popleft()
+        if self._broken is not None:
+            raise self._broken
+        return None
+
+    def on_result(self, callback: Callable[[], None]) -> None:
+        self._notify = callback
+
+    async def watch(self, timeout: float) -> GroupBroken:
+        """Returns when a shard is hung: no answer, or busy without progress, for `timeout` s."""
+        tasks = [
+            asyncio.ensure_future(_watch_rank(client, self._epoch, timeout))
+            for client in self._clients
+        ]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            return done.pop().result()
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    async def close(self) -> None:
+        await asyncio.gather(*(client.close() for client in self._clients))
+
+    def _take_answer(self, rank: int, message: shard_pb2.StepResult) -> None:
+        answers = self._answers.get(message.sequence)
+        if answers is None or answers[rank] is not None or message.epoch != self._epoch:
+            self._take_broken(GroupBroken(rank, f"it answered no plan: {message.sequence}"))
+            return
+        answers[rank] = message
+        if None in answers:
+            return
+        del self._answers[message.sequence]
+        self._results.append(_merge([answer for answer in answers if answer is not None]))
+        self._notify()
+
+    def _take_broken(self, broken: GroupBroken) -> None:
+        if self._broken is None:
+            self._broken = broken
+            self._notify()
+
+
+def _merge(answers: list[shard_pb2.StepResult]) -> StepResult:
+    """Rank 0's result, refused if any rank refused."""
+    result = decode_result(answers[0])
+    refused = next((answer.refused for answer in answers if answer.refused), "")
+    return replace(result, refused=refused) if refused != result.refused else result
+
+
+async def _watch_rank(client: ShardClient, epoch: int, timeout: float) -> GroupBroken:
+    """Both limits count from the first sign of trouble, so a pause of this process is none."""
+    interval = timeout / HEARTBEATS_PER_TIMEOUT
+    silent_since = stalled_since = None
+    failures, beats = 0, -1
+    while True:
+        await asyncio.sleep(interval)
+        asked = time.monotonic()
+        try:
+            answer = await client.heartbeat(timeout / MIN_FAILURES)
+        except grpc.aio.AioRpcError:
+            silent_since = silent_since if silent_since is not None else asked
+            failures += 1
+            if failures >= MIN_FAILURES and time.monotonic() - silent_since >= timeout:
+                return GroupBroken(client.rank, f"no heartbeat for {timeout:g} s")
+            continue
+        silent_since, failures = None, 0
+        if answer.epoch != epoch:
+            return GroupBroken(client.rank, f"it is of epoch {answer.epoch}, not {epoch}")
+        if not answer.busy or answer.beats != beats:
+            beats, stalled_since = answer.beats, None
+            continue
+        stalled_since = stalled_since if stalled_since is not None else asked
+        if time.monotonic() - stalled_since >= timeout:
+            return GroupBroken(client.rank, f"no progress in a step for {timeout:g} s")
+
+
+async def _all(awaitables: Iterable[Awaitable[T]]) -> list[T]:
+    """Results in order; the first error cancels the rest."""
+    tasks = [asyncio.ensure_future(awaitable) for awaitable in awaitables]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+def _cause(error: BaseException) -> str:
+    if isinstance(error, grpc.aio.AioRpcError):
+        return error.details() or error.code().name
+    return str(error) or type(error).__name__
