@@ -80,7 +80,7 @@ class Weights:
         return self._count(self._pack(self._read(name, shape, lambda view: view[:, cut])))
 
     def tied(self, table: torch.Tensor) -> Matrix:
-        """The matrix whose values are those of an embedding's `table`; shares its memory if it can."""
+        """An embedding's `table` as a matrix; the same tensor where the back end takes that."""
         matrix = self._pack(table)
         return matrix if matrix is table else self._count(matrix)
 

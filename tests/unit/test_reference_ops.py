@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from types import ModuleType, SimpleNamespace
+from dataclasses import dataclass
+from types import ModuleType
 
 import pytest
 import torch
@@ -43,9 +44,16 @@ def plain_attention(
     return out
 
 
+@dataclass(frozen=True)
+class Step:
+    caches: tuple[torch.Tensor, torch.Tensor]
+    attention: AttentionMetadata
+    counts: list[int]  # tokens of each row
+
+
 def paged(
     rows: list[tuple[int, int]], heads: int, kv_heads: int, dim: int
-) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor], SimpleNamespace]:
+) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor], Step]:
     """Rows of (query length, context length) over scattered blocks; NaN wherever no row has KV."""
     widest = max(-(-context // BLOCK) for _, context in rows)
     num_blocks = len(rows) * widest + 2
@@ -71,7 +79,7 @@ def paged(
         max_context_len=max(context for _, context in rows),
     )
     q = random(sum(counts), heads, dim, seed=50)
-    return q, keys, values, SimpleNamespace(caches=caches, attention=attention, counts=counts)
+    return q, keys, values, Step((caches[0], caches[1]), attention, counts)
 
 
 ROWS = [(1, 9), (5, 5), (1, 1), (3, 17), (1, 200), (1, 210), (7, 12)]
@@ -109,7 +117,7 @@ def test_a_row_does_not_depend_on_the_others() -> None:
 def test_attention_over_a_narrower_cache() -> None:
     q, keys, values, step = paged([(2, 6), (1, 8)], 4, 2, 8)
     narrow = [cache.to(torch.bfloat16) for cache in step.caches]
-    out = ops.paged_attention(q, *narrow, step.attention, 0.3)
+    out = ops.paged_attention(q, narrow[0], narrow[1], step.attention, 0.3)
     assert out.dtype == q.dtype
     rounded = [[x.bfloat16().float() for x in part] for part in (keys, values)]
     expected = plain_attention(q[:2], rounded[0][0], rounded[1][0], 0.3, 0, 0.0)
