@@ -43,6 +43,7 @@ class ShardProcess:
     def __init__(self) -> None:
         self._socket_path = ""
         self._stopping = threading.Event()
+        self._failing = threading.Lock()
 
     def run(self, config_path: str) -> None:
         """Does not return: the process ends by a signal or a failure."""
@@ -67,7 +68,9 @@ class ShardProcess:
         self.exit(0)
 
     def fail(self, error: BaseException) -> None:
-        """Ends the process for `error`, from any thread."""
+        """Ends the process for `error`, from any thread; only the first error is told."""
+        if not self._failing.acquire(blocking=False):
+            threading.Event().wait()
         if isinstance(error, _USERS_ERRORS):
             logger.error("%s", error)
             self.exit(2)
