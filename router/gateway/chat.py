@@ -1,0 +1,125 @@
+"""Chat messages to prompt text, with the model's own template in Jinja's sandbox.
+
+Template texts come from model files and are not trusted: no attribute or file access. Does not
+tokenise; the rendered text holds its special tokens already.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any, NoReturn
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension
+from jinja2.ext import loopcontrols as LoopControls
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from headgate.router.errors import TemplateError
+from headgate.router.gateway.errors import MissingTemplateVariableError
+
+Message = Mapping[str, Any]
+
+# Contents arrive flattened to a string here, so a template that digs for the first part of a
+# list would take a character instead.
+_FIRST_PART = "messages[0]['content'][0]['text']"
+_FIRST_TEXT = "messages[0]['content']"
+_RESERVED = frozenset({"messages", "bos_token", "eos_token", "add_generation_prompt", "tools"})
+
+
+class _GenerationBlocks(Extension):
+    """{% generation %} blocks mark answers for training; here only their content counts."""
+
+    tags = {"generation"}  # noqa: RUF012 (so declared by Jinja)
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class ChatTemplate:
+    """A compiled template with the tokens it may print."""
+
+    def __init__(self, source: str, bos_token: str, eos_token: str) -> None:
+        """Raises TemplateError where there is no template or it does not compile."""
+        if not source:
+            raise TemplateError()
+        self._bos_token = bos_token
+        self._eos_token = eos_token
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[LoopControls, _GenerationBlocks]
+        )
+        environment.filters["tojson"] = _to_json
+        environment.globals["raise_exception"] = _raise_exception
+        environment.globals["strftime_now"] = _strftime_now
+        try:
+            self._template = environment.from_string(source.replace(_FIRST_PART, _FIRST_TEXT))
+        except jinja2.TemplateError as error:
+            raise TemplateError(f"the model's template does not compile: {error}") from None
+
+    def render(self, messages: Sequence[Message], extra: Mapping[str, Any] | None = None) -> str:
+        """The prompt text. A last message by the assistant is left open, to be continued.
+
+        `extra`: more variables for the template. Raises TemplateError.
+        """
+        last = messages[-1] if messages else {}
+        continued = last.get("role") == "assistant" and bool(last.get("content"))
+        text = self._render(messages, extra or {}, add_generation_prompt=not continued)
+        return _cut_after(text, str(last["content"])) if continued else text
+
+    def _render(
+        self, messages: Sequence[Message], extra: Mapping[str, Any], add_generation_prompt: bool
+    ) -> str:
+        variables = {key: value for key, value in extra.items() if key not in _RESERVED}
+        try:
+            return self._template.render(
+                **variables,
+                messages=messages,
+                bos_token=self._bos_token,
+                eos_token=self._eos_token,
+                add_generation_prompt=add_generation_prompt,
+                tools=None,
+            )
+        except jinja2.UndefinedError as error:
+            raise MissingTemplateVariableError(str(error)) from None
+        except Exception as error:  # a template is code: any error in it is its own
+            raise TemplateError(str(error) or type(error).__name__, field="messages") from None
+
+
+def _cut_after(text: str, content: str) -> str:
+    """`text` up to the end of its last `content`, without trailing white space."""
+    for wanted in (content, content.strip()):
+        at = text.rfind(wanted) if wanted else -1
+        if at >= 0:
+            return text[: at + len(wanted)].rstrip()
+    raise TemplateError(
+        "the template does not show the last message, which was to be continued", field="messages"
+    )
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(layout: str) -> str:
+    return datetime.now().strftime(layout)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """JSON as models were trained on it: no HTML escapes, unlike Jinja's own filter."""
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )

@@ -1,0 +1,256 @@
+"""From requests to answers: submits calls and gathers them whole, or streams them as events.
+
+The APIs differ only in their formatters. Everything here is cancelled when the client leaves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from headgate.proto import router_pb2
+from headgate.router.errors import RouterError
+from headgate.router.gateway.exchange import Exchange, Headers
+from headgate.router.gateway.router_client import Call
+from headgate.router.gateway.services import Services
+from headgate.router.gateway.sse import EVENT_STREAM_HEADERS, EventWriter
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A whole answer."""
+
+    accepted: router_pb2.Accepted
+    tokens: Sequence[router_pb2.Token]
+    finished: router_pb2.Finished
+
+
+class Formatter(Protocol):
+    """The events of one answer, in one API's shape."""
+
+    def token(self, token: router_pb2.Token, text: str) -> bytes:
+        """A token and the text it released (which may be that of earlier ones)."""
+
+    def last(
+        self, token: router_pb2.Token | None, text: str, finished: router_pb2.Finished
+    ) -> bytes:
+        """The end, with the last token unless that has been sent already."""
+
+
+# -------------------------------------------------------------------- whole
+
+
+class _Collector:
+    """Sink of a call whose answer is sent as a whole."""
+
+    def __init__(self) -> None:
+        self.result: asyncio.Future[router_pb2.Finished] = (
+            asyncio.get_running_loop().create_future()
+        )
+
+    def tokens(self, tokens: Sequence[router_pb2.Token], text: str) -> None:
+        """The call itself keeps what was delivered."""
+
+    def finished(self, finished: router_pb2.Finished) -> None:
+        if not self.result.done():
+            self.result.set_result(finished)
+
+    def failed(self, error: RouterError) -> None:
+        if not self.result.done():
+            self.result.set_exception(error)
+            self.result.exception()  # marks it as seen: the client may have left
+
+    def flush(self) -> None:
+        """Nothing is sent before the end."""
+
+
+async def collect(
+    services: Services, exchange: Exchange, requests: Sequence[router_pb2.GenerateRequest]
+) -> list[Answer]:
+    """The answers in the order of the requests. Raises RouterError, ClientGoneError."""
+    calls: list[tuple[Call, _Collector]] = []
+    try:
+        for request in requests:
+            sink = _Collector()
+            calls.append((services.client.submit(request, sink), sink))
+        exchange.submitted = True
+        accepted = await exchange.until(asyncio.gather(*(call.accepted for call, _ in calls)))
+        finished = await exchange.until(asyncio.gather(*(sink.result for _, sink in calls)))
+        return [
+            Answer(begin, call.delivered, end)
+            for begin, (call, _), end in zip(accepted, calls, finished, strict=True)
+        ]
+    finally:
+        for call, _ in calls:
+            services.client.cancel(call)
+
+
+# ------------------------------------------------------------------ streams
+
+
+class AnswerStream:
+    """Answers of one or several calls on one event stream."""
+
+    def __init__(self, services: Services, exchange: Exchange) -> None:
+        self._services = services
+        self._exchange = exchange
+        self._calls: list[Call] = []
+        self._sinks: list[_StreamSink] = []
+        self._open = 0  # answers that have not ended
+        self._writer = EventWriter(exchange.send_body, self, services.config.write_buffer_limit)
+
+    def tail(self, finished: Sequence[router_pb2.Finished]) -> bytes:
+        """What follows the last answer; `finished` is empty after an error."""
+        return b""
+
+    def error_event(self, error: RouterError) -> bytes:
+        """An error after the response has begun."""
+        raise NotImplementedError
+
+    async def run(
+        self, requests: Sequence[router_pb2.GenerateRequest], formatters: Sequence[Formatter]
+    ) -> None:
+        """Streams until the end. Raises RouterError only before the response has begun."""
+        client, housekeeper = self._services.client, self._services.housekeeper
+        self._sinks = [_StreamSink(self, formatter) for formatter in formatters]
+        self._open = len(self._sinks)
+        try:
+            for request, sink in zip(requests, self._sinks, strict=True):
+                self._calls.append(client.submit(request, sink))
+            self._exchange.submitted = True
+            accepted = await self._exchange.until(
+                asyncio.gather(*(call.accepted for call in self._calls))
+            )
+            await self._exchange.start(200, self._headers(accepted))
+            housekeeper.add(self._writer)
+            self._writer.open()
+            await self._exchange.until(self._writer.done)
+        finally:
+            housekeeper.remove(self._writer)
+            self._cancel()
+
+    def _headers(self, accepted: Sequence[router_pb2.Accepted]) -> Headers:
+        characters = sum(entry.prompt_characters for entry in accepted)
+        return [
+            *EVENT_STREAM_HEADERS,
+            _compute_type(self._services),
+            (b"x-compute-characters", b"%d" % characters),
+        ]
+
+    def _cancel(self) -> None:
+        for call in self._calls:
+            self._services.client.cancel(call)
+
+    # What the sinks call:
+
+    def write(self, data: bytes) -> None:
+        self._writer.write(data)
+
+    def flush(self) -> None:
+        self._writer.flush()
+
+    def ended(self) -> None:
+        """One of the answers is complete."""
+        self._open -= 1
+        if self._open == 0:
+            ends = [sink.end for sink in self._sinks if sink.end is not None]
+            self._writer.write(self.tail(ends))
+            self._writer.close()
+
+    # What the writer calls:
+
+    def pause(self) -> None:
+        for call in self._calls:
+            self._services.client.pause(call)
+
+    def resume(self) -> None:
+        for call in self._calls:
+            self._services.client.resume(call)
+
+    def abort(self, error: RouterError) -> None:
+        """Ends the stream with an error event; the other answers are cancelled."""
+        self._cancel()
+        for call in self._calls:
+            call.refuse(error)  # where the response has not begun, the error is its status
+        self._writer.write(self.error_event(error) + self.tail(()))
+        self._writer.close()
+
+
+class _StreamSink:
+    """Sink of one streamed answer.
+
+    A token waits for its flush, since the last one travels in the same event as the end.
+    """
+
+    __slots__ = ("_formatter", "_stream", "_text", "_token", "end")
+
+    def __init__(self, stream: AnswerStream, formatter: Formatter) -> None:
+        self._stream = stream
+        self._formatter = formatter
+        self._token: router_pb2.Token | None = None
+        self._text = ""
+        self.end: router_pb2.Finished | None = None
+
+    def tokens(self, tokens: Sequence[router_pb2.Token], text: str) -> None:
+        for token in tokens:
+            self._write_token()
+            self._token = token
+        self._text += text
+
+    def finished(self, finished: router_pb2.Finished) -> None:
+        self.end = finished
+        self._stream.write(self._formatter.last(self._token, self._text, finished))
+        self._token = None
+        self._stream.ended()
+
+    def failed(self, error: RouterError) -> None:
+        self._write_token()
+        self._stream.abort(error)
+
+    def flush(self) -> None:
+        self._write_token()
+        self._stream.flush()
+
+    def _write_token(self) -> None:
+        if self._token is not None:
+            self._stream.write(self._formatter.token(self._token, self._text))
+            self._token, self._text = None, ""
+
+
+# ------------------------------------------------------------------ headers
+
+
+def timing_headers(
+    services: Services, exchange: Exchange, answers: Sequence[Answer], *, compute_time: bool
+) -> Headers:
+    """TGI's x- headers of a whole response; counts and milliseconds are sums over the answers."""
+    ends = [answer.finished for answer in answers]
+    total = time.monotonic() - exchange.started_at
+    generated = sum(end.generated_tokens for end in ends)
+    inference = sum(end.timings.inference for end in ends)
+    numbers = {
+        b"x-compute-characters": sum(answer.accepted.prompt_characters for answer in answers),
+        b"x-total-time": int(total * 1e3),
+        b"x-validation-time": _milliseconds(sum(end.timings.validation for end in ends)),
+        b"x-queue-time": _milliseconds(sum(end.timings.queue for end in ends)),
+        b"x-inference-time": _milliseconds(inference),
+        b"x-time-per-token": _milliseconds(inference // max(generated, 1)),
+        b"x-prompt-tokens": sum(end.input_tokens for end in ends),
+        b"x-generated-tokens": generated,
+    }
+    headers: Headers = [(name, b"%d" % value) for name, value in numbers.items()]
+    headers.append(_compute_type(services))
+    if compute_time:
+        headers.append((b"x-compute-time", b"%.6f" % total))
+    return headers
+
+
+def _compute_type(services: Services) -> tuple[bytes, bytes]:
+    return b"x-compute-type", services.config.compute_type.encode("latin-1", "replace")
+
+
+def _milliseconds(nanoseconds: int) -> int:
+    return nanoseconds // 1_000_000

@@ -1,0 +1,214 @@
+"""POST /v1/chat/completions. Tools and response formats are refused, naming the field."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+from headgate.proto import router_pb2
+from headgate.router.errors import ValidationError
+from headgate.router.gateway.chat import ChatTemplate
+from headgate.router.gateway.exchange import JSON_HEADERS, Exchange
+from headgate.router.gateway.generation import Answer, collect, timing_headers
+from headgate.router.gateway.openai_common import (
+    FIELD_NAMES,
+    OpenAIStream,
+    Reply,
+    alternatives,
+    check_model,
+    check_response_format,
+    finish_reason,
+    logprob_of,
+    refuse_unserved,
+    to_parameters,
+    usage,
+)
+from headgate.router.gateway.openai_schemas import ChatMessage, ChatRequest
+from headgate.router.gateway.services import Services
+from headgate.router.gateway.sse import json_string
+
+_FIELD_NAMES = {**FIELD_NAMES, "inputs": "messages", "top_n_tokens": "top_logprobs"}
+_LONG_CHAT = 65_536  # characters; longer ones are rendered off the event loop
+
+
+class ChatRoute:
+    """The route, with the model's template compiled once."""
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+        self._template: ChatTemplate | None = None
+        self._template_key: tuple[str, str, str] | None = None
+
+    async def __call__(self, exchange: Exchange) -> None:
+        exchange.field_names = _FIELD_NAMES
+        body = await exchange.read_json(ChatRequest, self._services.config.payload_limit)
+        info = self._services.serving_info()
+        check_model(body.model, info)
+        _refuse(body)
+        top_n = _alternatives(body)
+        parameters = to_parameters(body, max_tokens=_max_tokens(body), top_n=top_n)
+        request = router_pb2.GenerateRequest(
+            text=await self._prompt(body, info),
+            add_special_tokens=False,
+            parameters=parameters,
+            request_id=exchange.request_id,
+        )
+        reply = Reply.of(info, "chatcmpl")
+        if body.stream:
+            events = _Chunks(reply, logprobs=top_n is not None)
+            wanted = body.stream_options is not None and body.stream_options.include_usage
+            usage_event = events.usage_event() if wanted else None
+            stream = OpenAIStream(self._services, exchange, usage_event)
+            await stream.run([request], [events])
+            return
+        (answer,) = await collect(self._services, exchange, [request])
+        headers = timing_headers(self._services, exchange, [answer], compute_time=True)
+        await exchange.respond(
+            _document(reply, answer, logprobs=top_n is not None), headers=JSON_HEADERS + headers
+        )
+
+    async def _prompt(self, body: ChatRequest, info: router_pb2.InfoResponse) -> str:
+        messages = [_flatten(message, index) for index, message in enumerate(body.messages)]
+        key = (info.chat_template, info.bos_token, info.eos_token)
+        if self._template is None or key != self._template_key:
+            self._template, self._template_key = ChatTemplate(*key), key
+        if sum(len(message["content"]) for message in messages) > _LONG_CHAT:
+            return await asyncio.to_thread(
+                self._template.render, messages, body.chat_template_kwargs
+            )
+        return self._template.render(messages, body.chat_template_kwargs)
+
+
+def _refuse(body: ChatRequest) -> None:
+    refuse_unserved(body)
+    check_response_format(body.response_format)
+    if not body.messages:
+        raise ValidationError("`messages` cannot be empty", field="messages")
+    if body.tools and body.tool_choice != "none":
+        raise ValidationError("`tools` is not supported", field="tools")
+    if body.tool_choice not in (None, "none", "auto"):
+        raise ValidationError("`tool_choice` is not supported", field="tool_choice")
+    if body.functions:
+        raise ValidationError("`functions` is not supported", field="functions")
+    if body.function_call not in (None, "none", "auto"):
+        raise ValidationError("`function_call` is not supported", field="function_call")
+    if body.audio:
+        raise ValidationError("`audio` is not supported", field="audio")
+    if any(modality != "text" for modality in body.modalities or ()):
+        raise ValidationError("`modalities` other than text is not supported", field="modalities")
+
+
+def _alternatives(body: ChatRequest) -> int | None:
+    if body.top_logprobs and not body.logprobs:
+        raise ValidationError("`top_logprobs` needs `logprobs` to be true", field="top_logprobs")
+    return alternatives((body.top_logprobs or 0) if body.logprobs else None, body.top_n)
+
+
+def _max_tokens(body: ChatRequest) -> int | None:
+    if body.max_tokens is None or body.max_completion_tokens is None:
+        return body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    if body.max_tokens != body.max_completion_tokens:
+        raise ValidationError(
+            "`max_tokens` and `max_completion_tokens` differ", field="max_completion_tokens"
+        )
+    return body.max_tokens
+
+
+def _flatten(message: ChatMessage, index: int) -> dict[str, Any]:
+    """A message for the template: its text parts joined, nothing but role, content and name."""
+    where = f"messages[{index}]"
+    if message.tool_calls:
+        raise ValidationError(f"`{where}.tool_calls` is not supported", field=f"{where}.tool_calls")
+    if message.content is None:
+        raise ValidationError(f"missing field `{where}.content`", field=f"{where}.content")
+    flat: dict[str, Any] = {"role": message.role}
+    if isinstance(message.content, str):
+        flat["content"] = message.content
+    else:
+        flat["content"] = "".join(
+            _part_text(part, f"{where}.content[{at}]") for at, part in enumerate(message.content)
+        )
+    if message.name:
+        flat["name"] = message.name
+    return flat
+
+
+def _part_text(part: dict[str, Any], where: str) -> str:
+    kind = part.get("type")
+    if kind != "text":
+        raise ValidationError(f"`{where}`: parts of type `{kind}` are not supported", field=where)
+    text = part.get("text")
+    if not isinstance(text, str):
+        raise ValidationError(f"missing field `{where}.text`", field=f"{where}.text")
+    return text
+
+
+# ------------------------------------------------------------------- shapes
+
+
+def _document(reply: Reply, answer: Answer, *, logprobs: bool) -> bytes:
+    return (
+        b'{"object":"chat.completion","id":%s,"created":%s,"model":%s,"system_fingerprint":%s,'
+        b'"choices":[{"index":0,"message":{"role":"assistant","content":%s},"logprobs":%s,'
+        b'"finish_reason":%s}],"usage":%s}'
+    ) % (
+        reply.id,
+        reply.created,
+        reply.model,
+        reply.fingerprint,
+        json_string(answer.finished.generated_text),
+        _logprobs(answer.tokens) if logprobs else b"null",
+        finish_reason(answer.finished),
+        usage((answer.finished,)),
+    )
+
+
+def _logprobs(tokens: Sequence[router_pb2.Token]) -> bytes:
+    return b'{"content":[%s]}' % b",".join(map(_token_logprobs, tokens))
+
+
+def _token_logprobs(token: router_pb2.Token) -> bytes:
+    return b'{%s,"top_logprobs":[%s]}' % (
+        _token_logprob(token),
+        b",".join(b"{%s}" % _token_logprob(other) for other in token.top),
+    )
+
+
+def _token_logprob(token: router_pb2.Token) -> bytes:
+    return b'"token":%s,"logprob":%s,"bytes":[%s]' % (
+        json_string(token.text),
+        logprob_of(token),
+        b",".join(b"%d" % byte for byte in token.text.encode()),
+    )
+
+
+class _Chunks:
+    """chat.completion.chunk events; the constant parts are made once."""
+
+    def __init__(self, reply: Reply, *, logprobs: bool) -> None:
+        self._logprobs = logprobs
+        self._head = (
+            b'data: {"object":"chat.completion.chunk","id":%s,"created":%s,"model":%s,'
+            b'"system_fingerprint":%s,"choices":['
+        ) % (reply.id, reply.created, reply.model, reply.fingerprint)
+        self._before = self._head + b'{"index":0,"delta":{"role":"assistant","content":'
+        self._after = b',"finish_reason":null}],"usage":null}\n\n'
+
+    def usage_event(self) -> tuple[bytes, bytes]:
+        return self._head + b'],"usage":', b"}\n\n"
+
+    def token(self, token: router_pb2.Token, text: str) -> bytes:
+        return self._before + json_string(text) + self._middle(token) + self._after
+
+    def last(
+        self, token: router_pb2.Token | None, text: str, finished: router_pb2.Finished
+    ) -> bytes:
+        reason = finish_reason(finished)
+        after = b',"finish_reason":%s}],"usage":null}\n\n' % reason
+        return self._before + json_string(text) + self._middle(token) + after
+
+    def _middle(self, token: router_pb2.Token | None) -> bytes:
+        if not self._logprobs or token is None:
+            return b'},"logprobs":null'
+        return b'},"logprobs":' + _logprobs((token,))

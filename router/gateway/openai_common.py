@@ -1,0 +1,191 @@
+"""What the two OpenAI routes share: parameters, model names, usage, ids, stream ends."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from headgate.proto import router_pb2
+from headgate.router.errors import RouterError, ValidationError
+from headgate.router.gateway.errors import ModelNotFoundError, openai_error
+from headgate.router.gateway.exchange import Exchange
+from headgate.router.gateway.generation import AnswerStream
+from headgate.router.gateway.openai_schemas import CommonFields
+from headgate.router.gateway.services import Services
+from headgate.router.gateway.sse import DONE, event, json_number, json_string
+from headgate.router.gateway.tgi_schemas import MAX_UINT32, MAX_UINT64
+
+FINISH_REASONS = {
+    router_pb2.FINISH_REASON_LENGTH: b"length",
+    router_pb2.FINISH_REASON_EOS_TOKEN: b"stop",
+    router_pb2.FINISH_REASON_STOP_SEQUENCE: b"stop",
+}
+_NEUTRAL_MODELS = ("tgi", "dummy")
+_GREEDY_BELOW = 1e-5  # a temperature that float32 logits cannot tell from 0
+# Where the router's name of a field is not the one that these routes' clients know.
+FIELD_NAMES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}
+_SINGLE_ANSWER = ("n", "best_of")
+_UNSERVED = ("logit_bias", "adapter_id", "watermark", "grammar")
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """The constant fields of one reply, ready as JSON."""
+
+    id: bytes
+    created: bytes
+    model: bytes
+    fingerprint: bytes
+
+    @classmethod
+    def of(cls, info: router_pb2.InfoResponse, kind: str) -> Reply:
+        """`kind`: the prefix of the id, "chatcmpl" or "cmpl"."""
+        return cls(
+            json_string(f"{kind}-{uuid.uuid4().hex}"),
+            b"%d" % int(time.time()),
+            json_string(served_name(info)),
+            json_string(f"{info.version}-native"),
+        )
+
+
+def served_name(info: router_pb2.InfoResponse) -> str:
+    return info.served_model_name or info.model_id
+
+
+def check_model(model: str | None, info: router_pb2.InfoResponse) -> None:
+    """Raises ModelNotFoundError unless `model` is neutral or what is served."""
+    names = (*_NEUTRAL_MODELS, info.model_id, info.served_model_name)
+    if model and model not in names:
+        raise ModelNotFoundError(
+            f"The model `{model}` does not exist; `{served_name(info)}` is served", field="model"
+        )
+
+
+def refuse_unserved(body: CommonFields) -> None:
+    """Raises ValidationError naming the first field that asks for what is not served."""
+    for name in _SINGLE_ANSWER:
+        value = getattr(body, name)
+        if value is not None and value != 1:
+            raise ValidationError(f"`{name}` must be 1: more is not supported", field=name)
+    for name in _UNSERVED:
+        if getattr(body, name):
+            raise ValidationError(f"`{name}` is not supported", field=name)
+
+
+def check_response_format(value: dict[str, Any] | None) -> None:
+    if value and value.get("type") != "text":
+        raise ValidationError(
+            "`response_format` other than text is not supported", field="response_format"
+        )
+
+
+def to_parameters(
+    body: CommonFields, *, max_tokens: int | None, top_n: int | None, prompt_logprobs: bool = False
+) -> router_pb2.Parameters:
+    """The router's parameters. `top_n`: alternatives per token; None: no logprobs at all."""
+    if body.temperature is not None and body.temperature < 0.0:
+        raise ValidationError("`temperature` must be >= 0", field="temperature")
+    greedy = body.temperature is not None and body.temperature < _GREEDY_BELOW
+    choosing: dict[str, Any] = {"do_sample": False}
+    if not greedy:
+        choosing = {
+            "do_sample": True,
+            "temperature": body.temperature,
+            "top_k": _top_k(body.top_k),
+            "top_p": body.top_p,
+            "typical_p": body.typical_p,
+            "min_p": body.min_p,
+            "seed": _seed(body.seed),
+        }
+    return router_pb2.Parameters(
+        **choosing,
+        repetition_penalty=body.repetition_penalty,
+        frequency_penalty=body.frequency_penalty,
+        presence_penalty=body.presence_penalty,
+        max_new_tokens=max_tokens,
+        min_new_tokens=body.min_tokens,
+        ignore_eos=body.ignore_eos,
+        stop=_stop(body.stop),
+        stop_token_ids=body.stop_token_ids,
+        include_stop=bool(body.include_stop_str_in_output),
+        skip_special_tokens=body.skip_special_tokens,
+        logprobs=top_n is not None,
+        top_n_tokens=top_n or None,
+        prompt_logprobs=prompt_logprobs or None,
+        prompt_top_n_tokens=(top_n or None) if prompt_logprobs else None,
+    )
+
+
+def _top_k(value: int | None) -> int | None:
+    if value is None or value in (0, -1):  # vLLM's ways to say off
+        return None
+    if not 0 < value <= MAX_UINT32:
+        raise ValidationError("`top_k` must be positive, or 0 or -1 for off", field="top_k")
+    return value
+
+
+def _seed(value: int | None) -> int | None:
+    if value is None or value == -1:
+        return None
+    if not 0 <= value <= MAX_UINT64:
+        raise ValidationError(f"`seed` must be >= 0 and <= {MAX_UINT64}", field="seed")
+    return value
+
+
+def _stop(value: str | list[str] | None) -> list[str]:
+    if isinstance(value, str):
+        return [value] if value else []
+    return value or []
+
+
+def alternatives(asked: int | None, top_n: int | None) -> int | None:
+    """The larger of two ways to ask for alternatives; None: neither was used."""
+    return None if asked is None and top_n is None else max(asked or 0, top_n or 0)
+
+
+# ------------------------------------------------------------------- shapes
+
+
+def usage(finished: Iterable[router_pb2.Finished]) -> bytes:
+    """Token counts, summed."""
+    prompt = completion = 0
+    for entry in finished:
+        prompt += entry.input_tokens
+        completion += entry.generated_tokens
+    return b'{"prompt_tokens":%d,"completion_tokens":%d,"total_tokens":%d}' % (
+        prompt,
+        completion,
+        prompt + completion,
+    )
+
+
+def finish_reason(finished: router_pb2.Finished) -> bytes:
+    """As a JSON string."""
+    return b'"%s"' % FINISH_REASONS.get(finished.reason, b"length")
+
+
+def logprob_of(token: router_pb2.Token) -> bytes:
+    return json_number(token.logprob) if token.HasField("logprob") else b"null"
+
+
+class OpenAIStream(AnswerStream):
+    """Ends with a usage event where asked, and with [DONE]."""
+
+    def __init__(
+        self, services: Services, exchange: Exchange, usage_event: tuple[bytes, bytes] | None
+    ) -> None:
+        """`usage_event`: what goes before and after the counts; None: no such event."""
+        super().__init__(services, exchange)
+        self._usage_event = usage_event
+
+    def tail(self, finished: Sequence[router_pb2.Finished]) -> bytes:
+        if self._usage_event is None or not finished:
+            return DONE
+        before, after = self._usage_event
+        return before + usage(finished) + after + DONE
+
+    def error_event(self, error: RouterError) -> bytes:
+        return event(openai_error(error, self._exchange.field_names))

@@ -1,0 +1,252 @@
+"""POST /v1/completions: one or several prompts, as texts or token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from headgate.proto import router_pb2
+from headgate.router.errors import ValidationError
+from headgate.router.gateway.exchange import JSON_HEADERS, Exchange
+from headgate.router.gateway.generation import Answer, collect, timing_headers
+from headgate.router.gateway.openai_common import (
+    FIELD_NAMES,
+    OpenAIStream,
+    Reply,
+    alternatives,
+    check_model,
+    check_response_format,
+    finish_reason,
+    logprob_of,
+    refuse_unserved,
+    to_parameters,
+    usage,
+)
+from headgate.router.gateway.openai_schemas import CompletionRequest
+from headgate.router.gateway.services import Services
+from headgate.router.gateway.sse import json_string
+from headgate.router.gateway.tgi_schemas import MAX_UINT32
+
+_FIELD_NAMES = {**FIELD_NAMES, "inputs": "prompt", "top_n_tokens": "logprobs"}
+
+Prompt = str | list[int]
+
+
+class CompletionsRoute:
+    """The route."""
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+
+    async def __call__(self, exchange: Exchange) -> None:
+        exchange.field_names = _FIELD_NAMES
+        config = self._services.config
+        body = await exchange.read_json(CompletionRequest, config.payload_limit)
+        info = self._services.serving_info()
+        check_model(body.model, info)
+        refuse_unserved(body)
+        check_response_format(body.response_format)
+        if body.suffix:
+            raise ValidationError("`suffix` is not supported", field="suffix")
+        prompts = parse_prompts(body.prompt, config.max_client_batch_size)
+        top_n = alternatives(body.logprobs, body.top_n)
+        requests = _requests(body, prompts, top_n, exchange.request_id)
+        reply = Reply.of(info, "cmpl")
+        if body.stream:
+            await self._stream(exchange, body, requests, reply, top_n)
+            return
+        answers = await collect(self._services, exchange, requests)
+        choices = [
+            _choice(index, prompt, answer, echo=bool(body.echo), logprobs=top_n is not None)
+            for index, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
+        ]
+        document = _document(reply, choices, answers)
+        headers = timing_headers(self._services, exchange, answers, compute_time=False)
+        await exchange.respond(document, headers=JSON_HEADERS + headers)
+
+    async def _stream(
+        self,
+        exchange: Exchange,
+        body: CompletionRequest,
+        requests: Sequence[router_pb2.GenerateRequest],
+        reply: Reply,
+        top_n: int | None,
+    ) -> None:
+        texts = [request.text for request in requests]
+        if body.echo and (top_n is not None or not all(texts)):
+            raise ValidationError(
+                "`echo` with `logprobs` or token ids is not supported when streaming", field="echo"
+            )
+        options = body.stream_options
+        events = [
+            _Chunks(
+                reply,
+                index,
+                echo=text if body.echo else "",
+                logprobs=top_n is not None,
+                own_usage=options is None,
+            )
+            for index, text in enumerate(texts)
+        ]
+        wanted = options is not None and options.include_usage
+        usage_event = usage_event_of(reply) if wanted else None
+        await OpenAIStream(self._services, exchange, usage_event).run(requests, events)
+
+
+def parse_prompts(value: Any, limit: int) -> list[Prompt]:
+    """The prompts of a body's `prompt`. Raises ValidationError."""
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, list) or not value:
+        raise ValidationError(
+            "`prompt` must be a string, a list of strings, or token ids", field="prompt"
+        )
+    if _is_ids(value):
+        return [value]
+    if len(value) > limit:
+        raise ValidationError(
+            f"`prompt` holds {len(value)} prompts, more than the allowed batch of {limit}",
+            field="prompt",
+        )
+    for index, entry in enumerate(value):
+        if not isinstance(entry, str) and not (isinstance(entry, list) and _is_ids(entry)):
+            field = f"prompt[{index}]"
+            raise ValidationError(f"`{field}` must be a string or token ids", field=field)
+    return value
+
+
+def _is_ids(value: list[Any]) -> bool:
+    return all(type(entry) is int and 0 <= entry <= MAX_UINT32 for entry in value)
+
+
+def _requests(
+    body: CompletionRequest, prompts: Sequence[Prompt], top_n: int | None, request_id: str
+) -> list[router_pb2.GenerateRequest]:
+    requests = []
+    for index, prompt in enumerate(prompts):
+        # Only the router can say an id's text, and it does so with the prompt's logprobs.
+        wants_prefill = bool(body.echo) and (top_n is not None or not isinstance(prompt, str))
+        parameters = to_parameters(
+            body, max_tokens=body.max_tokens, top_n=top_n, prompt_logprobs=wants_prefill
+        )
+        request = router_pb2.GenerateRequest(
+            parameters=parameters,
+            add_special_tokens=body.add_special_tokens,
+            request_id=request_id if len(prompts) == 1 else f"{request_id}-{index}",
+        )
+        if isinstance(prompt, str):
+            request.text = prompt
+        else:
+            request.token_ids.ids.extend(prompt)
+        requests.append(request)
+    return requests
+
+
+# ------------------------------------------------------------------- shapes
+
+
+def _document(reply: Reply, choices: Sequence[bytes], answers: Sequence[Answer]) -> bytes:
+    return (
+        b'{"object":"text_completion","id":%s,"created":%s,"model":%s,"system_fingerprint":%s,'
+        b'"choices":[%s],"usage":%s}'
+    ) % (
+        reply.id,
+        reply.created,
+        reply.model,
+        reply.fingerprint,
+        b",".join(choices),
+        usage(answer.finished for answer in answers),
+    )
+
+
+def _choice(index: int, prompt: Prompt, answer: Answer, *, echo: bool, logprobs: bool) -> bytes:
+    finished = answer.finished
+    text, tokens = finished.generated_text, list(answer.tokens)
+    if echo:
+        prefill = finished.prefill
+        shown = prompt if isinstance(prompt, str) else "".join(token.text for token in prefill)
+        text, tokens = shown + text, [*prefill, *tokens]
+    return b'{"index":%d,"text":%s,"logprobs":%s,"finish_reason":%s}' % (
+        index,
+        json_string(text),
+        _logprobs(tokens, 0) if logprobs else b"null",
+        finish_reason(finished),
+    )
+
+
+def _logprobs(tokens: Sequence[router_pb2.Token], offset: int) -> bytes:
+    """OpenAI's four lists side by side. `offset`: characters before the first token."""
+    offsets = []
+    for token in tokens:
+        offsets.append(b"%d" % offset)
+        offset += len(token.text)
+    return b'{"tokens":[%s],"token_logprobs":[%s],"top_logprobs":[%s],"text_offset":[%s]}' % (
+        b",".join(json_string(token.text) for token in tokens),
+        b",".join(map(logprob_of, tokens)),
+        b",".join(map(_top_logprobs, tokens)),
+        b",".join(offsets),
+    )
+
+
+def _top_logprobs(token: router_pb2.Token) -> bytes:
+    """Text to logprob, best first, with the token itself; null where it has no logprob."""
+    if not token.HasField("logprob"):
+        return b"null"
+    pairs = {other.text: logprob_of(other) for other in token.top}
+    pairs.setdefault(token.text, logprob_of(token))
+    return b"{%s}" % b",".join(json_string(text) + b":" + value for text, value in pairs.items())
+
+
+def usage_event_of(reply: Reply) -> tuple[bytes, bytes]:
+    before = b'data: {"object":"text_completion","id":%s,"created":%s,"choices":[],%s,"usage":' % (
+        reply.id,
+        reply.created,
+        _names(reply),
+    )
+    return before, b"}\n\n"
+
+
+def _names(reply: Reply) -> bytes:
+    return b'"model":%s,"system_fingerprint":%s' % (reply.model, reply.fingerprint)
+
+
+class _Chunks:
+    """text_completion events of one prompt; the constant parts are made once."""
+
+    def __init__(
+        self, reply: Reply, index: int, *, echo: str, logprobs: bool, own_usage: bool
+    ) -> None:
+        """`own_usage`: the last event carries this prompt's usage, as TGI does it."""
+        self._logprobs = logprobs
+        self._own_usage = own_usage
+        self._echo = echo
+        self._offset = len(echo)
+        self._before = (
+            b'data: {"object":"text_completion","id":%s,"created":%s,"choices":[{"index":%d,"text":'
+        ) % (reply.id, reply.created, index)
+        self._names = b"}]," + _names(reply)
+        null_usage = b"" if own_usage else b',"usage":null'
+        self._after = b',"finish_reason":null' + self._names + null_usage + b"}\n\n"
+
+    def token(self, token: router_pb2.Token, text: str) -> bytes:
+        return self._start(token, text) + self._after
+
+    def last(
+        self, token: router_pb2.Token | None, text: str, finished: router_pb2.Finished
+    ) -> bytes:
+        counts = usage((finished,)) if self._own_usage else b"null"
+        end = b',"finish_reason":%s%s,"usage":%s}\n\n' % (
+            finish_reason(finished),
+            self._names,
+            counts,
+        )
+        return self._start(token, text) + end
+
+    def _start(self, token: router_pb2.Token | None, text: str) -> bytes:
+        if self._echo:
+            text, self._echo = self._echo + text, ""
+        start = self._before + json_string(text) + b',"logprobs":'
+        if not self._logprobs or token is None:
+            return start + b"null"
+        offset, self._offset = self._offset, self._offset + len(token.text)
+        return start + _logprobs((token,), offset)

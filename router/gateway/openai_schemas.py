@@ -1,0 +1,86 @@
+"""Bodies of the /v1 routes: OpenAI's fields, and those vLLM adds. Shapes only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from headgate.router.gateway.tgi_schemas import UInt32
+
+
+class StreamOptions(msgspec.Struct):
+    include_usage: bool | None = None
+
+
+class CommonFields(msgspec.Struct, kw_only=True):
+    """What chat and text completions share. null is as if absent, for every field."""
+
+    model: str | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    logit_bias: Any = None
+    max_tokens: UInt32 | None = None
+    n: UInt32 | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    user: str | None = None  # accepted, of no effect: nothing here is kept per user
+    # vLLM's and TGI's own:
+    top_k: int | None = None
+    min_p: float | None = None
+    typical_p: float | None = None
+    repetition_penalty: float | None = None
+    min_tokens: UInt32 | None = None
+    ignore_eos: bool | None = None
+    stop_token_ids: list[UInt32] | None = None
+    skip_special_tokens: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    top_n: UInt32 | None = None  # alternatives per token; asks for logprobs too
+    best_of: UInt32 | None = None
+    adapter_id: str | None = None
+    watermark: bool | None = None
+    grammar: Any = None
+
+
+class ChatMessage(msgspec.Struct):
+    """One message. `content`: a string, or a list of parts of which only texts are served."""
+
+    role: str
+    content: str | list[dict[str, Any]] | None = None
+    name: str | None = None
+    tool_calls: list[Any] | None = None
+    tool_call_id: str | None = None
+
+
+class ChatRequest(CommonFields, kw_only=True):
+    """Body of /v1/chat/completions."""
+
+    messages: list[ChatMessage]
+    logprobs: bool | None = None
+    top_logprobs: UInt32 | None = None
+    max_completion_tokens: UInt32 | None = None
+    tools: list[Any] | None = None
+    tool_choice: Any = None
+    tool_prompt: str | None = None
+    parallel_tool_calls: bool | None = None  # of no effect while tools are refused
+    functions: list[Any] | None = None
+    function_call: Any = None
+    response_format: dict[str, Any] | None = None
+    modalities: list[str] | None = None
+    audio: Any = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class CompletionRequest(CommonFields, kw_only=True):
+    """Body of /v1/completions. `prompt`: a string, token ids, or a list of either."""
+
+    prompt: Any
+    suffix: str | None = None
+    echo: bool | None = None
+    logprobs: UInt32 | None = None
+    add_special_tokens: bool | None = None
+    response_format: dict[str, Any] | None = None

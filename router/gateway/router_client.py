@@ -1,0 +1,341 @@
+"""The one stream to the router: submits, demultiplexes, and submits again when the router died.
+
+A `Call` is one request in flight, a `Sink` what takes its events. Events are handed over
+synchronously while a message is read, then every touched sink is flushed once: no task wakes
+per token. Knows neither HTTP nor JSON.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import os
+import time
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from typing import Protocol
+
+import grpc
+
+from headgate.proto import router_pb2, router_pb2_grpc
+from headgate.router.errors import (
+    InternalError,
+    RouterError,
+    UnavailableError,
+    from_proto,
+    from_rpc_error,
+)
+from headgate.router.gateway.config import GatewayConfig
+from headgate.router.gateway.server_state import ServerState, State
+
+logger = logging.getLogger(__name__)
+
+_FIRST_BACKOFF = 0.05  # seconds
+_LAST_BACKOFF = 1.0
+_UNARY_TIMEOUT = 30.0
+_MAX_MESSAGE = 256 * 1024 * 1024  # bytes; prompts are bounded by the payload limit long before
+_CHANNEL_OPTIONS = [
+    ("grpc.max_receive_message_length", _MAX_MESSAGE),
+    ("grpc.max_send_message_length", _MAX_MESSAGE),
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.initial_reconnect_backoff_ms", 50),
+    ("grpc.min_reconnect_backoff_ms", 50),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    ("grpc.enable_http_proxy", 0),
+]
+
+
+class Sink(Protocol):
+    """Takes a call's events, in order, without waiting. `finished` or `failed` is the last."""
+
+    def tokens(self, tokens: Sequence[router_pb2.Token], text: str) -> None: ...
+
+    def finished(self, finished: router_pb2.Finished) -> None: ...
+
+    def failed(self, error: RouterError) -> None: ...
+
+    def flush(self) -> None:
+        """All events that arrived together have been handed over."""
+
+
+class Call:
+    """One request at the router, with what it takes to submit it again."""
+
+    __slots__ = (
+        "accepted", "attempt", "delivered", "ended", "key", "paused", "request", "seed", "sent",
+        "sink", "text_offset", "waiting_since",
+    )  # fmt: skip
+
+    def __init__(self, key: int, request: router_pb2.GenerateRequest, sink: Sink) -> None:
+        self.key = key
+        self.attempt = 0
+        self.request = request
+        self.sink = sink
+        self.accepted: asyncio.Future[router_pb2.Accepted] = (
+            asyncio.get_running_loop().create_future()
+        )
+        self.delivered: list[router_pb2.Token] = []
+        self.text_offset = 0  # characters of text delivered
+        self.seed: int | None = None
+        self.sent = False  # on the stream that is open now
+        self.paused = False
+        self.ended = False
+        self.waiting_since: float | None = None  # when it began to wait for a router
+
+    def fail(self, error: RouterError) -> None:
+        """Ends the call: by refusing it, or by the sink where it had been accepted."""
+        self.ended = True
+        if not self.refuse(error) and not self.accepted.cancelled():
+            self.sink.failed(error)
+            self.sink.flush()
+
+    def refuse(self, error: RouterError) -> bool:
+        """Ends the wait for `accepted`; False where there is none any more."""
+        if self.accepted.done():
+            return False
+        self.accepted.set_exception(error)
+        self.accepted.exception()  # marks it as seen: its client may have left already
+        return True
+
+
+class RouterClient:
+    """The gateway's end of `Multiplex`, reconnecting for ever."""
+
+    def __init__(self, config: GatewayConfig, state: ServerState) -> None:
+        self.state = state
+        self._address = config.router_address
+        self._timeout = config.router_timeout
+        index = os.environ.get("HEADGATE_GATEWAY_INDEX", "0")
+        self._gateway_id = f"gateway-{index}-{uuid.uuid4().hex}"
+        self._calls: dict[int, Call] = {}
+        self._keys = itertools.count(1)
+        self._outbox: asyncio.Queue[router_pb2.ClientMessage] | None = None  # None: no stream
+        self._stub: router_pb2_grpc.RouterStub | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    # ------------------------------------------------------------- requests
+
+    def submit(self, request: router_pb2.GenerateRequest, sink: Sink) -> Call:
+        """Sends the request, or keeps it until a router takes it. Raises what `refusal` gives."""
+        refusal = self.state.refusal()
+        if refusal is not None:
+            raise refusal
+        call = Call(next(self._keys), request, sink)
+        self._calls[call.key] = call
+        if self._outbox is not None and self.state.router_takes_requests:
+            self._send_call(call)
+        else:
+            call.waiting_since = time.monotonic()
+        return call
+
+    def cancel(self, call: Call) -> None:
+        """Forgets the call and tells the router. Nothing happens to one that has ended."""
+        if self._calls.pop(call.key, None) is None:
+            return
+        call.ended = True
+        if call.sent:
+            self._post(router_pb2.ClientMessage(cancel=call.key))
+
+    def pause(self, call: Call) -> None:
+        """Asks the router to hold the call's events back."""
+        if not call.ended and not call.paused:
+            call.paused = True
+            if call.sent:
+                self._post(router_pb2.ClientMessage(pause=call.key))
+
+    def resume(self, call: Call) -> None:
+        if not call.ended and call.paused:
+            call.paused = False
+            if call.sent:
+                self._post(router_pb2.ClientMessage(resume=call.key))
+
+    def count_failure(self, error_type: str) -> None:
+        """Has the router count a request that this gateway refused."""
+        self._post(router_pb2.ClientMessage(failure=router_pb2.Failure(error_type=error_type)))
+
+    async def tokenize(self, text: str) -> Sequence[router_pb2.TokenSpan]:
+        """Raises RouterError."""
+        try:
+            request = router_pb2.TokenizeRequest(text=text)
+            answer = await self._connected().Tokenize(request, timeout=_UNARY_TIMEOUT)
+        except grpc.RpcError as error:
+            raise from_rpc_error(error) from None
+        return answer.tokens
+
+    async def metrics(self) -> bytes:
+        """The router's registry in Prometheus' text format. Raises RouterError."""
+        try:
+            request = router_pb2.MetricsRequest()
+            answer = await self._connected().Metrics(request, timeout=_UNARY_TIMEOUT)
+        except grpc.RpcError as error:
+            raise from_rpc_error(error) from None
+        return answer.text
+
+    def _connected(self) -> router_pb2_grpc.RouterStub:
+        if self._stub is None:
+            raise UnavailableError("The router is not there yet", retry_after=2.0)
+        return self._stub
+
+    # --------------------------------------------------------------- sending
+
+    def _post(self, message: router_pb2.ClientMessage) -> None:
+        if self._outbox is not None:
+            self._outbox.put_nowait(message)
+
+    def _send_call(self, call: Call) -> None:
+        call.attempt += 1
+        call.sent = True
+        call.waiting_since = None
+        submit = router_pb2.Submit(key=call.key, attempt=call.attempt, request=call.request)
+        if call.attempt > 1 and call.accepted.done():
+            submit.delivered.CopyFrom(
+                router_pb2.Delivered(
+                    tokens=call.delivered, text_offset=call.text_offset, seed=call.seed
+                )
+            )
+        self._post(router_pb2.ClientMessage(submit=submit))
+        if call.paused:
+            self._post(router_pb2.ClientMessage(pause=call.key))
+
+    async def _outgoing(
+        self, outbox: asyncio.Queue[router_pb2.ClientMessage]
+    ) -> AsyncIterator[router_pb2.ClientMessage]:
+        yield router_pb2.ClientMessage(hello=router_pb2.Hello(gateway_id=self._gateway_id))
+        while True:
+            yield await outbox.get()
+
+    # ------------------------------------------------------------ connection
+
+    def start(self) -> None:
+        self._task = asyncio.get_running_loop().create_task(self._run())
+
+    async def stop(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait((self._task,))
+
+    async def _run(self) -> None:
+        backoff = _FIRST_BACKOFF
+        while True:
+            connected_at = None
+            try:
+                async with grpc.aio.insecure_channel(
+                    self._address, options=_CHANNEL_OPTIONS
+                ) as channel:
+                    stub = router_pb2_grpc.RouterStub(channel)
+                    outbox: asyncio.Queue[router_pb2.ClientMessage] = asyncio.Queue()
+                    async for message in stub.Multiplex(self._outgoing(outbox)):
+                        if connected_at is None:
+                            connected_at = time.monotonic()
+                            self._stub, self._outbox = stub, outbox
+                        self._receive(message)
+            except grpc.RpcError as error:
+                logger.debug("no router", extra={"fields": {"cause": str(error.code())}})
+            except Exception:
+                logger.exception("the stream to the router failed")
+            finally:
+                self._lost(was_connected=connected_at is not None)
+            backoff = _FIRST_BACKOFF if connected_at else min(backoff * 2, _LAST_BACKOFF)
+            await asyncio.sleep(backoff)
+
+    def _lost(self, was_connected: bool) -> None:
+        self._stub = self._outbox = None
+        self.state.update(None)
+        now = time.monotonic()
+        for call in self._calls.values():
+            call.sent = False
+            if call.waiting_since is None:
+                call.waiting_since = now
+        if was_connected:
+            logger.warning(
+                "the router is gone", extra={"fields": {"requests_held": len(self._calls)}}
+            )
+
+    def expire(self, now: float) -> None:
+        """Fails the calls that have waited too long for a router. Called by a slow timer."""
+        late = [
+            call
+            for call in self._calls.values()
+            if call.waiting_since is not None and now - call.waiting_since > self._timeout
+        ]
+        if late:
+            logger.warning("no router came", extra={"fields": {"requests_failed": len(late)}})
+        for call in late:
+            del self._calls[call.key]
+            self._fail(
+                call,
+                UnavailableError(
+                    f"No router took the request within {self._timeout:g} s", retry_after=5.0
+                ),
+            )
+
+    # ------------------------------------------------------------- receiving
+
+    def _receive(self, message: router_pb2.ServerMessage) -> None:
+        touched: dict[Sink, None] = {}
+        calls = self._calls
+        for keyed in message.events:
+            call = calls.get(keyed.key)
+            if call is None or keyed.attempt != call.attempt:
+                continue
+            try:
+                self._deliver(call, keyed.event)
+            except Exception:
+                logger.exception("an event could not be delivered")
+                self.cancel(call)
+                self._fail(call, InternalError())
+            touched[call.sink] = None
+        for sink in touched:
+            sink.flush()
+        if message.HasField("status"):
+            self._on_status(message.status)
+
+    def _deliver(self, call: Call, event: router_pb2.GenerateEvent) -> None:
+        kind = event.WhichOneof("event")
+        if kind == "tokens":
+            self._deliver_tokens(call, event.tokens)
+        elif kind == "accepted":
+            if not call.accepted.done():  # a resubmission is accepted again
+                if event.accepted.HasField("seed"):
+                    call.seed = event.accepted.seed
+                call.accepted.set_result(event.accepted)
+        elif kind == "finished":
+            del self._calls[call.key]
+            call.ended = True
+            call.sink.finished(event.finished)
+        elif kind == "error":
+            del self._calls[call.key]
+            self._fail(call, from_proto(event.error))
+
+    @staticmethod
+    def _deliver_tokens(call: Call, event: router_pb2.Tokens) -> None:
+        tokens: Sequence[router_pb2.Token] = event.tokens
+        text = event.text
+        known = len(call.delivered) - event.first_index
+        if known > 0:  # a new router began before what the client has
+            tokens = tokens[known:]
+        if event.text_offset < call.text_offset:
+            text = text[call.text_offset - event.text_offset :]
+        call.delivered.extend(tokens)
+        call.text_offset += len(text)
+        if tokens or text:
+            call.sink.tokens(tokens, text)
+
+    @staticmethod
+    def _fail(call: Call, error: RouterError) -> None:
+        try:
+            call.fail(error)
+        except Exception:
+            logger.exception("an error could not be delivered")
+
+    def _on_status(self, status: router_pb2.ServerStatus) -> None:
+        self.state.update(status)
+        if self.state.router_takes_requests:
+            for call in self._calls.values():
+                if not call.sent:
+                    self._send_call(call)
+        if self.state.current()[0] is State.FAILED:
+            calls, self._calls = self._calls, {}
+            for call in calls.values():
+                self._fail(call, UnavailableError(status.detail or "The server has failed"))

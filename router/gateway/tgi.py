@@ -1,0 +1,235 @@
+"""TGI's own routes: /generate, /generate_stream and /, whose `stream` chooses between them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import orjson
+
+from headgate.proto import router_pb2
+from headgate.router.errors import RouterError, ValidationError
+from headgate.router.gateway.errors import tgi_error
+from headgate.router.gateway.exchange import JSON_HEADERS, Exchange
+from headgate.router.gateway.generation import Answer, AnswerStream, collect, timing_headers
+from headgate.router.gateway.services import Services
+from headgate.router.gateway.sse import event, json_number, json_string
+from headgate.router.gateway.tgi_schemas import (
+    MAX_UINT32,
+    MAX_UINT64,
+    GenerateParameters,
+    GenerateRequest,
+)
+
+FINISH_REASONS = {
+    router_pb2.FINISH_REASON_LENGTH: b"length",
+    router_pb2.FINISH_REASON_EOS_TOKEN: b"eos_token",
+    router_pb2.FINISH_REASON_STOP_SEQUENCE: b"stop_sequence",
+}
+_SAME_NAME = (
+    "temperature", "repetition_penalty", "frequency_penalty", "presence_penalty", "top_k",
+    "top_p", "typical_p", "min_p", "max_new_tokens", "min_new_tokens", "stop", "stop_token_ids",
+    "truncate", "seed", "top_n_tokens",
+)  # fmt: skip
+
+
+class TgiRoutes:
+    """The three routes over one set of services."""
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+
+    async def generate(self, exchange: Exchange) -> None:
+        body = await exchange.read_json(GenerateRequest, self._services.config.payload_limit)
+        await self._respond(exchange, body, full_text=False, as_list=False)
+
+    async def generate_stream(self, exchange: Exchange) -> None:
+        body = await exchange.read_json(GenerateRequest, self._services.config.payload_limit)
+        await self._stream(exchange, body, full_text=False)
+
+    async def root(self, exchange: Exchange) -> None:
+        """/ answers as the Hub's text-generation pipeline does: a list, prompt included."""
+        body = await exchange.read_json(GenerateRequest, self._services.config.payload_limit)
+        if body.stream:
+            await self._stream(exchange, body, full_text=True)
+        else:
+            await self._respond(exchange, body, full_text=True, as_list=True)
+
+    async def _respond(
+        self, exchange: Exchange, body: GenerateRequest, *, full_text: bool, as_list: bool
+    ) -> None:
+        parameters = body.parameters or GenerateParameters()
+        request = to_request(body, exchange.request_id)
+        (answer,) = await collect(self._services, exchange, [request])
+        prompt = body.inputs if _wants_full_text(parameters, full_text) else ""
+        details = parameters.details or parameters.decoder_input_details
+        document = _document(answer, prompt, details=bool(details))
+        headers = timing_headers(self._services, exchange, [answer], compute_time=True)
+        await exchange.respond(
+            b"[" + document + b"]" if as_list else document, headers=JSON_HEADERS + headers
+        )
+
+    async def _stream(self, exchange: Exchange, body: GenerateRequest, *, full_text: bool) -> None:
+        parameters = body.parameters or GenerateParameters()
+        if parameters.decoder_input_details:
+            raise ValidationError(
+                "`decoder_input_details` == true is not supported when streaming tokens",
+                field="decoder_input_details",
+            )
+        request = to_request(body, exchange.request_id)
+        prompt = body.inputs if _wants_full_text(parameters, full_text) else ""
+        events = _Events(prompt, details=bool(parameters.details))
+        await _TgiStream(self._services, exchange).run([request], [events])
+
+
+def to_request(body: GenerateRequest, request_id: str) -> router_pb2.GenerateRequest:
+    """The router's request. Raises ValidationError for what is not served or cannot be said."""
+    given = body.parameters
+    # TGI samples where `parameters` is left out altogether, and is greedy where it is empty.
+    do_sample = True if given is None else given.do_sample
+    given = given or GenerateParameters()
+    _refuse_unserved(given)
+    if given.top_k is not None and not 0 < given.top_k <= MAX_UINT32:
+        raise ValidationError("`top_k` must be strictly positive", field="top_k")
+    if given.seed is not None and given.seed > MAX_UINT64:
+        raise ValidationError(f"`seed` must be <= {MAX_UINT64}", field="seed")
+    wish = bool(given.decoder_input_details)
+    parameters = router_pb2.Parameters(
+        **{name: getattr(given, name) for name in _SAME_NAME},
+        do_sample=do_sample,
+        ignore_eos=given.ignore_eos_token,
+        prompt_logprobs=wish or None,
+    )
+    return router_pb2.GenerateRequest(
+        text=body.inputs, parameters=parameters, request_id=request_id
+    )
+
+
+def _refuse_unserved(given: GenerateParameters) -> None:
+    if given.best_of is not None and given.best_of > 1:
+        raise ValidationError("`best_of` > 1 is not supported", field="best_of")
+    for name in ("watermark", "grammar", "adapter_id"):
+        if getattr(given, name):
+            raise ValidationError(f"`{name}` is not supported", field=name)
+
+
+def _wants_full_text(parameters: GenerateParameters, default: bool) -> bool:
+    asked = parameters.return_full_text
+    return default if asked is None else asked
+
+
+# ------------------------------------------------------------------- shapes
+
+
+def _document(answer: Answer, prompt: str, *, details: bool) -> bytes:
+    text = json_string(prompt + answer.finished.generated_text)
+    if not details:
+        return b'{"generated_text":%s}' % text
+    return b'{"generated_text":%s,"details":%s}' % (text, _details(answer))
+
+
+def _details(answer: Answer) -> bytes:
+    finished, tokens = answer.finished, answer.tokens
+    top = b""
+    if any(token.top for token in tokens):
+        top = b',"top_tokens":[%s]' % b",".join(_token_list(token.top) for token in tokens)
+    return (
+        b'{"finish_reason":"%s","generated_tokens":%d,"seed":%s,"prefill":[%s],"tokens":%s%s}'
+        % (
+            FINISH_REASONS.get(finished.reason, b"length"),
+            finished.generated_tokens,
+            _seed(finished),
+            b",".join(map(_prefill_token, finished.prefill)),
+            _token_list(tokens),
+            top,
+        )
+    )
+
+
+def _seed(finished: router_pb2.Finished) -> bytes:
+    return b"%d" % finished.seed if finished.HasField("seed") else b"null"
+
+
+def _logprob(token: router_pb2.Token) -> bytes:
+    return json_number(token.logprob) if token.HasField("logprob") else b"null"
+
+
+def _token(token: router_pb2.Token) -> bytes:
+    return b'{"id":%d,"text":%s,"logprob":%s,"special":%s}' % (
+        token.id,
+        json_string(token.text),
+        _logprob(token),
+        b"true" if token.special else b"false",
+    )
+
+
+def _prefill_token(token: router_pb2.Token) -> bytes:
+    return b'{"id":%d,"text":%s,"logprob":%s}' % (
+        token.id,
+        json_string(token.text),
+        _logprob(token),
+    )
+
+
+def _token_list(tokens: Sequence[router_pb2.Token]) -> bytes:
+    return b"[%s]" % b",".join(map(_token, tokens))
+
+
+# ------------------------------------------------------------------ streams
+
+
+class _TgiStream(AnswerStream):
+    def error_event(self, error: RouterError) -> bytes:
+        return event(tgi_error(error))
+
+
+class _Events:
+    """Events of one answer: one per token, the last with the whole text."""
+
+    def __init__(self, prompt: str, *, details: bool) -> None:
+        self._prompt = prompt
+        self._details = details
+        self._index = 0
+
+    def token(self, token: router_pb2.Token, text: str) -> bytes:
+        return self._event(token, b"null", b"null")
+
+    def last(
+        self, token: router_pb2.Token | None, text: str, finished: router_pb2.Finished
+    ) -> bytes:
+        details = b"null"
+        if self._details:
+            details = (
+                b'{"finish_reason":"%s","generated_tokens":%d,"seed":%s,"input_length":%d}'
+                % (
+                    FINISH_REASONS.get(finished.reason, b"length"),
+                    finished.generated_tokens,
+                    _seed(finished),
+                    finished.input_tokens,
+                )
+            )
+        whole = json_string(self._prompt + finished.generated_text)
+        if token is None:  # sent already: TGI's shape has no end without a token
+            self._index -= 1
+            token = router_pb2.Token(special=True, logprob=0.0)
+        return self._event(token, whole, details)
+
+    def _event(self, token: router_pb2.Token, whole: bytes, details: bytes) -> bytes:
+        self._index += 1
+        top = b',"top_tokens":' + _token_list(token.top) if token.top else b""
+        return b'data: {"index":%d,"token":%s%s,"generated_text":%s,"details":%s}\n\n' % (
+            self._index,
+            _token(token),
+            top,
+            whole,
+            details,
+        )
+
+
+def tokens_document(spans: Sequence[router_pb2.TokenSpan]) -> bytes:
+    """The answer of /tokenize."""
+    return orjson.dumps(
+        [
+            {"id": span.id, "text": span.text, "start": span.start, "stop": span.stop}
+            for span in spans
+        ]
+    )

@@ -1,0 +1,214 @@
+"""A small router for gateway tests: a gRPC server whose answers a test writes.
+
+By default a request's answer is the words of `answer`, one token each; `script` replaces that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+import grpc
+
+from headgate.proto import router_pb2 as pb
+from headgate.proto import router_pb2_grpc
+
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+INFO = pb.InfoResponse(
+    model_id="org/model",
+    served_model_name="model",
+    version="0.1.0",
+    dtype="bfloat16",
+    device="cpu",
+    num_shards=1,
+    max_concurrent_requests=128,
+    max_best_of=2,
+    max_stop_sequences=4,
+    max_top_n_tokens=5,
+    max_input_tokens=100,
+    max_total_tokens=200,
+    max_client_batch_size=4,
+    validation_workers=2,
+    chat_template=TEMPLATE,
+    bos_token="<s>",
+    eos_token="</s>",
+)
+
+
+def token(id: int, text: str, logprob: float = -0.5, special: bool = False) -> pb.Token:
+    return pb.Token(id=id, text=text, logprob=logprob, special=special)
+
+
+class Conversation:
+    """The router's side of one Multiplex stream."""
+
+    def __init__(self) -> None:
+        self.outbox: asyncio.Queue[pb.ServerMessage | None] = asyncio.Queue()
+        self.received: list[pb.ClientMessage] = []
+
+    def send(self, submit: pb.Submit, *events: pb.GenerateEvent) -> None:
+        """All the events in one message, as a step's would be."""
+        self.outbox.put_nowait(
+            pb.ServerMessage(
+                events=[
+                    pb.KeyedEvent(key=submit.key, attempt=submit.attempt, event=event)
+                    for event in events
+                ]
+            )
+        )
+
+    def send_state(self, state: pb.ServerState, detail: str = "") -> None:
+        self.outbox.put_nowait(
+            pb.ServerMessage(status=pb.ServerStatus(state=state, detail=detail, info=INFO))
+        )
+
+    def got(self, kind: str) -> list[pb.ClientMessage]:
+        return [message for message in self.received if message.WhichOneof("message") == kind]
+
+
+Script = Callable[[Conversation, pb.Submit], Awaitable[None]]
+
+
+class FakeRouter(router_pb2_grpc.RouterServicer):
+    """Serve it with `async with FakeRouter(address) as router`."""
+
+    def __init__(self, address: str, script: Script | None = None) -> None:
+        self.address = address
+        self.script: Script = script or answer
+        self.state = pb.SERVER_STATE_READY
+        self.conversations: list[Conversation] = []
+        self.submits: list[pb.Submit] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._server: grpc.aio.Server | None = None
+
+    async def __aenter__(self) -> FakeRouter:
+        self._server = grpc.aio.server()
+        router_pb2_grpc.add_RouterServicer_to_server(self, self._server)
+        self._server.add_insecure_port(self.address)
+        await self._server.start()
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.die()
+
+    async def die(self) -> None:
+        if self._server is not None:
+            for task in self._tasks:
+                task.cancel()
+            await self._server.stop(0)
+            self._server = None
+
+    @property
+    def last(self) -> Conversation:
+        return self.conversations[-1]
+
+    @property
+    def requests(self) -> list[pb.GenerateRequest]:
+        return [submit.request for submit in self.submits]
+
+    async def Multiplex(
+        self, request_iterator: AsyncIterator[pb.ClientMessage], context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[pb.ServerMessage]:
+        conversation = Conversation()
+        self.conversations.append(conversation)
+        reader = asyncio.create_task(self._read(conversation, request_iterator))
+        try:
+            while (message := await conversation.outbox.get()) is not None:
+                yield message
+        finally:
+            reader.cancel()
+
+    async def _read(
+        self, conversation: Conversation, messages: AsyncIterator[pb.ClientMessage]
+    ) -> None:
+        async for message in messages:
+            conversation.received.append(message)
+            kind = message.WhichOneof("message")
+            if kind == "hello":
+                conversation.send_state(self.state)
+            elif kind == "submit":
+                self.submits.append(message.submit)
+                task = asyncio.create_task(self.script(conversation, message.submit))  # type: ignore[arg-type]
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
+        conversation.outbox.put_nowait(None)
+
+    async def Tokenize(
+        self, request: pb.TokenizeRequest, context: grpc.aio.ServicerContext
+    ) -> pb.TokenizeResponse:
+        spans, start = [], 0
+        for index, word in enumerate(request.text.split(" ")):
+            spans.append(pb.TokenSpan(id=index, text=word, start=start, stop=start + len(word)))
+            start += len(word) + 1
+        return pb.TokenizeResponse(tokens=spans)
+
+    async def Metrics(
+        self, request: pb.MetricsRequest, context: grpc.aio.ServicerContext
+    ) -> pb.MetricsResponse:
+        return pb.MetricsResponse(text=b"# TYPE tgi_queue_size gauge\ntgi_queue_size 0\n")
+
+
+# ------------------------------------------------------------------- events
+
+
+def accepted(input_tokens: int = 3, seed: int | None = None) -> pb.GenerateEvent:
+    return pb.GenerateEvent(
+        accepted=pb.Accepted(input_tokens=input_tokens, seed=seed, prompt_characters=12)
+    )
+
+
+def tokens(first_index: int, *new: pb.Token, text: str, offset: int) -> pb.GenerateEvent:
+    return pb.GenerateEvent(
+        tokens=pb.Tokens(first_index=first_index, tokens=new, text=text, text_offset=offset)
+    )
+
+
+def finished(
+    text: str,
+    count: int,
+    reason: pb.FinishReason = pb.FINISH_REASON_LENGTH,
+    seed: int | None = None,
+    prefill: list[pb.Token] | None = None,
+) -> pb.GenerateEvent:
+    return pb.GenerateEvent(
+        finished=pb.Finished(
+            reason=reason,
+            generated_text=text,
+            generated_tokens=count,
+            input_tokens=3,
+            seed=seed,
+            prefill=prefill,
+            timings=pb.Timings(validation=1_000_000, queue=2_000_000, inference=30_000_000),
+        )
+    )
+
+
+def error(error_type: str, status: int, message: str, **more: object) -> pb.GenerateEvent:
+    return pb.GenerateEvent(
+        error=pb.Error(error_type=error_type, http_status=status, message=message, **more)  # type: ignore[arg-type]
+    )
+
+
+WORDS = (" Tokyo", " is", " big")
+
+
+async def answer(conversation: Conversation, submit: pb.Submit) -> None:
+    """Goes on from what was delivered; the last token comes with the end."""
+    parameters = submit.request.parameters
+    seed = 7 if parameters.do_sample else None
+    conversation.send(submit, accepted(seed=seed))
+    done = len(submit.delivered.tokens)
+    for index in range(done, len(WORDS)):
+        word = WORDS[index]
+        new = token(11 + index, word, -0.5 - index)
+        new.top.extend(token(100 + n, f" alt{n}", -1.0 - n) for n in range(parameters.top_n_tokens))
+        events = [tokens(index, new, text=word, offset=sum(map(len, WORDS[:index])))]
+        if index == len(WORDS) - 1:
+            prefill = None
+            if parameters.prompt_logprobs:
+                prefill = [pb.Token(id=1, text="Hi"), token(2, " there", -3.25)]
+            events.append(finished("".join(WORDS), len(WORDS), seed=seed, prefill=prefill))
+        conversation.send(submit, *events)
