@@ -76,7 +76,7 @@ class Flag:
         """The default for people."""
         if self.default_text:
             return self.default_text
-        if self.default is None or self.default == ():
+        if self.default in (None, "", ()):
             return "unset"
         if isinstance(self.default, bool):
             return "true" if self.default else "false"

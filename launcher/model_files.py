@@ -64,12 +64,15 @@ def find_source(config: LauncherConfig) -> ModelSource:
     return ModelSource(HUB, text, revision=config.revision, cache=cache)
 
 
-def files_at_hand(source: ModelSource) -> ModelFiles | None:
-    """The checkpoint, if it needs no preparation. Raises LaunchError if it cannot be one."""
+def files_at_hand(source: ModelSource, weights_override: str = "") -> ModelFiles | None:
+    """The checkpoint, if it needs no preparation. Raises LaunchError if it cannot be one.
+
+    `weights_override`: the directory of the weights, where they are not the model's own.
+    """
     if source.kind != DIRECTORY:
         return None
     directory = Path(source.path)
-    if find_weight_files(directory):
+    if weights_override or find_weight_files(directory):
         return ModelFiles(source.path, source.model_id)
     if bin_files(directory):
         return None

@@ -112,7 +112,7 @@ class Supervisor:
             output.block("Environment", environment_report(hardware))
         check_paths(config)
         source = find_source(config)
-        files = files_at_hand(source)
+        files = files_at_hand(source, config.weights_cache_override)
         sizes = self._work_out(files, hardware) if files else None
         self._open_ports()
         self._start_gateways(hardware)

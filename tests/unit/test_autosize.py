@@ -1,0 +1,295 @@
+"""Sizes for tables of limits and models; what the container's limits are read from."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from headgate.launcher.autosize import GIB, MIB, Sizes, kv_bytes_per_token, work_out_sizes
+from headgate.launcher.cli import parse_serve
+from headgate.launcher.errors import LaunchError
+from headgate.launcher.hardware import (
+    CgroupLimits,
+    Gpu,
+    Hardware,
+    count_cpus,
+    find_gpus,
+    parse_nvidia_smi,
+)
+from headgate.launcher.model_facts import ModelFacts, make_facts, refuse_other_kinds
+from headgate.launcher.safetensors_header import WeightFiles
+
+SMALL = ModelFacts(
+    architecture="LlamaForCausalLM",
+    num_layers=30,
+    hidden_size=576,
+    num_heads=9,
+    num_kv_heads=3,
+    head_dim=64,
+    intermediate_size=1536,
+    vocab_size=49152,
+    max_position_embeddings=8192,
+    dtype="bfloat16",
+    parameters=134_515_008,
+)
+LARGE = replace(
+    SMALL,
+    num_layers=32,
+    hidden_size=4096,
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=128,
+    intermediate_size=14336,
+    vocab_size=128256,
+    max_position_embeddings=131072,
+    parameters=8_030_261_248,
+)
+MACHINE = Hardware(cores=2, memory_available=16 * GIB, memory_limit=16 * GIB, shm_free=GIB)
+L4 = Gpu("NVIDIA L4", 24 * GIB, 23 * GIB, 8.9)
+T4 = Gpu("Tesla T4", 16 * GIB, 15 * GIB, 7.5)
+
+
+def sizes(line: str = "", model: ModelFacts = SMALL, hardware: Hardware = MACHINE) -> Sizes:
+    return work_out_sizes(model, parse_serve(shlex.split(line), {}), hardware)
+
+
+def refusal(line: str = "", model: ModelFacts = SMALL, hardware: Hardware = MACHINE) -> str:
+    with pytest.raises(LaunchError) as caught:
+        sizes(line, model, hardware)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_the_embedded_model_on_two_cores() -> None:
+    found = sizes()
+    assert (found.device, found.num_shard, found.threads_per_shard) == ("cpu", 1, 2)
+    assert (found.dtype, found.kv_cache_dtype) == ("bfloat16", "float32")
+    assert (found.max_total_tokens, found.max_input_tokens) == (8192, 8191)
+    assert found.max_batch_prefill_tokens == 128
+    assert found.max_batch_size == 128
+    assert GIB - MIB < found.kv_bytes < GIB + MIB
+    assert found.kv_tokens == found.num_blocks * 16
+    assert found.warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("cores", "line", "threads"),
+    [(2, "", 2), (8, "--num-shard 2", 4), (8, "--num-shard 3", 2), (2, "--num-shard 4", 1)],
+)
+def test_cores_are_divided_among_shards(cores: int, line: str, threads: int) -> None:
+    found = sizes(line, hardware=replace(MACHINE, cores=cores))
+    assert found.threads_per_shard == threads
+    assert bool(found.warnings) == (threads * found.num_shard > cores)
+
+
+@pytest.mark.parametrize(("cores", "tokens"), [(1, 128), (4, 160), (8, 320), (64, 512)])
+def test_a_cpu_step_takes_about_150_ms(cores: int, tokens: int) -> None:
+    found = sizes(hardware=replace(MACHINE, cores=cores))
+    assert found.max_batch_prefill_tokens == pytest.approx(tokens, abs=32)
+
+
+@pytest.mark.parametrize(
+    ("shards", "largest", "everyone"), [(1, 3, 3), (2, 2, 3), (3, 1, 3), (4, 1, 4), (9, 1, 9)]
+)
+def test_kv_bytes_follow_the_heads(shards: int, largest: int, everyone: int) -> None:
+    head = 2 * 30 * 64 * 4
+    assert kv_bytes_per_token(SMALL, shards, "float32") == (largest * head, everyone * head)
+    assert kv_bytes_per_token(SMALL, shards, "bfloat16")[0] == largest * head // 2
+
+
+def test_given_sizes_are_taken() -> None:
+    found = sizes(
+        "--max-batch-total-tokens 1000 --max-total-tokens 500 --max-input-tokens 400 "
+        "--max-batch-prefill-tokens 64 --max-batch-size 4 --dtype float32 --threads-per-shard 1"
+    )
+    assert found.num_blocks == 63  # whole blocks
+    assert (found.max_total_tokens, found.max_input_tokens) == (500, 400)
+    assert (found.max_batch_prefill_tokens, found.max_batch_size) == (64, 4)
+    assert (found.dtype, found.threads_per_shard) == ("float32", 1)
+
+
+def test_requests_are_no_longer_than_the_cache() -> None:
+    assert sizes("--max-batch-total-tokens 1024").max_total_tokens == 1024
+
+
+def test_a_long_request_makes_the_cache_grow() -> None:
+    model = replace(LARGE, parameters=SMALL.parameters)  # 1 GiB holds 4096 of its tokens
+    assert sizes(model=model).max_total_tokens == 4096
+    found = sizes("--max-total-tokens 8192", model=model)
+    assert found.max_total_tokens == 8192 and found.kv_tokens >= 8192
+
+
+def test_no_more_cache_than_all_requests_can_use() -> None:
+    tiny = replace(SMALL, num_layers=1, num_kv_heads=1, head_dim=8, max_position_embeddings=64)
+    assert sizes(model=tiny).kv_tokens == 128 * 64
+
+
+def test_the_cache_shrinks_to_what_fits() -> None:
+    found = sizes(hardware=replace(MACHINE, memory_available=int(1.5 * GIB)))
+    assert 0 < found.kv_bytes < GIB // 2
+    assert found.weight_bytes + found.overhead_bytes + found.kv_bytes < 1.5 * GIB
+    assert found.max_total_tokens <= found.kv_tokens
+
+
+def test_too_little_memory_names_need_free_and_what_fits() -> None:
+    message = refusal("--max-batch-total-tokens 1000000")
+    assert "--max-batch-total-tokens 1000000 needs" in message
+    assert "16.00 GiB are free" in message and "weights 513 MiB" in message
+    advised = int(message.split("--max-batch-total-tokens ")[-1].rstrip("."))
+    assert sizes(f"--max-batch-total-tokens {advised}").kv_tokens == advised
+    assert "Too little" in refusal(f"--max-batch-total-tokens {advised + 1}")
+
+
+def test_a_model_that_cannot_fit() -> None:
+    message = refusal(model=LARGE)
+    assert "weights 29.92 GiB" in message and "no setting makes it fit" in message
+
+
+def test_limits_between_flags_and_model() -> None:
+    assert "9 attention heads" in refusal("--num-shard 10") and "10" in refusal("--num-shard 10")
+    assert "8192 positions" in refusal("--max-total-tokens 9000")
+    assert sizes("--max-total-tokens 9000 --rope-factor 2").max_total_tokens == 9000
+    assert "--max-input-tokens 9000" in refusal("--max-input-tokens 9000")
+    assert "--num-shard" in refusal("--sharded true")
+
+
+def test_one_shard_per_gpu() -> None:
+    hardware = replace(MACHINE, gpus=(L4, L4))
+    found = sizes(model=LARGE, hardware=hardware)
+    assert (found.device, found.num_shard, found.dtype) == ("cuda", 2, "bfloat16")
+    assert (found.kv_cache_dtype, found.num_blocks) == ("bfloat16", 0)
+    assert found.max_batch_prefill_tokens == 4096
+    assert 4096 < found.max_total_tokens <= 131072
+    assert sizes("--sharded false", hardware=hardware).num_shard == 1
+    assert "2 GPUs" in refusal("--num-shard 3", hardware=hardware)
+    assert sizes("--max-batch-total-tokens 32000", LARGE, hardware).num_blocks == 2000
+
+
+def test_gpus_without_bfloat16_or_room() -> None:
+    assert sizes(hardware=replace(MACHINE, gpus=(T4,))).dtype == "float16"
+    assert "Too little memory" in refusal(model=LARGE, hardware=replace(MACHINE, gpus=(T4,)))
+    cramped = replace(MACHINE, gpus=(L4, L4), shm_free=64 * MIB)
+    assert "/dev/shm" in sizes(hardware=cramped).warnings[0]
+
+
+def test_a_float32_checkpoint() -> None:
+    assert sizes(model=replace(SMALL, dtype="float32")).dtype == "float32"
+    gpu = replace(MACHINE, gpus=(L4,))
+    assert sizes(model=replace(SMALL, dtype="float32"), hardware=gpu).dtype == "bfloat16"
+
+
+# ------------------------------------------------------------------ hardware
+
+
+def cgroup(root: Path, membership: str, files: dict[str, str]) -> CgroupLimits:
+    for name, text in {"proc/self/cgroup": membership, **files}.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return CgroupLimits(root)
+
+
+def test_cgroup_version_2_takes_the_least_of_all_levels(tmp_path: Path) -> None:
+    base = "sys/fs/cgroup"
+    limits = cgroup(
+        tmp_path,
+        "0::/pod/container\n",
+        {
+            f"{base}/pod/cpu.max": "250000 100000",
+            f"{base}/pod/container/cpu.max": "max 100000",
+            f"{base}/pod/memory.max": str(8 * GIB),
+            f"{base}/pod/memory.current": str(2 * GIB),
+            f"{base}/pod/memory.stat": f"anon 5\ninactive_file {GIB}\n",
+            f"{base}/pod/container/memory.max": "max",
+        },
+    )
+    assert limits.cpu_quota() == 2.5
+    assert limits.memory_limit() == 8 * GIB
+    assert limits.memory_room() == 7 * GIB
+
+
+def test_cgroup_version_1(tmp_path: Path) -> None:
+    base = "sys/fs/cgroup"
+    limits = cgroup(
+        tmp_path,
+        "4:memory:/docker/x\n3:cpu,cpuacct:/docker/x\n2:cpuset:/docker/x\n",
+        {
+            f"{base}/cpu/docker/x/cpu.cfs_quota_us": "50000",
+            f"{base}/cpu/docker/x/cpu.cfs_period_us": "100000",
+            f"{base}/cpuset/docker/x/cpuset.cpus": "0",
+            f"{base}/memory/memory.limit_in_bytes": "9223372036854771712",
+            f"{base}/memory/docker/x/memory.limit_in_bytes": str(GIB),
+            f"{base}/memory/docker/x/memory.usage_in_bytes": str(GIB // 4),
+        },
+    )
+    assert limits.cpu_quota() == 0.5
+    assert limits.cores() == 1
+    assert limits.memory_room() == GIB - GIB // 4
+
+
+def test_no_limits_at_all(tmp_path: Path) -> None:
+    limits = cgroup(tmp_path, "0::/\n", {"sys/fs/cgroup/cpu.stat": "usage_usec 1"})
+    assert (limits.cpu_quota(), limits.memory_limit(), limits.memory_room()) == (None, None, None)
+    assert limits.cores() == len(os.sched_getaffinity(0))
+
+
+@pytest.mark.parametrize(("text", "count"), [("0", 1), ("0-3", 4), ("0-1,8,10-11", 5)])
+def test_cpu_lists(text: str, count: int) -> None:
+    assert count_cpus(text) == count
+
+
+def test_nvidia_smi_rows() -> None:
+    rows = "NVIDIA L4, 23034, 22500, 8.9\nNVIDIA A100-SXM4, 81920, 81000, 8.0\n[N/A]\n"
+    assert [gpu.name for gpu in parse_nvidia_smi(rows)] == ["NVIDIA L4", "NVIDIA A100-SXM4"]
+    assert parse_nvidia_smi(rows)[0].total_bytes == 23034 * MIB
+
+
+def test_hidden_gpus_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("headgate.launcher.hardware._ask_nvidia_smi", lambda: (L4, T4))
+    monkeypatch.setattr("headgate.launcher.hardware.torch_has_cuda", lambda: True)
+    assert find_gpus({})[0] == (L4, T4)
+    assert find_gpus({"CUDA_VISIBLE_DEVICES": "1"})[0] == (T4,)
+    assert find_gpus({"NVIDIA_VISIBLE_DEVICES": "void"})[0] == ()
+    assert find_gpus({"CUDA_VISIBLE_DEVICES": ""})[0] == ()
+    monkeypatch.setattr("headgate.launcher.hardware.torch_has_cuda", lambda: False)
+    gpus, note = find_gpus({})
+    assert gpus == () and "without CUDA" in note
+
+
+# --------------------------------------------------------------------- model
+
+
+def test_config_aliases() -> None:
+    config = {
+        "architectures": ["GPT2LMHeadModel"],
+        "n_embd": 768,
+        "n_head": 12,
+        "n_layer": 12,
+        "n_positions": 1024,
+        "vocab_size": 50257,
+    }
+    facts = make_facts(config, WeightFiles((), 124_000_000, 0, "F32"), Path("gpt2"))
+    assert (facts.hidden_size, facts.num_kv_heads, facts.head_dim) == (768, 12, 64)
+    assert (facts.max_position_embeddings, facts.dtype) == (1024, "float32")
+    with pytest.raises(LaunchError, match="no usable num_hidden_layers"):
+        make_facts({**config, "n_layer": None}, WeightFiles((), 0, 0, ""), Path("gpt2"))
+
+
+@pytest.mark.parametrize(
+    ("config", "word"),
+    [
+        ({"architectures": ["T5ForConditionalGeneration"], "model_type": "t5"}, "encoder-decoder"),
+        ({"architectures": ["XForConditionalGeneration"], "vision_config": {}}, "vision"),
+        ({"architectures": ["MambaForCausalLM"], "model_type": "mamba"}, "state-space"),
+        ({"architectures": ["BertForMaskedLM"], "model_type": "bert"}, "encoder"),
+        ({"architectures": ["L"], "quantization_config": {"quant_method": "gptq"}}, "gptq"),
+    ],
+)
+def test_other_kinds_of_model_are_named(config: dict, word: str) -> None:
+    with pytest.raises(LaunchError) as caught:
+        refuse_other_kinds(config, Path("model"))
+    assert word in str(caught.value)
