@@ -1,1 +1,4 @@
-"""The router: requests, text, token budgets and KV blocks of one model. It holds no tensors and runs without torch."""
+"""The router: requests, text, token budgets and KV blocks of one model.
+
+It holds no tensors and runs without torch.
+"""

@@ -243,8 +243,8 @@ class Scheduler:
     def update(self, result: StepResult) -> list[RowOutput]:
         """Takes a result; what it brought to requests that still live, in batch order.
 
-        A result of a voided plan or of lost shards brings nothing. Raises ProtocolError for one
-        that is out of order or does not match its plan.
+        A result of a voided plan or of lost shards brings nothing. Raises ProtocolError, and
+        nothing is done, for one that is out of order or does not match its plan.
         """
         plan = self._find(result.epoch, result.sequence)
         if plan is None:
@@ -252,35 +252,28 @@ class Scheduler:
         if result.refused:
             self._void(plan)
             return []
+        places = _match(plan, result)
         self._outstanding.popleft()
         self._budget.grow()
         prompt_logprobs = {entry.row: entry for entry in result.prompt_logprobs}
         outputs: list[RowOutput] = []
-        place, sampled = 0, result.rows
-        for request, count, samples in plan.rows:
+        for (request, count, _), place in zip(plan.rows, places, strict=True):
             request.in_flight -= 1
-            has_token = samples and place < len(sampled) and sampled[place] == request.id
-            if has_token:
-                place += 1
             if request.status is RequestStatus.FINISHED:
                 continue  # ended by the plan before, or stopped by the router since
-            if samples and not has_token:
-                raise ProtocolError(f"no token for request {request.id} in step {plan.sequence}")
             output = RowOutput(request, None)
             if request.id in prompt_logprobs:
                 output.take_prompt_logprobs(prompt_logprobs[request.id])
-            if has_token:
-                output.take_token(result, place - 1)
-            if request.status is RequestStatus.RUNNING:
+            if place >= 0:
+                output.take_token(result, place)
+            if request.status is RequestStatus.RUNNING:  # else its blocks are gone
                 request.num_confirmed += count
                 self._kv.publish(request)
             if output.end:
                 self._admission.record(request)
                 self._end(request, output.end.name.lower())
-            if has_token or output.prompt_logprobs:
+            if place >= 0 or output.prompt_logprobs:
                 outputs.append(output)
-        if place != len(sampled):
-            raise ProtocolError(f"step {plan.sequence} has tokens of rows it did not plan")
         return outputs
 
     def _find(self, epoch: int, sequence: int) -> OutstandingStep | None:
@@ -353,6 +346,7 @@ class Scheduler:
 
     @property
     def stats(self) -> SchedulerStats:
+        """A snapshot; it forecasts anew, so ask at scrapes rather than at each step."""
         pool = self._kv.pool
         return SchedulerStats(
             num_running=len(self._running),
@@ -386,6 +380,23 @@ class Scheduler:
             assert row.row_sent or not row.in_flight
             assert row.num_confirmed < row.num_tokens
         assert not set(self._removed) & {row.id for row in self._running if row.row_sent}
+
+
+def _match(plan: OutstandingStep, result: StepResult) -> list[int]:
+    """For each row of the plan its place in the result, -1 for one that sampled nothing."""
+    sampled, place = result.rows, 0
+    places = []
+    for request, _, samples in plan.rows:
+        if samples and place < len(sampled) and sampled[place] == request.id:
+            places.append(place)
+            place += 1
+        elif samples and request.status is not RequestStatus.FINISHED:
+            raise ProtocolError(f"no token for request {request.id} in step {plan.sequence}")
+        else:
+            places.append(-1)
+    if place != len(sampled):
+        raise ProtocolError(f"step {plan.sequence} has tokens of rows it did not plan")
+    return places
 
 
 def _order(request: Request) -> tuple[float, int]:

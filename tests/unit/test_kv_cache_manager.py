@@ -6,9 +6,10 @@ import random
 
 import pytest
 
-from headgate.proto.messages import RowSampling
+from headgate.proto.messages import Fork, NewRow, RowSampling, StepPlan
 from headgate.router.kv_cache_manager import KVCacheManager
 from headgate.router.request import Request
+from tests.unit.fake_shard import FakeShard
 
 
 class Tables:
@@ -167,6 +168,40 @@ def test_fork_shares_full_blocks_and_copies_the_rest(positions: int, copied: int
     tables.free(parent)
     tables.free(child)
     assert tables.kv.pool.num_used == 0
+
+
+@pytest.mark.parametrize("positions", [3, 4, 6])
+def test_forks_that_go_on_apart_never_touch_each_others_tokens(positions: int) -> None:
+    """Through the fake shard, which compares every position that is attended to."""
+    tables, shard = Tables(), FakeShard(16, 4)
+    sampling = RowSampling(max_new_tokens=20, temperature=1.0, ignore_eos=True)
+    parent, child = tables.request(ids(positions)), tables.request(ids(positions))
+    tables.admit(parent)
+    row = NewRow(1, parent.prompt_ids, sampling, block_ids=tuple(parent.block_ids))
+    shard.execute(StepPlan(1, 1, rows=[1], counts=[positions], new_rows=[row]))
+    copies = tables.kv.fork(parent, child, positions)
+    assert copies is not None
+    forks = [Fork(1, 2, 1, tuple(child.block_ids))]
+    for step in range(2, 9):
+        block_rows: list[int] = []
+        block_ids: list[int] = []
+        for number, request in ((1, parent), (2, child)):
+            blocks = tables.kv.extend(request, positions + step - 1)
+            assert blocks is not None
+            block_rows += [number] * len(blocks)
+            block_ids += blocks
+        plan = StepPlan(
+            1,
+            step,
+            rows=[1, 2],
+            counts=[1, 1],
+            block_rows=block_rows,
+            block_ids=block_ids,
+            copies=copies,
+            forks=forks,
+        )
+        assert list(shard.execute(plan).rows) == [1, 2]
+        copies, forks = [], []
 
 
 def test_fork_without_a_block_for_the_copy_does_nothing() -> None:

@@ -292,7 +292,7 @@ def test_the_latest_gives_way_and_comes_back_with_its_tokens() -> None:
 
 def test_a_preempted_request_first_takes_the_tokens_in_flight() -> None:
     simulation = Simulation(num_blocks=8, kv_overcommit=1.0)
-    simulation.add(8, new=20)
+    oldest = simulation.add(8, new=20)
     latest = simulation.add(8, new=20)
     while latest.status is not RequestStatus.PREEMPTED:
         while len(simulation.plans) < 3:
@@ -301,7 +301,9 @@ def test_a_preempted_request_first_takes_the_tokens_in_flight() -> None:
             simulation.deliver()
     known, in_flight = len(latest.output_ids), latest.in_flight
     assert in_flight > 0
-    while simulation.plans:
+    simulation.cancel(oldest)
+    while latest.in_flight:
+        assert simulation.plan() is None, "there is room for it, but its tokens are not all here"
         simulation.deliver()
     assert len(latest.output_ids) == known + in_flight
     simulation.run(depth=2)
@@ -498,21 +500,26 @@ def test_rows_take_turns_when_a_step_is_smaller_than_their_number() -> None:
 # ---------------------------------------------------------------- results that do not match
 
 
-def test_results_must_match_their_plans() -> None:
+@pytest.mark.parametrize(
+    ("sequence", "rows", "message"),
+    [
+        (1, [], "no token for request 0 in step 1"),
+        (1, [7], "no token for request 0 in step 1"),
+        (1, [0, 7], "rows it did not plan"),
+        (2, [0], "step 2 was answered before"),
+    ],
+)
+def test_results_must_match_their_plans(sequence: int, rows: list[int], message: str) -> None:
     simulation = Simulation()
     simulation.add(3, new=9)
     simulation.plan()
-    with pytest.raises(ProtocolError, match="no token for request 0"):
-        simulation.scheduler.update(StepResult(1, 1))
     simulation.plan()
-    simulation.plan()
-    with pytest.raises(ProtocolError, match="before the one before it"):
-        simulation.scheduler.update(StepResult(1, 3))
-    surplus = StepResult(
-        1, 2, rows=[0, 7], token_ids=[1, 1], logprobs=[0.0, 0.0], ends=[RowEnd.NONE, RowEnd.NONE]
-    )
-    with pytest.raises(ProtocolError, match="rows it did not plan"):
-        simulation.scheduler.update(surplus)
+    count = len(rows)
+    result = StepResult(1, sequence, rows, [1] * count, [0.0] * count, [RowEnd.NONE] * count)
+    with pytest.raises(ProtocolError, match=message):
+        simulation.scheduler.update(result)
+    simulation.run(depth=2)
+    simulation.check_answers()
 
 
 def test_outputs_carry_what_the_shard_said() -> None:

@@ -9,8 +9,8 @@ import pytest
 from headgate.router.request import Request
 from tests.unit.simulation import Simulation
 
-STEPS = 700
-SYSTEM_PROMPTS = ([], [1, 2, 3, 4, 5, 6, 7, 8, 9], [1, 2, 3, 4, 9, 9, 9, 9])
+EVENTS = 1500
+SYSTEM_PROMPTS: tuple[list[int], ...] = ([], [1, 2, 3, 4, 5, 6, 7, 8, 9], [1, 2, 3, 4, 9, 9, 9, 9])
 
 
 def arrive(rng: random.Random, simulation: Simulation) -> None:
@@ -19,7 +19,7 @@ def arrive(rng: random.Random, simulation: Simulation) -> None:
     prompt = [*rng.choice(SYSTEM_PROMPTS)]
     prompt += [rng.randrange(1, 5) for _ in range(rng.randrange(1, 14))]
     prompt = prompt[: capacity - 1]
-    new = rng.randrange(1, min(25, capacity - len(prompt) + 2))
+    new = rng.randrange(1, min(40, capacity - len(prompt) + 2))
     whole = rng.random() < 0.1
     simulation.add(
         prompt,
@@ -43,14 +43,14 @@ def living(simulation: Simulation) -> list[Request]:
 def live(rng: random.Random, simulation: Simulation, depth: int, trouble: float) -> None:
     """One thing that happens."""
     event = rng.random()
-    if event < 0.12 and len(living(simulation)) < 25:
+    if event < 0.13 and len(living(simulation)) < 25:
         arrive(rng, simulation)
     elif event < 0.14 and living(simulation):
         simulation.cancel(rng.choice(living(simulation)))
-    elif event < 0.16 and living(simulation):
+    elif event < 0.15 and living(simulation):
         simulation.scheduler.finish(rng.choice(living(simulation)).id, "stop_sequence")
         simulation.scheduler.check_integrity()
-    elif event < 0.16 + trouble:
+    elif event < 0.15 + trouble:
         if rng.random() < 0.5:
             simulation.lose_shards()
         else:
@@ -68,14 +68,14 @@ def test_random_lives(seed: int, depth: int, caching: bool) -> None:
     rng = random.Random(f"{seed} {depth} {caching}")
     simulation = Simulation(
         num_blocks=rng.choice([7, 10, 16, 30]),
-        block_size=rng.choice([1, 2, 4, 4]) if seed else 4,
-        max_batch_prefill_tokens=rng.choice([1, 3, 8, 40]),
-        max_batch_size=rng.choice([0, 2, 5]),
+        block_size=rng.choice([1, 2, 4, 4]),
+        max_batch_prefill_tokens=rng.choice([1, 3, 8, 40, 40]),
+        max_batch_size=rng.choice([0, 0, 2, 5]),
         kv_overcommit=rng.choice([0.0, 0.1, 0.5, 1.0, 1.0]),
         prefix_caching=caching,
     )
-    trouble = rng.choice([0.0, 0.01, 0.03])
-    for _ in range(STEPS):
+    trouble = rng.choice([0.0, 0.005, 0.02])
+    for _ in range(EVENTS):
         live(rng, simulation, depth, trouble)
     simulation.run(depth)
     simulation.check_answers()
