@@ -47,8 +47,17 @@ class CausalLM(ABC):
     ) -> torch.Tensor:
         """input_ids, positions int64[T] to normed hidden states [T, hidden_size]; stores their KV.
 
-        Every rank must call it with the same arguments but for the cache. Raises PeerLost.
+        Every rank must call it with the same arguments but for the cache. Raises PeerLost, and
+        ValueError for sequences longer than `max_positions`.
         """
+
+    def check_lengths(self, attention: AttentionMetadata) -> None:
+        """For `forward` to call first: kernels don't check positions against the tables' length."""
+        if attention.max_context_len > self.max_positions:
+            raise ValueError(
+                f"a sequence of {attention.max_context_len} tokens, where the model was loaded "
+                f"for {self.max_positions}"
+            )
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor | None:
         """hidden[R, hidden_size] to float32[R, vocab_size] on rank 0, None elsewhere.

@@ -105,6 +105,7 @@ class LlamaForCausalLM(CausalLM):
         kv_cache: KVCache,
         attention: AttentionMetadata,
     ) -> torch.Tensor:
+        self.check_lengths(attention)
         x, residual = self.embedding(input_ids), None
         for layer, kv in zip(self.layers, kv_cache.layers, strict=True):
             self.heartbeat()

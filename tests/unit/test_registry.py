@@ -11,8 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from headgate.shard.attention_metadata import AttentionMetadata
 from headgate.shard.distributed import single_group
 from headgate.shard.errors import ModelError
+from headgate.shard.kv_cache import KVCache, KVCacheLayout
 from headgate.shard.model_config import read_model_config
 from headgate.shard.models import registry
 from headgate.shard.models.base import CausalLM
@@ -69,6 +71,15 @@ def test_tied_weights_are_held_once(copy: Path) -> None:
 def test_logits_of_no_rows(tiny_llama: Path) -> None:
     logits = load(tiny_llama).logits(torch.empty(0, 72))
     assert logits is not None and logits.shape == (0, 259)
+
+
+def test_sequences_beyond_the_position_table(tiny_llama: Path) -> None:
+    model = load(tiny_llama, max_positions=16)
+    one = torch.zeros(1, dtype=torch.int32)
+    attention = AttentionMetadata(one, one, one.view(1, 1), one.long(), 1, 17)
+    cache = KVCache(KVCacheLayout(2, 4, 3, 8, torch.float32), 5)
+    with pytest.raises(ValueError, match="17 tokens, where the model was loaded for 16"):
+        model.forward(one.long(), one.long(), cache, attention)
 
 
 def test_generation_config_comes_first(copy: Path) -> None:
