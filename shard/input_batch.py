@@ -13,7 +13,13 @@ import numpy as np
 import numpy.typing as npt
 
 from headgate.proto.messages import Fork, NewRow, RowEnd, RowSampling, StepPlan
-from headgate.shard.sampling.params import PARAMS_DTYPE, IntArray, SampledRows, params_record
+from headgate.shard.sampling.params import (
+    PARAMS_DTYPE,
+    History,
+    IntArray,
+    SampledRows,
+    params_record,
+)
 from headgate.shard.sampling.penalties import has_penalty
 
 
@@ -258,43 +264,25 @@ class InputBatch:
         """What the sampler has to know of the rows in `slots`."""
         params = self.params[slots]
         positions = self.num_tokens[slots] - self.num_prompt[slots]
-        banned_rows, banned_ids = self._banned(slots, params, positions)
-        penalized = np.flatnonzero(has_penalty(params))
-        if not len(penalized):
-            return SampledRows(params, positions, banned_rows, banned_ids)
-        lengths = self.num_tokens[slots[penalized]]
-        histories = [
-            self.token_ids[slot, :length]
-            for slot, length in zip(slots[penalized], lengths, strict=True)
-        ]
-        is_output = [
-            np.arange(length) >= self.num_prompt[slot]
-            for slot, length in zip(slots[penalized], lengths, strict=True)
-        ]
-        return SampledRows(
-            params,
-            positions,
-            banned_rows,
-            banned_ids,
-            np.repeat(penalized, lengths),
-            np.concatenate(histories).astype(np.int64),
-            np.concatenate(is_output),
-        )
+        histories = {
+            row: History(
+                self.token_ids[slots[row], : self.num_tokens[slots[row]]],
+                int(self.num_prompt[slots[row]]),
+            )
+            for row in np.flatnonzero(has_penalty(params)).tolist()
+        }
+        banned = {
+            row: self._ending_tokens(slots[row])
+            for row in np.flatnonzero(positions < params["min_new_tokens"]).tolist()
+        }
+        return SampledRows(params, positions, histories, banned)
 
-    def _banned(
-        self, slots: IntArray, params: npt.NDArray[np.void], positions: IntArray
-    ) -> tuple[IntArray, IntArray]:
-        """What would end a row that has not its min_new_tokens yet: (rows, token ids)."""
-        rows: list[int] = []
-        ids: list[int] = []
-        for row in np.flatnonzero(positions < params["min_new_tokens"]).tolist():
-            stop_ids = self.stop_ids[slots[row]]
-            banned = {token for token in stop_ids if token < self.limits.vocab_size}
-            if not params["ignore_eos"][row]:
-                banned.update(self._eos.tolist())
-            rows.extend([row] * len(banned))
-            ids.extend(sorted(banned))
-        return np.array(rows, np.int64), np.array(ids, np.int64)
+    def _ending_tokens(self, slot: int) -> IntArray:
+        """What would end a row before its length does."""
+        ids = {token for token in self.stop_ids[slot] if token < self.limits.vocab_size}
+        if not self.params["ignore_eos"][slot]:
+            ids.update(self._eos.tolist())
+        return np.array(sorted(ids), np.int64)
 
 
 def _sampling_problem(sampling: RowSampling, vocab_size: int) -> str:

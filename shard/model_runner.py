@@ -249,7 +249,9 @@ class ModelRunner:
         asking = np.flatnonzero(params["logprobs"] | (params["top_n_tokens"] > 0))
         if not len(asking):
             return
-        rows = logits[torch.from_numpy(asking).to(logits.device)]
+        rows = logits
+        if len(asking) < len(logits):
+            rows = logits[torch.from_numpy(asking).to(logits.device)]
         top_n = params["top_n_tokens"][asking].tolist()
         values, alternatives = token_logprobs(rows, tokens[asking], top_n)
         for row, value in zip(asking.tolist(), values, strict=True):

@@ -1,92 +1,93 @@
 """Which tokens may be sampled at all: top-k, then top-p, then typical-p, then min-p.
 
-Each filter sees the distribution that the one before left, renormalised, and sets the scores of the
-tokens it drops to -inf. Where tokens tie at a filter's edge, the lowest ids stay. A row's outcome
-does not depend on the other rows: sums run in one order (cumsum), never in parallel halves.
+Each filter sees the distribution that the one before left, renormalised. Where tokens tie at a
+filter's edge, the lowest ids stay.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-Filter = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+from headgate.shard.sampling.params import IntArray
 
-# Sorting a whole vocabulary takes milliseconds; nearly always this many tokens hold the top-p mass.
-_USUAL_NUCLEUS = 1024
-
-
-def apply_filters(scores: torch.Tensor, params: npt.NDArray[np.void]) -> None:
-    """Applies each row's filters in place. scores: float32[R, vocab], log-probabilities."""
-    top_k, min_p = params["top_k"], params["min_p"]
-    filters: tuple[tuple[Filter, np.ndarray, np.ndarray], ...] = (
-        (_top_k, top_k, (top_k > 0) & (top_k < scores.shape[1])),
-        (_top_p, params["top_p"], params["top_p"] < 1),
-        (_typical_p, params["typical_p"], params["typical_p"] < 1),
-        (_min_p, min_p, min_p > 0),
-    )
-    for keep, values, active in filters:
-        if not active.any():
-            continue
-        rows = torch.from_numpy(np.flatnonzero(active)).to(scores.device)
-        limits = torch.from_numpy(values[active]).to(scores.device)
-        subset = scores[rows]
-        scores[rows] = subset.masked_fill(~keep(subset, limits), -torch.inf)
+FloatArray = npt.NDArray[np.float32]
+Mass = npt.NDArray[np.float64]
 
 
-def keep_best(scores: torch.Tensor, count: torch.Tensor, edge: torch.Tensor) -> torch.Tensor:
-    """bool[R, V]: the `count` best of each row; `edge` is the row's count-th best score."""
-    edge, count = edge.unsqueeze(1), count.unsqueeze(1)
-    better = scores > edge
-    tied = scores == edge
-    places = count - better.sum(1, keepdim=True)
-    if bool((tied.sum(1, keepdim=True) > places).any()):
-        tied &= tied.cumsum(1) <= places
-    return better | tied
+@dataclass(frozen=True, slots=True, eq=False)
+class Candidates:
+    """Tokens of one row, in order of id."""
+
+    ids: IntArray
+    scores: FloatArray  # log-probabilities but for a constant of the row
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def take(self, kept: npt.NDArray[np.bool_] | IntArray) -> Candidates:
+        """Some of them: a mask, or ascending indices."""
+        return Candidates(self.ids[kept], self.scores[kept])
 
 
-def _top_k(scores: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    best = scores.topk(int(k.max()), dim=1).values
-    return keep_best(scores, k, best.gather(1, k.unsqueeze(1) - 1).squeeze(1))
+def apply_filters(candidates: Candidates, params: np.void) -> Candidates:
+    """Those that the row's filters leave, at least one. params: the row's record."""
+    if 0 < params["top_k"] < len(candidates):
+        candidates = candidates.take(_best(candidates.scores, int(params["top_k"])))
+    if params["top_p"] < 1:
+        candidates = _top_p(candidates, float(params["top_p"]))
+    if params["typical_p"] < 1:
+        candidates = _typical_p(candidates, float(params["typical_p"]))
+    if params["min_p"] > 0:
+        floor = candidates.scores.max() + np.log(params["min_p"])
+        candidates = candidates.take(candidates.scores >= floor)
+    return candidates
 
 
-def _top_p(scores: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+def _best(scores: FloatArray, count: int) -> npt.NDArray[np.bool_]:
+    """Mask of the `count` best."""
+    place = len(scores) - count
+    return _down_to(scores, np.partition(scores, place)[place], count)
+
+
+def _down_to(
+    scores: FloatArray, edge: np.float32, count: int
+) -> npt.NDArray[np.bool_]:
+    """Mask of the `count` best, where `edge` is the count-th best score."""
+    kept = scores > edge
+    ties = np.flatnonzero(scores == edge)
+    kept[ties[: count - np.count_nonzero(kept)]] = True
+    return kept
+
+
+def _top_p(candidates: Candidates, p: float) -> Candidates:
     """The fewest tokens, best first, that together have at least probability p."""
-    logprobs = torch.log_softmax(scores, dim=1)
-    best = logprobs.topk(min(_USUAL_NUCLEUS, scores.shape[1]), dim=1).values
-    mass = best.double().exp().cumsum(1)
-    count = _count_until(mass, p)
-    edge = best.gather(1, count.unsqueeze(1) - 1).squeeze(1)
-    short = (mass[:, -1] < p).nonzero().squeeze(1)
-    if len(short) and best.shape[1] < scores.shape[1]:
-        ordered = logprobs[short].sort(dim=1, descending=True).values
-        count[short] = _count_until(ordered.double().exp().cumsum(1), p[short])
-        edge[short] = ordered.gather(1, count[short].unsqueeze(1) - 1).squeeze(1)
-    return keep_best(logprobs, count, edge)
+    probs = _probabilities(candidates.scores)
+    # However many fall below this, together they have less than 1 - p: no need to sort them.
+    likely = probs >= (1 - p) / len(probs)
+    candidates = candidates.take(likely)
+    count = _count_until(np.sort(probs[likely])[::-1], p)
+    return candidates.take(_best(candidates.scores, count))
 
 
-def _typical_p(scores: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+def _typical_p(candidates: Candidates, p: float) -> Candidates:
     """The fewest tokens, of most usual surprise first, that have at least probability p."""
-    logprobs = torch.log_softmax(scores, dim=1)
-    probs = logprobs.double().exp()
-    surprise = -logprobs
-    entropy = torch.where(probs > 0, probs * surprise, 0.0).cumsum(1)[:, -1:]
-    unusual = (surprise - entropy).abs()
-    order = unusual.sort(dim=1, stable=True).indices
-    count = _count_until(probs.gather(1, order).cumsum(1), p)
-    places = torch.arange(scores.shape[1], device=scores.device)
-    kept = places < count.unsqueeze(1)
-    return torch.zeros_like(kept).scatter_(1, order, kept)
+    probs = _probabilities(candidates.scores)
+    surprise = -np.log(probs, out=np.zeros_like(probs), where=probs > 0)
+    entropy = (probs * surprise).sum()
+    order = np.abs(surprise - entropy).argsort(kind="stable")
+    count = _count_until(probs[order], p)
+    return candidates.take(np.sort(order[:count]))
 
 
-def _min_p(scores: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
-    """Tokens at least p times as likely as the best one."""
-    return scores >= scores.amax(1, keepdim=True) + p.log().unsqueeze(1)
+def _probabilities(scores: FloatArray) -> Mass:
+    """float64, so that sums of a whole vocabulary don't depend on their order to speak of."""
+    weights = np.exp(scores.astype(np.float64) - scores.max())
+    return weights / weights.sum()
 
 
-def _count_until(mass: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
-    """int64[R]: how many leading tokens reach mass p. mass: float64[R, n], cumulative."""
-    return ((mass < p.unsqueeze(1)).sum(1) + 1).clamp_(max=mass.shape[1])
+def _count_until(probs: Mass, p: float) -> int:
+    """How many leading tokens reach mass p, at least 1."""
+    return min(int(np.searchsorted(probs.cumsum(), p)) + 1, len(probs))

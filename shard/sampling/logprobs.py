@@ -9,7 +9,6 @@ import numpy.typing as npt
 import torch
 
 from headgate.proto.messages import TopTokens
-from headgate.shard.sampling.filters import keep_best
 
 NO_TOP = TopTokens((), ())
 
@@ -39,10 +38,15 @@ def best_tokens(scores: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.T
 
     Exactly `count` (at most the vocabulary's size) per row. NaN counts as the worst.
     """
-    count = min(count, scores.shape[1])
-    scores = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
-    edge = scores.topk(count, dim=1).values[:, -1]
-    kept = keep_best(scores, torch.full_like(edge, count, dtype=torch.int64), edge)
-    ids = kept.nonzero()[:, 1].view(-1, count)
-    values, order = scores.gather(1, ids).sort(dim=1, descending=True, stable=True)
-    return ids.gather(1, order), values
+    vocab_size = scores.shape[1]
+    values, ids = scores.topk(min(count + 1, vocab_size), dim=1)
+    if count < vocab_size and bool((~(values[:, count - 1] > values[:, count])).any()):
+        # Which of the equals at the edge topk takes is not defined: sort those rows in full.
+        unclear = (~(values[:, count - 1] > values[:, count])).nonzero().squeeze(1)
+        worst_last = scores[unclear].nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        ordered = worst_last.sort(dim=1, descending=True, stable=True)
+        values[unclear] = ordered.values[:, : count + 1]
+        ids[unclear] = ordered.indices[:, : count + 1]
+    ids, by_id = ids[:, :count].sort(dim=1)
+    values, by_value = values[:, :count].gather(1, by_id).sort(dim=1, descending=True, stable=True)
+    return ids.gather(1, by_value), values

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,24 +48,22 @@ def params_array(rows: Sequence[RowSampling]) -> npt.NDArray[np.void]:
     return np.array([params_record(row) for row in rows], dtype=PARAMS_DTYPE)
 
 
-def _no_ints() -> IntArray:
-    return np.empty(0, np.int64)
+@dataclass(frozen=True, slots=True, eq=False)
+class History:
+    """A row's tokens so far."""
+
+    token_ids: npt.NDArray[np.integer]  # prompt, then output
+    num_prompt: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SampledRows:
-    """The rows that get a token, apart from their logits. Index arrays refer to these rows."""
+    """The rows that get a token, apart from their logits. Keys are indices of these rows."""
 
     params: npt.NDArray[np.void]  # PARAMS_DTYPE[R]
     output_positions: IntArray  # [R]: tokens generated so far, i.e. the position of the next one
-    banned_rows: IntArray = field(default_factory=_no_ints)  # [B]: row ...
-    banned_ids: IntArray = field(default_factory=_no_ints)  # [B]: ... and a token it may not take
-    # Every token so far of the rows that have a penalty, in order of row.
-    history_rows: IntArray = field(default_factory=_no_ints)  # [N]
-    history_ids: IntArray = field(default_factory=_no_ints)  # [N]
-    history_is_output: npt.NDArray[np.bool_] = field(
-        default_factory=lambda: np.empty(0, np.bool_)
-    )  # [N]: generated, not of the prompt
+    histories: Mapping[int, History] = field(default_factory=dict)  # of rows with a penalty
+    banned: Mapping[int, IntArray] = field(default_factory=dict)  # tokens a row may not take
 
     def __len__(self) -> int:
         return len(self.params)

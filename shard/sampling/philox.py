@@ -55,30 +55,21 @@ def _mix(product: UIntArray, word: UIntArray, key: int, out: UIntArray) -> None:
     np.bitwise_xor(out, np.uint64(key), out=out)
 
 
-def gumbel_noise(
-    seed: int, output_position: int, sample_index: int, vocab_size: int
-) -> npt.NDArray[np.float32]:
-    """Standard Gumbel noise, float32[vocab_size], of every token at one place of a row's output."""
-    groups = np.arange(-(-vocab_size // 4), dtype=np.uint64)
-    words = philox4x32(
-        (groups, output_position & _WORD, sample_index & _WORD, 0), _split(seed)
-    )
-    return _gumbel(np.stack(words, axis=1).reshape(-1)[:vocab_size])
-
-
 def gumbel_noise_at(
     seed: int, output_position: int, sample_index: int, token_ids: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.float32]:
-    """`gumbel_noise(...)[token_ids]`, computed for these tokens only."""
-    groups, lanes = np.divmod(token_ids.astype(np.uint64), np.uint64(4))
-    words = philox4x32(
-        (groups, output_position & _WORD, sample_index & _WORD, 0), _split(seed)
-    )
-    return _gumbel(np.choose(lanes.astype(np.int64), words))
-
-
-def _split(seed: int) -> tuple[int, int]:
-    return seed & _WORD, (seed >> 32) & _WORD
+    """Standard Gumbel noise of some tokens at one place of a row's output. token_ids: ascending."""
+    if not len(token_ids):
+        return np.empty(0, np.float32)
+    rest = (output_position & _WORD, sample_index & _WORD, 0)
+    key = (seed & _WORD, (seed >> 32) & _WORD)
+    num_groups = int(token_ids[-1]) // 4 + 1
+    if len(token_ids) > num_groups:
+        # Nearly all tokens: cheaper by whole groups than one by one, with the same outcome.
+        words = philox4x32((np.arange(num_groups, dtype=np.uint64), *rest), key)
+        return _gumbel(np.stack(words, axis=1).reshape(-1)[token_ids])
+    groups, lanes = np.divmod(token_ids, 4)
+    return _gumbel(np.choose(lanes, philox4x32((groups.astype(np.uint64), *rest), key)))
 
 
 def _gumbel(words: UIntArray) -> npt.NDArray[np.float32]:

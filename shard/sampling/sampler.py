@@ -1,51 +1,42 @@
 """Chooses each row's next token: greedy, or by the Gumbel-max rule with the row's own noise.
 
-token = argmax(score + noise), where score is the log-probability after penalties, temperature and
-filters, in this order. What other rows are in the batch changes nothing. Runs on rank 0 only.
+token = argmax(score + noise), where score is the log-probability (but for a constant of the row)
+after penalties, temperature and filters, in this order. Runs on rank 0 only.
+
+Greedy rows without penalties are one argmax over the batch. The others are taken one by one: their
+arithmetic is over thousands of tokens at a time, so the loop itself costs little, and no row can
+have an influence on another.
 """
 
 from __future__ import annotations
-
-import dataclasses
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from headgate.shard.sampling.filters import apply_filters
+from headgate.shard.sampling.filters import Candidates, apply_filters
 from headgate.shard.sampling.params import IntArray, SampledRows
-from headgate.shard.sampling.penalties import apply_penalties, ban_tokens, has_penalty
-from headgate.shard.sampling.philox import NOISE_MAX, NOISE_MIN, gumbel_noise, gumbel_noise_at
+from headgate.shard.sampling.penalties import apply_penalties
+from headgate.shard.sampling.philox import NOISE_MAX, NOISE_MIN, gumbel_noise_at
 
 # A score this far below the best cannot win: the noise spans no more.
 _HOPELESS = NOISE_MAX - NOISE_MIN
-# Up to this part of the vocabulary it is cheaper to draw noise token by token than for all.
-_SPARSE = 1 / 8
 
 
 def sample(logits: torch.Tensor, rows: SampledRows) -> IntArray:
     """The next token of each row, int64[R]. logits: float32[R, vocab], left as they are.
 
-    Equal scores go to the lowest id. A greedy row without penalties costs one argmax.
+    Equal scores go to the lowest id.
     """
     tokens = argmax(logits)
-    random = rows.params["temperature"] > 0
-    penalized = has_penalty(rows.params)
-    warped = random | penalized
-    warped[rows.banned_rows] = True
-    if not warped.any():
+    special = rows.params["temperature"] > 0
+    special[[*rows.histories, *rows.banned]] = True
+    indices = np.flatnonzero(special)
+    if not len(indices):
         return tokens
-    chosen = np.flatnonzero(warped)
-    scores = logits[torch.from_numpy(chosen).to(logits.device)]
-    part = _part(rows, chosen)
-    if len(part.history_ids):
-        apply_penalties(scores, part)
-    ban_tokens(scores, part)
-    tokens[chosen] = argmax(scores)
-    if random.any():
-        tokens[np.flatnonzero(random)] = _sample_randomly(
-            scores[torch.from_numpy(random[chosen]).to(scores.device)], rows, random
-        )
+    host = logits.numpy() if logits.device.type == "cpu" else _fetch(logits, indices)
+    for index in indices.tolist():
+        tokens[index] = _choose(host[index], rows, index)
     return tokens
 
 
@@ -56,51 +47,39 @@ def argmax(scores: torch.Tensor) -> IntArray:
     return scores.argmax(dim=1).cpu().numpy()
 
 
-def _part(rows: SampledRows, chosen: IntArray) -> SampledRows:
-    """The rows `chosen`, renumbered; all that have a history or a ban are among them."""
-    new_index = np.zeros(len(rows), np.int64)
-    new_index[chosen] = np.arange(len(chosen))
-    return dataclasses.replace(
-        rows,
-        params=rows.params[chosen],
-        output_positions=rows.output_positions[chosen],
-        banned_rows=new_index[rows.banned_rows],
-        history_rows=new_index[rows.history_rows],
+def _fetch(logits: torch.Tensor, indices: IntArray) -> dict[int, npt.NDArray[np.float32]]:
+    """Some rows of a tensor on a device."""
+    rows = logits[torch.from_numpy(indices).to(logits.device)].cpu().numpy()
+    return dict(zip(indices.tolist(), rows, strict=True))
+
+
+def _choose(scores: npt.NDArray[np.float32], rows: SampledRows, index: int) -> int:
+    """The token of one row. scores: float32[vocab], its logits, left as they are."""
+    params = rows.params[index]
+    if index in rows.histories or index in rows.banned:
+        scores = scores.copy()
+        if index in rows.histories:
+            apply_penalties(scores, rows.histories[index], params)
+        if index in rows.banned:
+            scores[rows.banned[index]] = -np.inf
+    best = int(scores.argmax())
+    # Of a broken model's infinite or undefined logits, too, some token is taken.
+    if not params["temperature"] or not np.isfinite(scores[best]):
+        return best
+    candidates = apply_filters(_candidates(scores, best, params["temperature"]), params)
+    noise = gumbel_noise_at(
+        int(params["seed"]),
+        int(rows.output_positions[index]),
+        int(params["sample_index"]),
+        candidates.ids,
     )
+    return int(candidates.ids[(candidates.scores + noise).argmax()])
 
 
-def _sample_randomly(
-    scores: torch.Tensor, rows: SampledRows, random: npt.NDArray[np.bool_]
-) -> IntArray:
-    """scores: float32[S, vocab] of the rows where `random` is true, after penalties."""
-    params, positions = rows.params[random], rows.output_positions[random]
-    temperature = torch.from_numpy(params["temperature"].copy()).to(scores.device).unsqueeze(1)
+def _candidates(
+    scores: npt.NDArray[np.float32], best: int, temperature: np.float32
+) -> Candidates:
+    """The tokens that have a chance, at this temperature; the best one's score is 0."""
+    ids = np.flatnonzero(scores >= scores[best] - np.float32(_HOPELESS) * temperature)
     # The best score is 0 before the division: however small the temperature, nothing overflows.
-    scores = (scores - scores.amax(1, keepdim=True)) / temperature
-    scores = torch.log_softmax(scores, dim=1)
-    apply_filters(scores, params)
-    host = scores.cpu().numpy()
-    return np.array(
-        [
-            _gumbel_max(
-                host[index],
-                int(params["seed"][index]),
-                int(positions[index]),
-                int(params["sample_index"][index]),
-            )
-            for index in range(len(host))
-        ],
-        dtype=np.int64,
-    )
-
-
-def _gumbel_max(
-    scores: npt.NDArray[np.float32], seed: int, output_position: int, sample_index: int
-) -> int:
-    """One row's winner; tokens without a chance get no noise. scores: float32[vocab]."""
-    # Not ">=": of a broken model's NaNs, too, some token is taken.
-    candidates = np.flatnonzero(~(scores < scores.max() - np.float32(_HOPELESS)))
-    if len(candidates) <= len(scores) * _SPARSE:
-        noise = gumbel_noise_at(seed, output_position, sample_index, candidates)
-        return int(candidates[(scores[candidates] + noise).argmax()])
-    return int((scores + gumbel_noise(seed, output_position, sample_index, len(scores))).argmax())
+    return Candidates(ids, (scores[ids] - scores[best]) / temperature)

@@ -194,10 +194,9 @@ def test_min_new_tokens_bans_what_would_end_the_row() -> None:
     ]
     scheduled = target.apply(plan(new_rows=rows, rows=[1, 2, 3], counts=[5, 5, 5]))
     sampled = target.sampled_rows(scheduled.slots)
-    assert sampled.banned_rows.tolist() == [0, 0, 1]
-    assert sampled.banned_ids.tolist() == [7, EOS, 8]
+    assert {row: ids.tolist() for row, ids in sampled.banned.items()} == {0: [7, EOS], 1: [8]}
     target.advance(scheduled, np.array([1, 1, 1]))
-    assert not len(target.sampled_rows(scheduled.slots).banned_rows)
+    assert not target.sampled_rows(scheduled.slots).banned
 
 
 def test_the_sampler_sees_the_history_of_penalised_rows_only() -> None:
@@ -205,9 +204,9 @@ def test_the_sampler_sees_the_history_of_penalised_rows_only() -> None:
     rows = [new_row(1, 2), new_row(2, 3, output_ids=[50], presence_penalty=1.0)]
     scheduled = target.apply(plan(new_rows=rows, rows=[1, 2], counts=[2, 4]))
     sampled = target.sampled_rows(scheduled.slots)
-    assert sampled.history_rows.tolist() == [1, 1, 1, 1]
-    assert sampled.history_ids.tolist() == [0, 1, 2, 50]
-    assert sampled.history_is_output.tolist() == [False, False, False, True]
+    assert list(sampled.histories) == [1]
+    assert sampled.histories[1].token_ids.tolist() == [0, 1, 2, 50]
+    assert sampled.histories[1].num_prompt == 3
 
 
 # ------------------------------------------------------------------ prompt logprobs

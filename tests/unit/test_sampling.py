@@ -11,12 +11,11 @@ import pytest
 import torch
 
 from headgate.proto.messages import RowSampling, TopTokens
-from headgate.shard.sampling import filters
-from headgate.shard.sampling.filters import apply_filters
-from headgate.shard.sampling.logprobs import token_logprobs
-from headgate.shard.sampling.params import SampledRows, params_array
+from headgate.shard.sampling.filters import Candidates, apply_filters
+from headgate.shard.sampling.logprobs import best_tokens, token_logprobs
+from headgate.shard.sampling.params import History, SampledRows, params_array
 from headgate.shard.sampling.penalties import apply_penalties, has_penalty
-from headgate.shard.sampling.philox import gumbel_noise
+from headgate.shard.sampling.philox import gumbel_noise_at
 from headgate.shard.sampling.sampler import sample
 
 VOCAB = 97
@@ -39,29 +38,27 @@ def row(prompt: Sequence[int] = (), output: Sequence[int] = (), **sampling: floa
 
 def sampled_rows(rows: Sequence[Row]) -> SampledRows:
     params = params_array([entry.sampling for entry in rows])
-    history = [
-        (index, token, place >= len(entry.prompt))
-        for index, entry in enumerate(rows)
-        if has_penalty(params)[index]
-        for place, token in enumerate([*entry.prompt, *entry.output])
-    ]
-    banned = [(index, token) for index, entry in enumerate(rows) for token in entry.banned]
     return SampledRows(
         params=params,
         output_positions=np.array([len(entry.output) for entry in rows], np.int64),
-        banned_rows=np.array([index for index, _ in banned], np.int64),
-        banned_ids=np.array([token for _, token in banned], np.int64),
-        history_rows=np.array([index for index, _, _ in history], np.int64),
-        history_ids=np.array([token for _, token, _ in history], np.int64),
-        history_is_output=np.array([is_output for _, _, is_output in history], np.bool_),
+        histories={
+            index: history(rows[index]) for index in np.flatnonzero(has_penalty(params)).tolist()
+        },
+        banned={
+            index: np.array(entry.banned) for index, entry in enumerate(rows) if entry.banned
+        },
     )
+
+
+def history(entry: Row) -> History:
+    return History(np.array([*entry.prompt, *entry.output], np.int32), len(entry.prompt))
 
 
 def filtered(probabilities: Sequence[float], **sampling: float) -> list[int]:
     """Ids that survive the filters."""
-    scores = torch.tensor([probabilities], dtype=torch.float64).log().float()
-    apply_filters(scores, params_array([row(**sampling).sampling]))
-    return (scores[0] > -INF).nonzero().flatten().tolist()
+    scores = np.log(np.array(probabilities)).astype(np.float32)
+    candidates = Candidates(np.arange(len(scores)), scores)
+    return apply_filters(candidates, params_array([row(**sampling).sampling])[0]).ids.tolist()
 
 
 # ------------------------------------------------------------------ reference
@@ -83,7 +80,9 @@ def reference_token(logits: list[float], entry: Row) -> int:
         return scores.index(max(scores))
     probabilities = _softmax([score / sampling.temperature for score in scores])
     probabilities = reference_filters(probabilities, sampling)
-    noise = gumbel_noise(sampling.seed, len(entry.output), sampling.sample_index, len(logits))
+    noise = gumbel_noise_at(
+        sampling.seed, len(entry.output), sampling.sample_index, np.arange(len(logits))
+    )
     perturbed = [
         math.log(p) + float(n) if p else -INF for p, n in zip(probabilities, noise, strict=True)
     ]
@@ -234,19 +233,20 @@ def test_nan_logits_do_not_end_the_process() -> None:
 # ------------------------------------------------------------------ penalties
 
 
+def penalized(scores: list[float], entry: Row) -> list[float]:
+    values = np.array(scores, np.float32)
+    apply_penalties(values, history(entry), params_array([entry.sampling])[0])
+    return values.tolist()
+
+
 def test_repetition_counts_prompt_and_output_once() -> None:
-    scores = torch.tensor([[2.0, -2.0, 2.0, 2.0]])
-    apply_penalties(
-        scores, sampled_rows([row(prompt=[0, 0, 1], output=[0, 2], repetition_penalty=2.0)])
-    )
-    assert scores.tolist() == [[1.0, -4.0, 1.0, 2.0]]
+    entry = row(prompt=[0, 0, 1], output=[0, 2], repetition_penalty=2.0)
+    assert penalized([2.0, -2.0, 2.0, 2.0], entry) == [1.0, -4.0, 1.0, 2.0]
 
 
 def test_frequency_and_presence_count_the_output_only() -> None:
-    scores = torch.zeros(1, 4)
     entry = row(prompt=[0, 0], output=[1, 2, 2, 2], frequency_penalty=0.5, presence_penalty=0.25)
-    apply_penalties(scores, sampled_rows([entry]))
-    assert scores.tolist() == [[0.0, -0.75, -1.75, 0.0]]
+    assert penalized([0.0] * 4, entry) == [0.0, -0.75, -1.75, 0.0]
 
 
 # ------------------------------------------------------------------ filters
@@ -282,18 +282,6 @@ def test_ties_at_the_edge_go_to_the_lowest_ids(sampling: dict[str, float]) -> No
     assert filtered([0.1, 0.3, 0.3, 0.3], **sampling) == [1, 2]
 
 
-def test_a_nucleus_beyond_the_usual_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    random = np.random.default_rng(3)
-    logits = torch.from_numpy(random.normal(0, 1, (4, 500)).astype(np.float32))
-    params = params_array([row(top_p=p).sampling for p in (0.1, 0.5, 0.9, 0.999)])
-    whole, short = logits.log_softmax(1), logits.log_softmax(1)
-    apply_filters(whole, params)
-    monkeypatch.setattr(filters, "_USUAL_NUCLEUS", 20)
-    apply_filters(short, params)
-    assert torch.equal(whole, short)
-    assert (whole > -INF).sum(1).tolist() == sorted((whole > -INF).sum(1).tolist())
-
-
 # ------------------------------------------------------------------ logprobs
 
 
@@ -326,3 +314,14 @@ def test_logprobs_are_those_of_the_raw_distribution() -> None:
 def test_no_alternatives_is_an_empty_list() -> None:
     _, top = token_logprobs(torch.zeros(2, 4), np.zeros(2, np.int64), [0, 1])
     assert top == [TopTokens((), ()), TopTokens([0], [pytest.approx(-math.log(4))])]
+
+
+def test_ties_at_the_edge_beside_clear_rows() -> None:
+    random = np.random.default_rng(2)
+    logits = torch.from_numpy(random.normal(0, 1, (9, VOCAB)).astype(np.float32))
+    logits[::2] = logits[::2].round()
+    for count in (1, 3, VOCAB - 1, VOCAB, VOCAB + 5):
+        ids, values = best_tokens(logits, count)
+        ordered = logits.sort(dim=1, descending=True, stable=True)
+        assert torch.equal(ids, ordered.indices[:, :count])
+        assert torch.equal(values, ordered.values[:, :count])
