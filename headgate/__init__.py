@@ -1,3 +1,26 @@
-"""Headgate: a server for open-weight language models."""
+"""Headgate: a server for open-weight language models.
+
+    from headgate import Client, SamplingParams
+
+Names are loaded at their first use, so that importing the package costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from headgate.client import Client
+    from headgate.router.sampling_params import SamplingParams
 
 __version__ = "0.1.0"
+__all__ = ["Client", "SamplingParams", "__version__"]
+
+_HOMES = {"Client": "headgate.client", "SamplingParams": "headgate.router.sampling_params"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
