@@ -221,9 +221,7 @@ def test_neutral_values_are_as_if_absent() -> None:
 
 def test_the_page_has_the_tables_as_they_are() -> None:
     page = (ROOT / "docs/configuration.md").read_text()
-    assert filled(page) == page, (
-        "run: python -m headgate.launcher.flag_docs docs/configuration.md"
-    )
+    assert filled(page) == page, "run: python -m headgate.launcher.flag_docs docs/configuration.md"
     assert page.count("\n| `--") == len(FLAGS)
 
 

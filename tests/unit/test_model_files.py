@@ -47,7 +47,12 @@ def prepare(source: ModelSource, tmp: Path, **environment: str) -> tuple[int, Pa
         [sys.executable, "-m", "headgate.launcher.prepare_model"]
         + ["--source", str(request), "--result", str(answer)],
         cwd=ROOT,
-        env={**clean, "HF_HOME": str(tmp / "hf"), "XDG_CACHE_HOME": str(tmp / "xdg"), **environment},
+        env={
+            **clean,
+            "HF_HOME": str(tmp / "hf"),
+            "XDG_CACHE_HOME": str(tmp / "xdg"),
+            **environment,
+        },
         capture_output=True,
         text=True,
         timeout=120,
@@ -124,7 +129,9 @@ def test_damaged_weights_are_named(tmp_path: Path) -> None:
 def test_the_index_names_its_files(tmp_path: Path) -> None:
     write_model(tmp_path)
     index = tmp_path / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": {"a": "model.safetensors", "b": "lost.safetensors"}}))
+    index.write_text(
+        json.dumps({"weight_map": {"a": "model.safetensors", "b": "lost.safetensors"}})
+    )
     with pytest.raises(LaunchError, match="lost.safetensors"):
         read_weight_files(tmp_path)
     index.write_text("[]")
