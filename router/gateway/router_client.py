@@ -21,6 +21,7 @@ import grpc
 from headgate.proto import router_pb2, router_pb2_grpc
 from headgate.router.errors import (
     InternalError,
+    OverloadedError,
     RouterError,
     UnavailableError,
     from_proto,
@@ -33,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 _FIRST_BACKOFF = 0.05  # seconds
 _LAST_BACKOFF = 1.0
+_MOST_HELD = 128  # requests, before a router has told its own limit
 _UNARY_TIMEOUT = 30.0
 _MAX_MESSAGE = 256 * 1024 * 1024  # bytes; prompts are bounded by the payload limit long before
 _CHANNEL_OPTIONS = [
@@ -117,17 +119,28 @@ class RouterClient:
     # ------------------------------------------------------------- requests
 
     def submit(self, request: router_pb2.GenerateRequest, sink: Sink) -> Call:
-        """Sends the request, or keeps it until a router takes it. Raises what `refusal` gives."""
+        """Sends the request, or keeps it until a router takes it.
+
+        Raises what `refusal` gives, and OverloadedError where too many wait for a router.
+        """
         refusal = self.state.refusal()
         if refusal is not None:
             raise refusal
+        connected = self._outbox is not None and self.state.router_takes_requests
+        if not connected and len(self._calls) >= self._most_held():
+            raise OverloadedError(retry_after=1.0)
         call = Call(next(self._keys), request, sink)
         self._calls[call.key] = call
-        if self._outbox is not None and self.state.router_takes_requests:
+        if connected:
             self._send_call(call)
         else:
             call.waiting_since = time.monotonic()
         return call
+
+    def _most_held(self) -> int:
+        """As many requests as the router itself would take."""
+        info = self.state.info
+        return (info.max_concurrent_requests if info else 0) or _MOST_HELD
 
     def cancel(self, call: Call) -> None:
         """Forgets the call and tells the router. Nothing happens to one that has ended."""
@@ -287,7 +300,10 @@ class RouterClient:
                 self._fail(call, InternalError())
             touched[call.sink] = None
         for sink in touched:
-            sink.flush()
+            try:
+                sink.flush()
+            except Exception:
+                logger.exception("events could not be written")
         if message.HasField("status"):
             self._on_status(message.status)
 

@@ -49,6 +49,18 @@ async def test_before_there_is_a_router() -> None:
         assert chat.json()["error"]["type"] == "server_error"
 
 
+async def test_a_new_gateway_beside_a_server_that_was_ready() -> None:
+    async with RunningGateway(router=False) as running:
+        running.status_path.write_text('{"phase": "recovering"}')
+        assert await health(running) == [200, 503, 200, 200, 200]
+        await asyncio.sleep(0.3)  # status.json is read a few times a second
+        running.status_path.write_text('{"phase": "failed", "detail": "shard 1 keeps dying"}')
+        await running.until_state(State.FAILED)
+        assert (await health(running))[1:] == [503] * 4
+        response = await running.http.post("/generate", json=GENERATE)
+        assert response.json()["error"] == "shard 1 keeps dying"
+
+
 async def test_health_follows_the_router() -> None:
     async with RunningGateway() as running:
         assert await health(running) == [200] * 5

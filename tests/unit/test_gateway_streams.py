@@ -251,6 +251,21 @@ async def test_requests_do_not_wait_for_ever() -> None:
         assert events[-1]["error_type"] == "unavailable"
 
 
+async def test_no_more_wait_than_a_router_would_take() -> None:
+    async with RunningGateway() as running:
+        running.gateway.services.state.info.max_concurrent_requests = 2  # type: ignore[union-attr]
+        await running.router.die()
+        await running.until_state(State.RECOVERING)
+        body = {"inputs": "Hi"}
+        held = [asyncio.create_task(running.http.post("/generate", json=body)) for _ in range(2)]
+        await until(lambda: len(running.gateway.services.client._calls) == 2)
+        response = await running.http.post("/generate", json=body)
+        assert (response.status_code, response.json()["error_type"]) == (429, "overloaded")
+        assert "retry-after" in response.headers
+        async with running.restart_router():
+            assert [(await task).status_code for task in held] == [200, 200]
+
+
 async def test_a_failed_server_answers_everybody() -> None:
     async with RunningGateway(silent) as running:
         waiting = asyncio.create_task(running.http.post("/generate", json={"inputs": "Hi"}))
