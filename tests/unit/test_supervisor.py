@@ -1,4 +1,4 @@
-"""The real launcher over stand-ins for its children: order, restarts, drain, failures, leftovers."""
+"""The real launcher over stand-ins for its children: restarts, drain, failures, leftovers."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ class Launched:
         self.runs = Path(tempfile.mkdtemp(prefix="runs-"))  # short: sockets are made in it
         model = write_model(tmp / "model")
         self.log_file = tmp / "log"
+        own = ("--model-id", str(model), "--port", str(self.port))
         clean = {k: v for k, v in os.environ.items() if k not in ("HOSTNAME", "LOG_LEVEL")}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.unit.launcher_with_fakes", "--model-id", str(model)]
-            + ["--port", str(self.port), *flags],
+            [sys.executable, "-m", "tests.unit.launcher_with_fakes", *own, *flags],
             cwd=ROOT,
             env={
                 **clean,
