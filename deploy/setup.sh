@@ -97,7 +97,8 @@ if step 4 code "$(pwd) $(cat setup.py pyproject.toml proto/*.proto)" "gRPC stubs
     done_with code
 fi
 if step 5 kernels "$(cat kernels/cpu/*.h kernels/cpu/*.cpp kernels/cpu/build.py)" "CPU kernels (C++)"; then
-    "$VENV/bin/python" -m headgate.kernels.cpu.build # without a compiler it says so and set-up goes on
+    # Without a compiler it says so, and set-up goes on.
+    "$VENV/bin/python" -c 'from headgate.kernels.cpu import build; build.main()'
     done_with kernels
 fi
 if step 6 model "$EMBEDDED_MODEL ${HEADGATE_CACHE:-}" "embedded model (SmolLM2-135M-Instruct, $EMBEDDED_MODEL)"; then
