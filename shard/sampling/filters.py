@@ -14,7 +14,6 @@ import numpy.typing as npt
 from headgate.shard.sampling.params import IntArray
 
 FloatArray = npt.NDArray[np.float32]
-Mass = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -75,19 +74,29 @@ def _top_p(candidates: Candidates, p: float) -> Candidates:
 def _typical_p(candidates: Candidates, p: float) -> Candidates:
     """The fewest tokens, of most usual surprise first, that have at least probability p."""
     probs = _probabilities(candidates.scores)
-    surprise = -np.log(probs, out=np.zeros_like(probs), where=probs > 0)
-    entropy = (probs * surprise).sum()
-    order = np.abs(surprise - entropy).argsort(kind="stable")
+    best = int(candidates.scores.argmax())
+    surprise = candidates.scores[best] - candidates.scores - np.log(probs[best])
+    entropy = np.float32((probs * surprise).sum(dtype=np.float64))
+    order = _ascending(np.abs(surprise - entropy))
     count = _count_until(probs[order], p)
     return candidates.take(np.sort(order[:count]))
 
 
-def _probabilities(scores: FloatArray) -> Mass:
-    """float64, so that sums of a whole vocabulary don't depend on their order to speak of."""
-    weights = np.exp(scores.astype(np.float64) - scores.max())
-    return weights / weights.sum()
+def _probabilities(scores: FloatArray) -> FloatArray:
+    weights = np.exp(scores - scores.max())
+    return weights / np.float32(weights.sum(dtype=np.float64))
 
 
-def _count_until(probs: Mass, p: float) -> int:
+def _count_until(probs: FloatArray, p: float) -> int:
     """How many leading tokens reach mass p, at least 1."""
-    return min(int(np.searchsorted(probs.cumsum(), p)) + 1, len(probs))
+    mass = probs.cumsum(dtype=np.float64)
+    return min(int(np.searchsorted(mass, p)) + 1, len(probs))
+
+
+def _ascending(values: FloatArray) -> IntArray:
+    """Indices that sort values >= 0, equals in order of index: a stable argsort, but faster."""
+    # The bits of floats that are not negative have the floats' order; the index breaks ties.
+    keys = values.view(np.uint32).astype(np.uint64) << np.uint64(32)
+    keys |= np.arange(len(values), dtype=np.uint64)
+    keys.sort()
+    return (keys & np.uint64(0xFFFFFFFF)).astype(np.int64)
