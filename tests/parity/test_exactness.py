@@ -19,7 +19,7 @@ from headgate.proto.messages import RowSampling
 from tests.checkpoints import VOCAB_SIZE, make_checkpoint
 from tests.parity.serving import Answer, Job, Server
 
-GREEDY = RowSampling(max_new_tokens=16, logprobs=True, ignore_eos=True)
+GREEDY = RowSampling(max_new_tokens=40, logprobs=True, ignore_eos=True)
 SEEDED = replace(GREEDY, temperature=0.9, top_k=50, top_p=0.95, seed=1234)
 PENALISED = replace(SEEDED, repetition_penalty=1.2, frequency_penalty=0.3, min_p=0.01, seed=77)
 
@@ -70,7 +70,7 @@ def assert_same(answers: list[Answer], expected: list[Answer]) -> None:
 def company(count: int) -> list[Job]:
     rng = random.Random(9)
     return [
-        Job(random_prompt(100 + i, rng.randrange(1, 60)), replace(SEEDED, seed=i))
+        Job(random_prompt(100 + i, rng.randrange(1, 60)), replace(SEEDED, seed=i, max_new_tokens=12))
         for i in range(count)
     ]
 
@@ -96,8 +96,10 @@ def test_from_the_prefix_cache(server: Server, alone: list[Answer]) -> None:
 
 
 def test_preempted_and_recomputed(server: Server, alone: list[Answer]) -> None:
-    """Memory for about a third of what runs, and an admission that hopes for short answers."""
-    server.limits(num_blocks=12, kv_overcommit=1.0)
+    """Memory for less than the jobs take in the end, and an admission that has seen short answers only."""
+    server.limits(num_blocks=14, kv_overcommit=1.0)
+    short = replace(GREEDY, max_new_tokens=1)
+    server.serve([replace(job, sampling=short) for job in company(32)])
     assert_same(server.serve(JOBS + company(6))[: len(JOBS)], alone)
     assert server.scheduler.stats.preemptions > 0
 
