@@ -17,10 +17,12 @@ from headgate.router.errors import OverloadedError
 from headgate.router.metrics import RequestTimes
 from headgate.router.output_processor import Answer
 from headgate.router.request import Request
+from headgate.router.sampling_params import SamplingParams
 from headgate.router.validation import ValidRequest
 
 logger = logging.getLogger(__name__)
 
+_PARAMETER_FIELDS = fields(SamplingParams)
 REMEMBERED = 64  # durations of ended requests, to foretell when there will be room
 
 
@@ -107,17 +109,17 @@ class LiveRequest:
             time_to_first_token=0 if first is None else _nanoseconds(first - self.valid.arrival),
         )
 
+    def _given_parameters(self) -> dict[str, Any]:
+        given = ((f.name, getattr(self.valid.parameters, f.name)) for f in _PARAMETER_FIELDS)
+        return {name: _shown(value) for name, value in given if value not in (None, ())}
+
     def log_end(self, outcome: str, now: float, log_prompts: bool) -> None:
         """One line: `outcome` is the finish reason or the error type."""
         times = self.times(now)
         line: dict[str, Any] = {
             "request_id": self.valid.request_id,
             "outcome": outcome,
-            "parameters": {
-                f.name: value
-                for f in fields(self.valid.parameters)
-                if (value := getattr(self.valid.parameters, f.name)) not in (None, ())
-            },
+            "parameters": self._given_parameters(),
             "seed": self.valid.seed,
             "input_tokens": len(self.valid.prompt_ids),
             "cached_tokens": self.request.num_cached_tokens,
@@ -137,6 +139,11 @@ class LiveRequest:
             line["prompt"] = self.valid.prompt_text or self.valid.prompt_ids
             line["answer"] = self.answer.text
         logger.info("request", extra={"fields": line})
+
+
+def _shown(value: Any) -> Any:
+    """Numbers that travelled as float32 without the digits that this added."""
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def _nanoseconds(seconds: float) -> int:

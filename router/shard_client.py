@@ -196,16 +196,16 @@ class ShardedClient:
 
     async def watch(self, timeout: float) -> GroupBroken:
         """Returns when a shard is hung: no answer, or busy without progress, for `timeout` s."""
-        tasks = [
-            asyncio.ensure_future(_watch_rank(client, self._epoch, timeout))
-            for client in self._clients
-        ]
+        watches = [RankWatch(client, self._epoch, timeout) for client in self._clients]
+        tasks = [asyncio.ensure_future(watch.run()) for watch in watches]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            return done.pop().result()
         finally:
             for task in tasks:
                 task.cancel()
+        # Where one shard is silent, the others stall for its sake.
+        silent = next((watch for watch in watches if watch.silent_since is not None), None)
+        return silent.no_heartbeat() if silent is not None else done.pop().result()
 
     async def close(self) -> None:
         await asyncio.gather(*(client.close() for client in self._clients))
@@ -235,31 +235,52 @@ def _merge(answers: list[shard_pb2.StepResult]) -> StepResult:
     return replace(result, refused=refused) if refused != result.refused else result
 
 
-async def _watch_rank(client: ShardClient, epoch: int, timeout: float) -> GroupBroken:
-    """Both limits count from the first sign of trouble, so a pause of this process is none."""
-    interval = timeout / HEARTBEATS_PER_TIMEOUT
-    silent_since = stalled_since = None
-    failures, beats = 0, -1
-    while True:
-        await asyncio.sleep(interval)
+class RankWatch:
+    """Asks one shard for its heartbeat. Both limits count from the first sign of trouble, so a
+    pause of this process is none."""
+
+    def __init__(self, client: ShardClient, epoch: int, timeout: float) -> None:
+        self.silent_since: float | None = None  # when it was asked and first did not answer
+        self._stalled_since: float | None = None
+        self._client = client
+        self._epoch = epoch
+        self._timeout = timeout
+        self._failures = 0
+        self._beats = -1
+
+    async def run(self) -> GroupBroken:
+        """Returns when the shard is hung."""
+        while True:
+            await asyncio.sleep(self._timeout / HEARTBEATS_PER_TIMEOUT)
+            verdict = await self._ask()
+            if verdict is not None:
+                return verdict
+
+    def no_heartbeat(self) -> GroupBroken:
+        return GroupBroken(self._client.rank, f"no heartbeat for {self._timeout:g} s")
+
+    async def _ask(self) -> GroupBroken | None:
         asked = time.monotonic()
         try:
-            answer = await client.heartbeat(timeout / MIN_FAILURES)
+            answer = await self._client.heartbeat(self._timeout / MIN_FAILURES)
         except grpc.aio.AioRpcError:
-            silent_since = silent_since if silent_since is not None else asked
-            failures += 1
-            if failures >= MIN_FAILURES and time.monotonic() - silent_since >= timeout:
-                return GroupBroken(client.rank, f"no heartbeat for {timeout:g} s")
-            continue
-        silent_since, failures = None, 0
-        if answer.epoch != epoch:
-            return GroupBroken(client.rank, f"it is of epoch {answer.epoch}, not {epoch}")
-        if not answer.busy or answer.beats != beats:
-            beats, stalled_since = answer.beats, None
-            continue
-        stalled_since = stalled_since if stalled_since is not None else asked
-        if time.monotonic() - stalled_since >= timeout:
-            return GroupBroken(client.rank, f"no progress in a step for {timeout:g} s")
+            if self.silent_since is None:
+                self.silent_since = asked
+            self._failures += 1
+            over = time.monotonic() - self.silent_since >= self._timeout
+            return self.no_heartbeat() if over and self._failures >= MIN_FAILURES else None
+        self.silent_since, self._failures = None, 0
+        rank, busy = self._client.rank, answer.busy
+        if answer.epoch != self._epoch:
+            return GroupBroken(rank, f"it is of epoch {answer.epoch}, not {self._epoch}")
+        if not busy or answer.beats != self._beats:
+            self._beats, self._stalled_since = answer.beats, None
+            return None
+        if self._stalled_since is None:
+            self._stalled_since = asked
+        if time.monotonic() - self._stalled_since >= self._timeout:
+            return GroupBroken(rank, f"no progress in a step for {self._timeout:g} s")
+        return None
 
 
 async def _all(awaitables: Iterable[Awaitable[T]]) -> list[T]:
