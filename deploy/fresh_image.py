@@ -1,7 +1,7 @@
 """Part of test_fresh.sh: starts the image's entry point without a network and asks it something.
 
-Runs as root inside the installed root, as process 1 of its own process and network namespaces; the
-standard library only.
+Runs as root inside the installed root, in process and network namespaces of its own; the entry
+point becomes process 1 of another, as in a container. The standard library only.
 """
 
 from __future__ import annotations
@@ -53,28 +53,30 @@ def wait_ready(server: subprocess.Popen[bytes]) -> None:
             time.sleep(0.2)
 
 
-def processes() -> dict[int, int]:
-    """Process number -> user, without this one."""
+def processes(without: set[int]) -> dict[int, int]:
+    """Process number -> user."""
     found = {int(p.name): p.stat().st_uid for p in Path("/proc").iterdir() if p.name.isdigit()}
-    found.pop(os.getpid(), None)
-    return found
+    return {number: user for number, user in found.items() if number not in without}
 
 
 def main() -> int:
     raise_loopback()
     subprocess.run(["mount", "-t", "proc", "proc", "/proc"], check=True)
-    server = subprocess.Popen([ENTRY_POINT, "--num-shard", "2"])
+    unshare = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    server = subprocess.Popen([*unshare, ENTRY_POINT, "--num-shard", "2"])
+    ours = {os.getpid(), os.getppid(), server.pid}
     wait_ready(server)
     text = json.loads(fetch("/v1/chat/completions", QUESTION))["choices"][0]["message"]["content"]
     print(f"answer: {text}")
     assert "Tokyo" in text
-    users = set(processes().values())
+    users = set(processes(without=ours).values())
     assert users == {1000}, f"users of the server's processes: {users}"
     assert Path("/data").stat().st_uid == 1000
-    server.send_signal(signal.SIGTERM)
+    launcher = Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text()
+    os.kill(int(launcher), signal.SIGTERM)
     code = server.wait(60)
     assert code == 0, f"exit code {code} after SIGTERM"
-    left = processes()
+    left = processes(without=ours)
     assert not left, f"left running: {left}"
     print("image: answers on port 80 with no network, not as root, and stops clean")
     return 0

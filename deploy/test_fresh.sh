@@ -76,9 +76,9 @@ check_image() {
     inside env TORCH_INDEX="${TORCH_INDEX:-}" /opt/headgate/deploy/install.sh cpu
     say "image: start with no network"
     settings=$(sed -n 's/^\(ENV\|   \) *\([A-Z_]*=[^ ]*\).*/\2/p' "$root/opt/headgate/Dockerfile")
-    # Its own network and process numbers: the entry point is process 1, as in a container.
-    inside env $settings unshare --net --pid --fork --kill-child \
-        sh -c 'python3 /opt/headgate/deploy/fresh_image.py' || exit 1
+    # shellcheck disable=SC2086
+    inside env $settings unshare --net --mount --pid --fork --kill-child \
+        python3 /opt/headgate/deploy/fresh_image.py
 }
 
 check_readme() {
