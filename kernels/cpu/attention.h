@@ -51,6 +51,11 @@ struct Tile {
   alignas(64) float merge[2][kQueryTile];
   const float* keys[kKeyBlock];
   const float* vals[kKeyBlock];
+  // Where the cache has this block's keys and values, and the next one's, in elements.
+  int64_t places[2][kKeyBlock];
+  int current;  // which of the two is this block's
+  bool placed;  // whether this block's are known
+  int ahead;    // number of the next block's
   // Blocks of a narrower cache, widened.
   alignas(64) float wide_keys[kKeyBlock * kMaxHeadDim];
   alignas(64) float wide_vals[kKeyBlock * kMaxHeadDim];
@@ -99,19 +104,30 @@ void widen_row(const uint16_t* from, float* to, int dim) {
   }
 }
 
-HG_INLINE int64_t slot_offset(const Tile& t, int32_t key) {
-  const AttentionJob& job = *t.job;
-  const int64_t slot = int64_t(t.table[key / job.block_size]) * job.block_size + key % job.block_size;
-  return (slot * job.kv_heads + t.item->kv_head) * t.dim;
+// Finds the places of positions [first, last) of the block that starts at `base`.
+void find_places(const Tile& t, int32_t base, int32_t first, int32_t last, int64_t* places) {
+  const int64_t size = t.job->block_size, step = int64_t(t.job->kv_heads) * t.dim;
+  int64_t block = first / size, offset = first % size;
+  for (int32_t key = first; key < last; ++block, offset = 0) {
+    const int64_t start = t.table[block] * size * step + t.item->kv_head * t.dim;
+    for (; offset < size && key < last; ++offset, ++key) places[key - base] = start + offset * step;
+  }
 }
 
-// Where the keys and values of positions [first, last) of the block at `base` are; the block's
-// other places point at one of them, so that they can be read (their weights are zero).
-void find_block(Tile& t, int32_t base, int32_t first, int32_t last) {
+// Asks for one key or value of the next block. Calls are spread over the work on this block: a burst
+// would fill the core's few slots for misses, and then stall it while memory has nothing to do.
+HG_INLINE void fetch_ahead(const Tile& t, const void* cache, int i) {
+  const int size = t.job->cache_dtype == kFloat32 ? 4 : 2;
+  const char* p = (const char*)cache + t.places[!t.current][i] * size;
+  for (int byte = 0; byte < t.dim * size; byte += 64) __builtin_prefetch(p + byte, 0, 2);
+}
+
+// Points `keys` and `vals` at positions [first, last) of the block at `base`; the block's other
+// entries point at one of them, so that they can be read (their weights are zero).
+void open_block(Tile& t, int32_t base, int32_t first, int32_t last) {
   const AttentionJob& job = *t.job;
-  for (int32_t key = first; key < last; ++key) {
-    const int64_t at = slot_offset(t, key);
-    const int i = key - base;
+  for (int i = first - base; i < last - base; ++i) {
+    const int64_t at = t.places[t.current][i];
     if (job.cache_dtype == kFloat32) {
       t.keys[i] = (const float*)job.k_cache + at;
       t.vals[i] = (const float*)job.v_cache + at;
@@ -145,12 +161,15 @@ template <int Q>
 void score_few(Tile& t, int group_first, int group_last) {
   const float cap = t.job->soft_cap;
   for (int g = group_first; g < group_last; ++g) {
+    int fetch = g * VL, fetch_due = 0;
     vf s[Q];
 #pragma GCC unroll 8
     for (int i = 0; i < Q; ++i) s[i] = set1(0.0f);
     for (int d = 0; d < t.dim; d += 4) {
       vf k[4];
       load_columns4(t.keys + g * VL, d, k);
+      for (fetch_due += 4 * VL; fetch_due >= t.dim; fetch_due -= t.dim, ++fetch)
+        if (fetch < t.ahead) fetch_ahead(t, t.job->k_cache, fetch);
 #pragma GCC unroll 4
       for (int j = 0; j < 4; ++j)
 #pragma GCC unroll 8
@@ -283,11 +302,15 @@ void soften_many(Tile& t, int32_t base, int first, int last, bool edge) {
 // ---- both: weighted values ----
 
 // values[R][V vectors] = values * decay + sum over keys of weight * value, the last vector of `tail`
-// lanes where that is not 0.
+// lanes where that is not 0. Of the queries from `query`, and the dimensions from `dim_at`.
 template <int R, int V>
-void weigh_tile(const float* const* vals, int dim_at, int first, int last, const float* weights,
-                int query_step, int key_step, const float* decay, float* values, int padded_dim,
+void weigh_tile(Tile& t, int query, int dim_at, int first, int last, int query_step, int key_step,
                 int tail) {
+  const float* weights = t.weights + query * query_step;
+  const float* decay = t.decay + query;
+  const int padded_dim = t.padded_dim;
+  float* values = t.part.values + query * padded_dim + dim_at;
+  const int ahead = query == 0 && dim_at == 0 ? t.ahead : 0;
   vf sums[R][V];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
@@ -296,7 +319,8 @@ void weigh_tile(const float* const* vals, int dim_at, int first, int last, const
     for (int v = 0; v < V; ++v) sums[r][v] = load(values + r * padded_dim + v * VL) * scale;
   }
   for (int k = first; k < last; ++k) {
-    const float* value = vals[k] + dim_at;
+    const float* value = t.vals[k] + dim_at;
+    if (k < ahead) fetch_ahead(t, t.job->v_cache, k);
     vf x[V];
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v)
@@ -316,18 +340,16 @@ void weigh_tile(const float* const* vals, int dim_at, int first, int last, const
 
 template <int V>
 void weigh_columns(Tile& t, int dim_at, int first, int last, int query_step, int key_step, int tail) {
-  float* values = t.part.values + dim_at;
   int r = 0;
   for (; r + kRows <= t.queries; r += kRows)
-    weigh_tile<kRows, V>(t.vals, dim_at, first, last, t.weights + r * query_step, query_step,
-                         key_step, t.decay + r, values + r * t.padded_dim, t.padded_dim, tail);
-#define HG_REST(n)                                                                              \
-  case n:                                                                                       \
-    weigh_tile<n, V>(t.vals, dim_at, first, last, t.weights + r * query_step, query_step,       \
-                     key_step, t.decay + r, values + r * t.padded_dim, t.padded_dim, tail);     \
-    break;
-  switch (t.queries - r) { HG_REST(1) HG_REST(2) HG_REST(3) HG_REST(4) HG_REST(5) }
-#undef HG_REST
+    weigh_tile<kRows, V>(t, r, dim_at, first, last, query_step, key_step, tail);
+  switch (t.queries - r) {
+    case 1: weigh_tile<1, V>(t, r, dim_at, first, last, query_step, key_step, tail); break;
+    case 2: weigh_tile<2, V>(t, r, dim_at, first, last, query_step, key_step, tail); break;
+    case 3: weigh_tile<3, V>(t, r, dim_at, first, last, query_step, key_step, tail); break;
+    case 4: weigh_tile<4, V>(t, r, dim_at, first, last, query_step, key_step, tail); break;
+    case 5: weigh_tile<5, V>(t, r, dim_at, first, last, query_step, key_step, tail); break;
+  }
 }
 
 void weigh(Tile& t, int first, int last, int query_step, int key_step) {
@@ -355,8 +377,13 @@ void clear_state(Tile& t, State& state) {
 
 using ScoreFew = void (*)(Tile&, int, int);
 
+// Keys [first, last) of the block at `base`, whose places are known; finds the next block's.
 void attend_block(Tile& t, int32_t base, int32_t first, int32_t last, ScoreFew score) {
-  find_block(t, base, first, last);
+  const int32_t next = base + kKeyBlock;
+  const int32_t next_last = next + kKeyBlock < t.last_key ? next + kKeyBlock : t.last_key;
+  t.ahead = next_last > next ? next_last - next : 0;
+  find_places(t, next, next, next_last, t.places[!t.current]);
+  open_block(t, base, first, last);
   const int a = first - base, b = last - base;
   if (score) {
     const int group_first = a / VL, group_last = (b + VL - 1) / VL;
@@ -365,6 +392,7 @@ void attend_block(Tile& t, int32_t base, int32_t first, int32_t last, ScoreFew s
     weigh(t, a, b, kKeyBlock, 1);
     return;
   }
+  for (int i = 0; i < t.ahead; ++i) fetch_ahead(t, t.job->k_cache, i);
   bool edge = false;
   for (int i = 0; i < t.padded_queries; ++i) edge |= t.low[i] > first || t.high[i] < last - 1;
   score_many(t, a, b);
@@ -386,7 +414,11 @@ void attend_partition(Tile& t, int32_t partition, ScoreFew score) {
   for (int32_t base = start; base < start + kPartition; base += kKeyBlock) {
     const int32_t first = base > t.first_key ? base : t.first_key;
     const int32_t last = base + kKeyBlock < t.last_key ? base + kKeyBlock : t.last_key;
-    if (first < last) attend_block(t, base, first, last, score);
+    if (first >= last) continue;
+    if (!t.placed) find_places(t, base, first, last, t.places[t.current]);
+    attend_block(t, base, first, last, score);
+    t.placed = true;
+    t.current = !t.current;
   }
   if (score) {
     for (int i = 0; i < t.queries; ++i) t.part.sum[i] = sum_lanes(load(t.part_sums + i * VL));
@@ -472,6 +504,8 @@ void attention_tile(const void* data, int64_t index) {
   prepare_tile(t, job, job.items[index]);
   load_queries(t);
   const ScoreFew score = score_function(t);
+  t.current = 0;
+  t.placed = false;
   if (t.item->partial < 0) clear_state(t, t.total);
   for (int32_t p = t.item->partition_first; p < t.item->partition_last; ++p) {
     attend_partition(t, p, score);
