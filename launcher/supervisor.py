@@ -351,10 +351,13 @@ class Supervisor:
             task.cancel()
         await asyncio.gather(*keepers, return_exceptions=True)
         try:
+            front = [*self._gateways.values(), self._router]
+            shards = [child for child in self._reaper.running if child not in front]
             if self._was_ready:
-                await self._stop(list(self._gateways.values()))
-                await self._stop([self._router] if self._router else [])
-            await self._stop(self._reaper.running)
+                await self._stop_front()
+                await self._stop(shards)
+            else:  # nothing runs on the shards that others would wait for
+                await asyncio.gather(self._stop_front(), self._stop(shards))
         finally:
             for child in self._reaper.running:
                 child.kill()
@@ -364,6 +367,10 @@ class Supervisor:
             if self._listener is not None:
                 self._listener.close()
             self._run.remove()
+
+    async def _stop_front(self) -> None:
+        await self._stop(list(self._gateways.values()))
+        await self._stop([self._router] if self._router else [])
 
     async def _stop(self, children: list[Child]) -> None:
         """SIGTERM, patience, SIGKILL; SIGKILL at once after a second signal."""
