@@ -24,6 +24,7 @@ from headgate.log import set_up_logging
 from headgate.shard.config import ShardConfig, ShardIdentity
 from headgate.shard.distributed import init_group
 from headgate.shard.errors import ModelError, PeerLost
+from headgate.shard.memory import is_out_of_memory
 from headgate.shard.model_runner import ModelRunner
 from headgate.shard.model_thread import ModelThread
 from headgate.shard.models.registry import load_model
@@ -31,7 +32,7 @@ from headgate.shard.server import ShardService, start_server
 
 logger = logging.getLogger("headgate.shard")
 
-_USERS_ERRORS = (ConfigError, ModelError, MemoryError, ops.BackendUnavailable)
+_USERS_ERRORS = (ConfigError, ModelError, ops.BackendUnavailable)
 # When a group is stopped its members die one by one; a shard that loses a peer waits this long for
 # its own signal before it calls that a failure.
 _STOP_GRACE = 0.3
@@ -107,17 +108,22 @@ def _load(config: ShardConfig, identity: ShardIdentity) -> ModelRunner:
     group = init_group(config.device, config.process_group_timeout)
     kernels = ops.use(config.kernels, config.device)
     started = time.monotonic()
-    model = load_model(
-        config.model_path,
-        dtype=config.weight_dtype,
-        device=config.device,
-        group=group,
-        quantize=config.quantize,
-        model_module=config.model_module,
-        rope_scaling=config.rope_scaling,
-        rope_factor=config.rope_factor,
-        max_positions=config.max_total_tokens,
-    )
+    try:
+        model = load_model(
+            config.model_path,
+            dtype=config.weight_dtype,
+            device=config.device,
+            group=group,
+            quantize=config.quantize,
+            model_module=config.model_module,
+            rope_scaling=config.rope_scaling,
+            rope_factor=config.rope_factor,
+            max_positions=config.max_total_tokens,
+        )
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ModelError(f"not enough memory to load {config.model_path}: {error}") from error
     fields = {
         "weight_bytes": model.weight_bytes,
         "dtype": config.dtype,

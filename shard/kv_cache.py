@@ -46,7 +46,7 @@ class KVCache:
     def __init__(
         self, layout: KVCacheLayout, num_blocks: int, device: torch.device | str = "cpu"
     ) -> None:
-        """Raises MemoryError, or what torch raises, where the memory is not to be had."""
+        """Lack of memory raises what PyTorch raises, see memory.is_out_of_memory."""
         self.layout = layout
         self.num_blocks = num_blocks
         # One tensor, so that copying a block is one operation for all layers.

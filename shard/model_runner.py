@@ -16,8 +16,10 @@ import torch
 from headgate.proto.messages import PromptLogprobs, RowEnd, StepPlan, StepResult, TopTokens
 from headgate.shard.config import ShardConfig, ShardIdentity
 from headgate.shard.distributed import Group
+from headgate.shard.errors import ModelError
 from headgate.shard.input_batch import BatchLimits, InputBatch, PlanError, ScheduledRows
 from headgate.shard.kv_cache import KVCache, KVCacheLayout
+from headgate.shard.memory import is_out_of_memory
 from headgate.shard.models.base import CausalLM
 from headgate.shard.sampling.logprobs import NO_TOP, token_logprobs
 from headgate.shard.sampling.params import IntArray
@@ -67,13 +69,18 @@ class ModelRunner:
         self._sequence = 0  # of the last plan; 0: any may follow
 
     def allocate(self, num_blocks: int) -> None:
-        """Makes the KV cache; drops the one before it, and all rows. Raises MemoryError."""
+        """Makes the KV cache; drops the one before it, and all rows.
+
+        Raises ModelError where there is not enough memory.
+        """
         self._kv_cache = None
         try:
             self._kv_cache = KVCache(self.kv_layout, num_blocks, self.config.device)
         except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
             size = num_blocks * self.kv_layout.bytes_per_block
-            raise MemoryError(
+            raise ModelError(
                 f"the KV cache of {num_blocks} blocks takes {size} bytes, "
                 "and there is not enough memory for it"
             ) from error
@@ -161,8 +168,11 @@ class ModelRunner:
             if not len(scheduled.slots):
                 return scheduled, None, ""
             return scheduled, build_inputs(self._batch, scheduled, self.config.device), ""
-        except (PlanError, MemoryError, torch.OutOfMemoryError) as error:
-            return None, None, f"shard {self.identity.rank}: {error or 'out of memory'}"
+        except (PlanError, MemoryError, RuntimeError) as error:
+            if not isinstance(error, PlanError) and not is_out_of_memory(error):
+                raise
+            reason = str(error) if isinstance(error, PlanError) else "out of memory"
+            return None, None, f"shard {self.identity.rank}: {reason}"
 
     def _check_order(self, plan: StepPlan) -> None:
         if self._batch is None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 
 from headgate.proto.messages import NewRow, RowSampling, StepPlan
+from headgate.shard.errors import ModelError
+from headgate.shard.memory import is_out_of_memory
 from headgate.shard.model_runner import ModelRunner
 
 # Of the device's memory; the rest is for fragmentation and what the libraries take later.
@@ -15,7 +17,7 @@ def warm_up(runner: ModelRunner, max_tokens: int, max_rows: int) -> int:
     """Runs a step of `max_tokens` tokens and one of `max_rows` rows (0: as many as can be).
 
     Returns the KV blocks that fit. All ranks must call it together. Drops the KV cache there was.
-    Raises MemoryError where these steps don't fit, or no block does.
+    Raises ModelError where these steps don't fit, or no block does.
     """
     config = runner.config
     plans = _plans(runner, max_tokens, min(max_rows or max_tokens, max_tokens))
@@ -28,9 +30,11 @@ def warm_up(runner: ModelRunner, max_tokens: int, max_rows: int) -> int:
         for plan in plans:
             refused = runner.step(plan).refused
             if refused:
-                raise MemoryError(f"the warm-up step was refused: {refused}")
-    except torch.OutOfMemoryError as error:
-        raise MemoryError(
+                raise ModelError(f"the warm-up step was refused: {refused}")
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ModelError(
             f"not enough memory for a step of {max_tokens} tokens; "
             "decrease --max-batch-prefill-tokens"
         ) from error
@@ -83,7 +87,7 @@ def _blocks_that_fit(runner: ModelRunner, blocks_used: int) -> int:
     budget = int(total * runner.config.cuda_memory_fraction * _USABLE)
     num_blocks = (budget - others - peak) // block
     if num_blocks < 1:
-        raise MemoryError(
+        raise ModelError(
             f"no memory for KV: of {budget} bytes usable, {others} are taken by others and {peak} "
             "by the model and its largest step; decrease --max-batch-prefill-tokens"
         )

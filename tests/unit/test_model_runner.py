@@ -15,6 +15,7 @@ from headgate.proto.messages import Fork, NewRow, RowEnd, RowSampling, StepPlan,
 from headgate.shard import model_runner, vote, warmup
 from headgate.shard.config import ShardIdentity
 from headgate.shard.distributed import Group, single_group
+from headgate.shard.errors import ModelError
 from headgate.shard.model_runner import ModelRunner
 from headgate.shard.models.registry import load_model
 from tests.unit.fake_model import FakeModel, greedy, logits_after, shard_config
@@ -256,7 +257,7 @@ def test_lack_of_memory_before_the_forward_is_a_refusal(
 
     monkeypatch.setattr(model_runner, "build_inputs", fail)
     result = step(new_rows=[row(1, PROMPT, [0, 1])], rows=[1], counts=[6])
-    assert result.refused == "shard 0: no memory"
+    assert result.refused == "shard 0: out of memory"
 
 
 # ------------------------------------------------------------------ ranks
@@ -391,12 +392,12 @@ def test_blocks_that_fit_beside_the_largest_step(monkeypatch: pytest.MonkeyPatch
     # 950 usable, 100 taken by others, 250 at the peak of which 10 were the warm-up's own cache.
     assert warmup._blocks_that_fit(runner, 10) == 610
     memory["free"] = memory["reserved"] = 0
-    with pytest.raises(MemoryError, match="no memory for KV"):
+    with pytest.raises(ModelError, match="no memory for KV"):
         warmup._blocks_that_fit(runner, 10)
 
 
 def test_a_cache_beyond_memory_is_one_sentence() -> None:
-    with pytest.raises(MemoryError, match="and there is not enough memory"):
+    with pytest.raises(ModelError, match="and there is not enough memory"):
         make_runner().allocate(2**48)
 
 
