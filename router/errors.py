@@ -163,12 +163,12 @@ class SlowClientError(RouterError):
 
 
 class ReplacedError(RouterError):
-    """A later submission of the same request took this one's place."""
+    """A gateway opened a second stream, which took this one's place."""
 
     error_type = "replaced"
     http_status = 409
     grpc_code = grpc.StatusCode.ABORTED
-    default_message = "The request was submitted again"
+    default_message = "The gateway has opened another stream"
 
 
 class UnavailableError(RouterError):

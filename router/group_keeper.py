@@ -22,7 +22,7 @@ from headgate.router.validation import Validator
 
 logger = logging.getLogger(__name__)
 
-FLUSH_TIME = 0.5  # seconds that the last events get to reach their clients
+FLUSH_TIME = 0.1  # seconds that the last events get to reach their clients
 
 
 class NotEnoughMemory(Exception):
@@ -103,7 +103,7 @@ class GroupKeeper:
     async def _drain(self, timeout: float) -> None:
         self._status.set(DRAINING, "shutting down")
         await self._engine.drained(timeout)
-        await asyncio.sleep(0)
+        await asyncio.sleep(FLUSH_TIME)
         self._control.send("drained")
 
     async def _fail(self, message: str) -> None:

@@ -36,7 +36,6 @@ _ERROR_OF_TYPE = {
     "generation": "generation",
     "dropped": "dropped",
     "slow_client": "dropped",
-    "replaced": "dropped",
     "draining": "draining",
     "unavailable": "unavailable",
 }

@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 MAX_HELD_EVENTS = 4096  # of a paused request; then it is cancelled
 MAX_EVENTS_PER_MESSAGE = 4096
+MAX_UNSENT_EVENTS = 65536  # of a gateway that stopped reading; then its stream is ended
 
 
 class KeyedRequest:
@@ -69,6 +70,7 @@ class MultiplexStream:
         self._closed = False
         self._wake = asyncio.Event()
         self.gateway_id = ""
+        self.replaced = False  # by a newer stream of the same gateway
 
     def take(self, message: router_pb2.ClientMessage) -> None:
         """One message of the gateway, after its Hello."""
@@ -123,6 +125,9 @@ class MultiplexStream:
         if event.WhichOneof("event") in ("finished", "error"):
             del self._requests[keyed.key]
         self._wake.set()
+        if len(self._events) > MAX_UNSENT_EVENTS:
+            logger.error("gateway %s does not read: its stream is ended", self.gateway_id)
+            self.close()
 
     def overflow(self, keyed: KeyedRequest) -> None:
         """Its client reads too slowly: its place is wanted."""
@@ -186,6 +191,7 @@ class Streams:
     def open(self, gateway_id: str) -> MultiplexStream:
         former = self._open.get(gateway_id)
         if former is not None:
+            former.replaced = True
             former.close()
         stream = self._make()
         stream.gateway_id = gateway_id

@@ -108,7 +108,7 @@ class RouterServer:
             raise AddressInUse(f"the router cannot listen on {address}") from error
 
     async def _tell_health(self) -> None:
-        """The empty name mirrors /health, which a recovery leaves alone; the other one readiness."""
+        """The empty name mirrors /health (a recovery leaves it alone), the other /health/ready."""
         status = self._parts.status
         alive = status.was_ready and status.state != FAILED
         for name, serving in (("", alive), (SERVICE_NAME, status.state == READY)):

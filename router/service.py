@@ -19,6 +19,7 @@ from headgate.proto import router_pb2, router_pb2_grpc
 from headgate.router.engine import Engine
 from headgate.router.errors import (
     IncompleteGenerationError,
+    ReplacedError,
     RouterError,
     SlowClientError,
     ValidationError,
@@ -136,6 +137,8 @@ class RouterService(router_pb2_grpc.RouterServicer):
             async with contextlib.aclosing(stream.messages()) as messages:
                 async for answer in messages:
                     yield answer
+            if stream.replaced:
+                await abort(context, ReplacedError())
         finally:
             reader.cancel()
             self._streams.close(stream)

@@ -58,7 +58,7 @@ class ServerStatus:
         return router_pb2.InfoResponse(
             model_id=config.model_id,
             served_model_name=config.served_model_name,
-            model_sha=config.model_sha,
+            model_sha=config.model_sha or config.revision,
             version=__version__,
             dtype=config.dtype,
             device=config.device,

@@ -69,6 +69,10 @@ class Gateway:
     def ended(self, key: int, attempt: int = 1) -> bool:
         return any(e.WhichOneof("event") in ("finished", "error") for e in self.of(key, attempt))
 
+    async def over(self) -> None:
+        """Until the router ends the stream; raises what it says."""
+        await self._task
+
     async def leave(self) -> None:
         self._call.cancel()
         await asyncio.wait((self._task,))
@@ -264,6 +268,18 @@ async def test_a_gateway_that_goes_takes_its_requests_with_it(tmp_path: Path) ->
         await other.leave()
 
 
+async def test_a_gateway_that_does_not_read_is_let_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("headgate.router.multiplex.MAX_UNSENT_EVENTS", 3)
+    async with running_router(tmp_path) as router:
+        gateway = Gateway(router.stub)
+        for key in range(8):  # one step brings more events than are kept
+            gateway.submit(key, request([key], max_new_tokens=100))
+        await asyncio.wait_for(gateway.over(), 5)
+        await until(lambda: router.parts.engine.num_live == 0)
+
+
 async def test_a_gateway_that_comes_back_replaces_its_stream(tmp_path: Path) -> None:
     async with running_router(tmp_path, behaviour=Behaviour(step_seconds=0.01)) as router:
         first = Gateway(router.stub)
@@ -275,7 +291,7 @@ async def test_a_gateway_that_comes_back_replaces_its_stream(tmp_path: Path) -> 
         second.submit(1, message, attempt=2)
         await until(lambda: second.ended(1, 2))
         assert [token.id for token in second.tokens(1, 2)] == answer_of(router, message)[0]
-        await first.leave()
+        assert isinstance(await refused(first.over()), errors.ReplacedError)
         await second.leave()
 
 
