@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from headgate.shard.sampling.filters import Candidates, apply_filters
+from headgate.shard.sampling.filters import Candidates, apply_filters, floor_of_best
 from headgate.shard.sampling.params import IntArray, SampledRows
 from headgate.shard.sampling.penalties import apply_penalties
 from headgate.shard.sampling.philox import NOISE_MAX, NOISE_MIN, gumbel_noise_at
@@ -66,7 +66,7 @@ def _choose(scores: npt.NDArray[np.float32], rows: SampledRows, index: int) -> i
     # Of a broken model's infinite or undefined logits, too, some token is taken.
     if not params["temperature"] or not np.isfinite(scores[best]):
         return best
-    candidates = apply_filters(_candidates(scores, best, params["temperature"]), params)
+    candidates = apply_filters(_candidates(scores, best, params), params)
     noise = gumbel_noise_at(
         int(params["seed"]),
         int(rows.output_positions[index]),
@@ -77,9 +77,13 @@ def _choose(scores: npt.NDArray[np.float32], rows: SampledRows, index: int) -> i
 
 
 def _candidates(
-    scores: npt.NDArray[np.float32], best: int, temperature: np.float32
+    scores: npt.NDArray[np.float32], best: int, params: np.void
 ) -> Candidates:
-    """The tokens that have a chance, at this temperature; the best one's score is 0."""
-    ids = np.flatnonzero(scores >= scores[best] - np.float32(_HOPELESS) * temperature)
+    """The tokens that have a chance; the best one's score is 0."""
+    temperature = params["temperature"]
+    floor = scores[best] - np.float32(_HOPELESS) * temperature
+    if params["top_k"]:
+        floor = max(floor, floor_of_best(scores, int(params["top_k"])))
+    ids = np.flatnonzero(scores >= floor)
     # The best score is 0 before the division: however small the temperature, nothing overflows.
     return Candidates(ids, (scores[ids] - scores[best]) / temperature)

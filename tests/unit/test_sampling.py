@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from headgate.proto.messages import RowSampling, TopTokens
-from headgate.shard.sampling.filters import Candidates, apply_filters
+from headgate.shard.sampling.filters import Candidates, apply_filters, floor_of_best
 from headgate.shard.sampling.logprobs import best_tokens, token_logprobs
 from headgate.shard.sampling.params import History, SampledRows, params_array
 from headgate.shard.sampling.penalties import apply_penalties, has_penalty
@@ -280,6 +280,13 @@ def test_filters(sampling: dict[str, float], survivors: list[int]) -> None:
 @pytest.mark.parametrize("sampling", [{"top_k": 2}, {"top_p": 0.4}, {"typical_p": 0.4}])
 def test_ties_at_the_edge_go_to_the_lowest_ids(sampling: dict[str, float]) -> None:
     assert filtered([0.1, 0.3, 0.3, 0.3], **sampling) == [1, 2]
+
+
+@pytest.mark.parametrize("count", [1, 5, 31, 40, 1000])
+def test_the_best_tokens_reach_the_floor(count: int) -> None:
+    scores = np.random.default_rng(count).normal(0, 3, 1009).astype(np.float32).round(1)
+    best = np.sort(scores)[::-1][:count]
+    assert (best >= floor_of_best(scores, count)).all()
 
 
 # ------------------------------------------------------------------ logprobs
