@@ -1,9 +1,9 @@
 """Compiles the C++ kernels into one shared library: `python -m headgate.kernels.cpu.build`.
 
 The library's name carries a digest of the sources and the flags, so a change of them makes a new
-one, and a library built at set-up needs no compiler later. It lies beside the sources, or in the user's
-cache directory where those cannot be written. Several processes may ask at once: one compiles, the
-others wait for it. Loading is `library.py`'s.
+one, and a library built at set-up needs no compiler later. It lies beside the sources, or in the
+user's cache directory where those cannot be written. Several processes may ask at once: one
+compiles, the others wait for it. Loading is `library.py`'s.
 """
 
 from __future__ import annotations

@@ -50,20 +50,27 @@ float* scratch(int slot, int64_t floats) {
   return memory[slot].get();
 }
 
+// Nanoseconds of work below which an operation is not shared among threads.
+constexpr int64_t kWorthSharing = 5000;
+
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Rows that one tile takes when each costs about `cost` nanoseconds: enough that claiming it is
-// cheap, and the whole operation stays on the caller where waking a thread would cost more.
+// Rows that one tile takes when each costs about `cost` nanoseconds: enough that claiming it is cheap.
 int64_t rows_per_tile(int64_t rows, int64_t cost) {
-  constexpr int64_t kWorthSharing = 4000;
-  const int64_t least = divide_up(kWorthSharing, cost < 1 ? 1 : cost);
+  const int64_t least = divide_up(kWorthSharing / 2, cost < 1 ? 1 : cost);
   const int64_t even = divide_up(rows, int64_t(num_threads()) * 4);
   return least > even ? least : even;
 }
 
+// Runs all tiles, on the calling thread alone where the whole (in nanoseconds, a rough guess) would be
+// done before another thread has woken up.
 template <class Job>
-void run(void (*function)(const void*, int64_t), const Job& job, int64_t tiles) {
-  run_tiles(function, &job, tiles);
+void run(void (*function)(const void*, int64_t), const Job& job, int64_t tiles, int64_t cost) {
+  if (cost < kWorthSharing) {
+    for (int64_t tile = 0; tile < tiles; ++tile) function(&job, tile);
+  } else {
+    run_tiles(function, &job, tiles);
+  }
 }
 
 // What attention on one call is cut into.
@@ -71,7 +78,10 @@ struct Items {
   std::vector<AttentionItem> attend;
   std::vector<MergeItem> merge;
   int64_t partials = 0;
+  int64_t cost = 0;  // nanoseconds, roughly
 };
+
+constexpr int64_t kMergedPerNanosecond = 2;
 
 // Prompt chunks in query tiles, the longest contexts first; then decode rows. A row with a single
 // query tile is cut along its keys where there would be too few items to keep all threads busy.
@@ -94,6 +104,8 @@ void plan_attention(const AttentionJob& job, Items& items) {
         const int32_t low = position + first / group, high = position + (first + count - 1) / group;
         const int32_t start = job.window && low >= job.window ? low - job.window + 1 : 0;
         const int32_t begin = start / kPartition, end = high / kPartition + 1;
+        // A key and value of 64 dimensions take about 20 ns to read and 1 ns for each query.
+        items.cost += int64_t(high + 1 - start) * (20 + count) * job.head_dim / 64 * job.kv_heads;
         for (int h = 0; h < job.kv_heads; ++h) {
           if (!cut || !single || end - begin == 1) {
             items.attend.push_back({r, h, first, count, begin, end, -1});
@@ -169,7 +181,7 @@ HG_API int32_t hg_linear(const float* x, int64_t rows, int64_t inner, int64_t x_
     float* packed = scratch(0, rows * inner);
     if (!packed) return -1;
     const PackRowsJob pack = {x, packed, rows, inner, x_stride, int32_t(row_tiles)};
-    run(kernels->pack_rows, pack, row_tiles);
+    run(kernels->pack_rows, pack, row_tiles, rows * inner / 8);
     x = packed;
   }
   const int64_t panels = divide_up(columns, kPanel), threads = num_threads();
@@ -181,7 +193,9 @@ HG_API int32_t hg_linear(const float* x, int64_t rows, int64_t inner, int64_t x_
   if (groups > row_tiles) groups = row_tiles;
   const LinearJob job = {x,        weight, bias,  y,     rows, inner, columns,
                          y_stride, dtype,  int32_t(row_tiles), panels_per_tile, int32_t(groups)};
-  run(kernels->linear, job, panel_tiles * groups);
+  // The weights are to be read from memory, and the products to be computed.
+  const int64_t cost = columns * inner / 16 + rows * columns * inner / 64;
+  run(kernels->linear, job, panel_tiles * groups, cost);
   return 0;
 }
 
@@ -215,14 +229,15 @@ HG_API int32_t hg_paged_attention(const float* q, int64_t q_token_stride, int64_
   thread_local Items items;
   items.attend.clear();
   items.merge.clear();
-  items.partials = 0;
+  items.partials = items.cost = 0;
   plan_attention(job, items);
   if (items.partials && !(job.partials = scratch(1, items.partials))) return -1;
   job.items = items.attend.data();
-  run(kernels->attention, job, int64_t(items.attend.size()));
+  run(kernels->attention, job, int64_t(items.attend.size()), items.cost);
   if (!items.merge.empty()) {
     const MergeJob merge = {&job, items.merge.data()};
-    run(kernels->attention_merge, merge, int64_t(items.merge.size()));
+    run(kernels->attention_merge, merge, int64_t(items.merge.size()),
+        items.partials / kMergedPerNanosecond);
   }
   return 0;
 }
@@ -231,37 +246,38 @@ HG_API int32_t hg_paged_attention(const float* q, int64_t q_token_stride, int64_
 HG_API void hg_rms_norm(const float* x, int64_t x_stride, const float* residual,
                         int64_t residual_stride, const float* weight, float* out, float* total,
                         int64_t rows, int64_t size, float eps) {
-  const int64_t per_tile = rows_per_tile(rows, size / 4);
+  const int64_t cost = size / 4, per_tile = rows_per_tile(rows, cost);
   const NormJob job = {x,    residual, weight,   out,      total,           rows,
                        size, per_tile, x_stride, residual_stride, eps};
-  run(kernels->rms_norm, job, divide_up(rows, per_tile));
+  run(kernels->rms_norm, job, divide_up(rows, per_tile), rows * cost);
 }
 
 HG_API void hg_gate(const float* x, int64_t x_stride, float* out, int64_t rows, int64_t size,
                     int32_t activation) {
-  const int64_t per_tile = rows_per_tile(rows, size / 2);
+  const int64_t cost = size / 2, per_tile = rows_per_tile(rows, cost);
   const GateJob job = {x, out, rows, size, per_tile, x_stride, activation};
-  run(kernels->gate, job, divide_up(rows, per_tile));
+  run(kernels->gate, job, divide_up(rows, per_tile), rows * cost);
 }
 
 HG_API void hg_rotary(float* q, int64_t q_token_stride, int64_t q_head_stride, float* k,
                       int64_t k_token_stride, int64_t k_head_stride, const int64_t* positions,
                       const float* cos_sin, int64_t tokens, int32_t heads, int32_t kv_heads,
                       int32_t rotary_dim) {
-  const int64_t per_tile = rows_per_tile(tokens, int64_t(heads + kv_heads) * rotary_dim / 4);
+  const int64_t cost = int64_t(heads + kv_heads) * rotary_dim / 8;
+  const int64_t per_tile = rows_per_tile(tokens, cost);
   const RotaryJob job = {q,        k,        positions,      cos_sin,       tokens,
                          per_tile, q_token_stride, q_head_stride, k_token_stride, k_head_stride,
                          heads,    kv_heads, rotary_dim};
-  run(kernels->rotary, job, divide_up(tokens, per_tile));
+  run(kernels->rotary, job, divide_up(tokens, per_tile), tokens * cost);
 }
 
 HG_API void hg_write_kv(const float* k, int64_t k_token_stride, int64_t k_head_stride,
                         const float* v, int64_t v_token_stride, int64_t v_head_stride, void* k_cache,
                         void* v_cache, int32_t cache_dtype, const int64_t* slots, int64_t tokens,
                         int32_t kv_heads, int32_t head_dim) {
-  const int64_t per_tile = rows_per_tile(tokens, int64_t(kv_heads) * head_dim / 2);
+  const int64_t cost = int64_t(kv_heads) * head_dim / 8, per_tile = rows_per_tile(tokens, cost);
   const WriteKvJob job = {k,        v,        k_cache,        v_cache,       slots,
                           tokens,   per_tile, k_token_stride, k_head_stride, v_token_stride,
                           v_head_stride, kv_heads, head_dim,  cache_dtype};
-  run(kernels->write_kv, job, divide_up(tokens, per_tile));
+  run(kernels->write_kv, job, divide_up(tokens, per_tile), tokens * cost);
 }

@@ -104,7 +104,6 @@ void work(Pool& p) {
 void* worker_main(void* argument) {
   Pool& p = pool();
   const int index = int(reinterpret_cast<intptr_t>(argument));
-  pthread_setname_np(pthread_self(), "headgate-cpu");
   for (;;) {
     const int32_t seen = p.signal.load(std::memory_order_seq_cst);
     if (index >= p.wanted_workers.load(std::memory_order_seq_cst)) return nullptr;
@@ -131,6 +130,7 @@ void start_workers(Pool& p) {
       p.wanted_workers.store(p.started);
       return;
     }
+    pthread_setname_np(p.threads[p.started], "headgate-cpu");
     ++p.started;
   }
 }

@@ -1,0 +1,34 @@
+"""Fixtures of the kernels' tests."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from headgate.kernels import cpu
+from headgate.kernels.cpu import library
+
+
+@pytest.fixture(params=["avx512", "avx2", "generic"])
+def cpu_kernels(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The C++ kernels of one instruction set; fresh tensors are full of NaN, so that what an
+    operation forgets to write is seen."""
+    if shutil.which("g++") is None and not cpu.available():
+        pytest.skip("no compiler, and no library built before")
+    assert cpu.available()
+    loaded = library.load()
+    assert loaded is not None
+    best = loaded.hg_init(b"")
+    if loaded.hg_init(request.param.encode()) is None:
+        loaded.hg_init(best)
+        pytest.skip(f"this machine has no {request.param}")
+    threads = loaded.hg_num_threads()
+    cpu.set_num_threads(2)
+    torch.use_deterministic_algorithms(True)  # which fills new tensors
+    yield request.param
+    torch.use_deterministic_algorithms(False)
+    cpu.set_num_threads(threads)
+    loaded.hg_init(best)
