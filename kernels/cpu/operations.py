@@ -209,9 +209,7 @@ def paged_attention(
     _, heads, dim = q.shape
     tables = attention.block_tables
     if code is None or not _is_rows(q) or dim > _MAX_HEAD_DIM or tables.stride(-1) != 1:
-        return reference.paged_attention(
-            q, k_cache, v_cache, attention, scale, window, soft_cap
-        )
+        return reference.paged_attention(q, k_cache, v_cache, attention, scale, window, soft_cap)
     out = torch.empty(q.shape)
     status = _library().hg_paged_attention(
         q.data_ptr(),

@@ -169,8 +169,6 @@ def test_write_kv_rounds_as_torch_does(dtype: torch.dtype) -> None:
 
 def test_other_dtypes_are_left_to_the_reference() -> None:
     x, weight = random(3, 8).double(), random(8).double()
-    assert torch.equal(
-        operations.rms_norm(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5)
-    )
+    assert torch.equal(operations.rms_norm(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5))
     assert operations.silu_and_mul(x).dtype == torch.float64
     assert operations.linear(x, weight.view(1, 8), None).dtype == torch.float64
