@@ -62,20 +62,25 @@ class Sizes:
         return self.num_blocks * self.block_size
 
 
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """How the model is divided and stored, and the size of a step."""
+
+    device: str
+    num_shard: int
+    threads: int  # per shard
+    dtype: str
+    kv_cache_dtype: str
+    step_tokens: int
+    batch_size: int
+
+
 def work_out_sizes(model: ModelFacts, config: LauncherConfig, hardware: Hardware) -> Sizes:
     """All sizes of a server. Raises LaunchError with one sentence where something cannot be."""
-    device = "cuda" if hardware.gpus and config.kernels != "cpu" else "cpu"
-    num_shard = choose_num_shard(model, config, hardware, device)
-    dtype = choose_dtype(model, config, hardware.gpus if device == "cuda" else ())
-    kv_dtype = config.kv_cache_dtype or (dtype if device == "cuda" else "float32")
-    threads = config.threads_per_shard or max(1, hardware.cores // num_shard)
-    budget = config.max_batch_prefill_tokens or _step_tokens(
-        model, device, min(hardware.cores, threads * num_shard)
-    )
-    batch_size = min(config.max_batch_size or config.max_concurrent_requests, budget)
-    demand = _Demand(model, config, device, num_shard, dtype, kv_dtype, budget, batch_size)
+    shape = choose_shape(model, config, hardware)
+    demand = _Demand(model, config, shape)
     longest = _longest_allowed(model, config)
-    if device == "cuda":
+    if shape.device == "cuda":
         room = _gpu_room(demand, hardware, config)
     else:
         room = (
@@ -85,23 +90,43 @@ def work_out_sizes(model: ModelFacts, config: LauncherConfig, hardware: Hardware
         )
     kv_tokens = _kv_tokens(demand, room, hardware, longest)
     total = _max_total_tokens(config, longest, kv_tokens)
-    given_blocks = device == "cpu" or config.max_batch_total_tokens is not None
+    given_blocks = shape.device == "cpu" or config.max_batch_total_tokens is not None
     return Sizes(
-        device=device,
-        num_shard=num_shard,
-        dtype=dtype,
-        kv_cache_dtype=kv_dtype,
-        threads_per_shard=threads,
+        device=shape.device,
+        num_shard=shape.num_shard,
+        dtype=shape.dtype,
+        kv_cache_dtype=shape.kv_cache_dtype,
+        threads_per_shard=shape.threads,
         max_input_tokens=config.max_input_tokens or total - 1,
         max_total_tokens=total,
-        max_batch_prefill_tokens=budget,
-        max_batch_size=batch_size,
+        max_batch_prefill_tokens=shape.step_tokens,
+        max_batch_size=shape.batch_size,
         block_size=config.block_size,
         num_blocks=kv_tokens // config.block_size if given_blocks else 0,
         weight_bytes=demand.weight_bytes,
         kv_bytes=kv_tokens * demand.kv_bytes_per_token,
         overhead_bytes=demand.overhead_bytes,
-        warnings=_warnings(config, hardware, device, num_shard, threads, budget),
+        warnings=_warnings(config, hardware, shape),
+    )
+
+
+def choose_shape(model: ModelFacts, config: LauncherConfig, hardware: Hardware) -> Shape:
+    """What does not depend on memory. Raises LaunchError."""
+    device = "cuda" if hardware.gpus and config.kernels != "cpu" else "cpu"
+    num_shard = choose_num_shard(model, config, hardware, device)
+    dtype = choose_dtype(model, config, hardware.gpus if device == "cuda" else ())
+    threads = config.threads_per_shard or max(1, hardware.cores // num_shard)
+    step_tokens = config.max_batch_prefill_tokens or _step_tokens(
+        model, device, min(hardware.cores, threads * num_shard)
+    )
+    return Shape(
+        device=device,
+        num_shard=num_shard,
+        threads=threads,
+        dtype=dtype,
+        kv_cache_dtype=config.kv_cache_dtype or (dtype if device == "cuda" else "float32"),
+        step_tokens=step_tokens,
+        batch_size=min(config.max_batch_size or config.max_concurrent_requests, step_tokens),
     )
 
 
@@ -151,31 +176,18 @@ def kv_bytes_per_token(model: ModelFacts, num_shard: int, kv_dtype: str) -> tupl
 class _Demand:
     """What the server needs besides the KV cache, and what each KV token costs."""
 
-    def __init__(
-        self,
-        model: ModelFacts,
-        config: LauncherConfig,
-        device: str,
-        num_shard: int,
-        dtype: str,
-        kv_dtype: str,
-        budget: int,
-        batch_size: int,
-    ) -> None:
+    def __init__(self, model: ModelFacts, config: LauncherConfig, shape: Shape) -> None:
         self.config = config
-        self.device = device
-        self.num_shard = num_shard
-        self.batch_size = batch_size
+        self.device = shape.device
+        self.num_shard = num_shard = shape.num_shard
+        self.batch_size = shape.batch_size
         self.kv_bytes_on_largest, self.kv_bytes_per_token = kv_bytes_per_token(
-            model, num_shard, kv_dtype
+            model, num_shard, shape.kv_cache_dtype
         )
-        item = _ITEM_BYTES[dtype]
         # A CPU computes in float32 and keeps no second copy: dtype only rounds the values.
-        per_weight = 4 if device == "cpu" else item
-        self.weight_bytes = model.parameters * per_weight
-        self.activation_bytes = num_shard * _activation_bytes(
-            model, num_shard, budget, batch_size, 4 if device == "cpu" else item
-        )
+        item = 4 if shape.device == "cpu" else _ITEM_BYTES[shape.dtype]
+        self.weight_bytes = model.parameters * item
+        self.activation_bytes = num_shard * _activation_bytes(model, shape, item)
         self.overhead_bytes = (
             num_shard * SHARD_OVERHEAD
             + ROUTER_OVERHEAD
@@ -184,13 +196,11 @@ class _Demand:
         )
 
 
-def _activation_bytes(
-    model: ModelFacts, num_shard: int, budget: int, batch_size: int, item: int
-) -> int:
+def _activation_bytes(model: ModelFacts, shape: Shape, item: int) -> int:
     hidden = 8 * model.hidden_size
-    mlp = 3 * math.ceil(model.intermediate_size / num_shard)
-    logits = 3 * 4 * batch_size * model.vocab_size  # float32: logits, noise, one sort
-    return budget * (hidden + mlp) * item + logits
+    mlp = 3 * math.ceil(model.intermediate_size / shape.num_shard)
+    logits = 3 * 4 * shape.batch_size * model.vocab_size  # float32: logits, noise, one sort
+    return shape.step_tokens * (hidden + mlp) * item + logits
 
 
 def _step_tokens(model: ModelFacts, device: str, cores: int) -> int:
@@ -288,14 +298,9 @@ def _max_total_tokens(config: LauncherConfig, longest: int, kv_tokens: int) -> i
     return total
 
 
-def _warnings(
-    config: LauncherConfig,
-    hardware: Hardware,
-    device: str,
-    num_shard: int,
-    threads: int,
-    budget: int,
-) -> tuple[str, ...]:
+def _warnings(config: LauncherConfig, hardware: Hardware, shape: Shape) -> tuple[str, ...]:
+    device, num_shard, threads = shape.device, shape.num_shard, shape.threads
+    budget = shape.step_tokens
     found = []
     if hardware.gpu_note:
         found.append(f"running on the CPU: {hardware.gpu_note}")
@@ -334,7 +339,7 @@ def describe(sizes: Sizes, model: ModelFacts, hardware: Hardware) -> list[tuple[
     if sizes.device == "cpu":
         need += sizes.kv_bytes
     return [
-        ("model", f"{model.architecture}, {model.parameters / 1e6:.0f} M parameters"),
+        ("model", f"{model.architecture}, {_millions(model.parameters)} parameters"),
         ("shards", split),
         ("dtype", sizes.dtype + (", float32 arithmetic" if sizes.device == "cpu" else "")),
         ("longest request", f"{sizes.max_total_tokens} tokens (prompt {sizes.max_input_tokens})"),
@@ -352,3 +357,7 @@ def show_bytes(number: int) -> str:
     if number >= GIB:
         return f"{number / GIB:.2f} GiB"
     return f"{max(number, 0) / MIB:.0f} MiB"
+
+
+def _millions(number: int) -> str:
+    return f"{number / 1e6:.1f} M" if number < 10_000_000 else f"{number / 1e6:.0f} M"

@@ -320,7 +320,7 @@ LIMITS = (
         "kv-overcommit",
         Kind.NUMBER,
         "How far admission bets on answers ending early: 0 reserves each request's longest "
-        "answer, 1 admits without looking ahead.",
+        "answer, more admits more requests and preempts more often.",
         default=0.1,
         minimum=0,
         maximum=1,

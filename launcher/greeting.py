@@ -27,7 +27,7 @@ def first_request(config: LauncherConfig, port: int, files: ModelFiles) -> tuple
     url = f"http://{host}:{port}"
     if _has_chat_template(config, Path(files.path)):
         question = {"role": "user", "content": "What is the capital of Japan?"}
-        route, body = "/v1/chat/completions", {"messages": [question], "max_tokens": 32}
+        route, body = "/v1/chat/completions", {"messages": [question], "temperature": 0}
     else:
         parameters = {"max_new_tokens": 16}
         route, body = "/generate", {"inputs": "The capital of Japan is", "parameters": parameters}

@@ -22,10 +22,13 @@ def check_port(hostname: str, port: int, hostname_flag: str, port_flag: str) -> 
     _bound(hostname, port, hostname_flag, port_flag).close()
 
 
-def free_port(hostname: str) -> int:
-    """A port that nothing listens on at the moment. Raises LaunchError."""
-    with _bound(hostname, 0, "--master-addr", "--master-port") as sock:
-        return int(sock.getsockname()[1])
+def reserve_port(hostname: str, port: int, hostname_flag: str, port_flag: str) -> socket.socket:
+    """A bound socket that keeps others from being given the port; 0 takes a free one.
+
+    The process it is meant for can listen on it all the same, as long as it too sets
+    SO_REUSEADDR (nearly all do). Close the socket then. Raises LaunchError.
+    """
+    return _bound(hostname, port, hostname_flag, port_flag)
 
 
 def _bound(hostname: str, port: int, hostname_flag: str, port_flag: str) -> socket.socket:

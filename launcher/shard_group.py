@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -45,11 +46,18 @@ class ShardGroup:
     """The shard processes of one epoch. Create it on the event loop; then await `lost`."""
 
     def __init__(
-        self, epoch: int, addresses: Sequence[str], spawn: SpawnShard, startup_timeout: float
+        self,
+        epoch: int,
+        addresses: Sequence[str],
+        spawn: SpawnShard,
+        startup_timeout: float,
+        meeting: socket.socket | None = None,
     ) -> None:
+        """`meeting`: reserves the port where the shards meet until they have."""
         self.epoch = epoch
         self.addresses = list(addresses)  # where each rank listens
         self.ready = False
+        self._meeting = meeting
         self._ends: list[tuple[Child, Exit]] = []  # in the order of their deaths
         self._judged = asyncio.Event()  # something is wrong
         self._reason = ""
@@ -66,6 +74,7 @@ class ShardGroup:
         """The router serves with this group."""
         self.ready = True
         self._timer.cancel()
+        self._release()
 
     def blame(self, reason: str) -> None:
         """Declares the group lost though its processes may live: hung, or not ready in time."""
@@ -77,6 +86,7 @@ class ShardGroup:
         """Waits until the group is over; no process of it is left then."""
         await self._judged.wait()
         self._timer.cancel()
+        self._release()
         if not self.ready and not self._reason and len(self._watchers) > 1:
             await asyncio.wait(self._watchers, timeout=_CONFESSION_SECONDS)
         culprits = list(self._ends)
@@ -93,6 +103,10 @@ class ShardGroup:
         self._timer.cancel()
         for child in self.children:
             child.kill()
+
+    def _release(self) -> None:
+        if self._meeting is not None:
+            self._meeting.close()
 
     def remove_sockets(self) -> None:
         """Removes what shards that were killed left behind."""

@@ -33,7 +33,7 @@ from headgate.launcher.model_files import (
     with_weights_of,
     write_source,
 )
-from headgate.launcher.ports import bind_http, check_port, free_port
+from headgate.launcher.ports import bind_http, check_port, reserve_port
 from headgate.launcher.process import CONFIGURATION_ERROR, Child, Exit, Reaper
 from headgate.launcher.restart_policy import RestartPolicy
 from headgate.launcher.run_directory import RunDirectory
@@ -249,12 +249,10 @@ class Supervisor:
 
     def _start_group(self, epoch: int) -> ShardGroup:
         config, world = self._config, self._sizes.num_shard
-        port = config.master_port
-        if epoch > 1 or port is None:
-            port = free_port(config.master_addr)
-        elif world > 1:
-            check_port(config.master_addr, port, "--master-addr", "--master-port")
-        path, master = self._run.path / "shard.json", (config.master_addr, port)
+        port = config.master_port if epoch == 1 and world > 1 else None
+        meeting = reserve_port(config.master_addr, port or 0, "--master-addr", "--master-port")
+        path = self._run.path / "shard.json"
+        master = (config.master_addr, int(meeting.getsockname()[1]))
         addresses = [
             self._run.shard_address(config.shard_uds_path, rank).replace("{epoch}", str(epoch))
             for rank in range(world)
@@ -263,7 +261,7 @@ class Supervisor:
         def spawn(rank: int, epoch: int) -> Child:
             return self._spawn.shard(path, rank, world, epoch, master)
 
-        return ShardGroup(epoch, addresses, spawn, config.startup_timeout)
+        return ShardGroup(epoch, addresses, spawn, config.startup_timeout, meeting)
 
     def _last_words(self, child: Child, end: Exit) -> None:
         if end.code != CONFIGURATION_ERROR and child.last_words:
