@@ -38,6 +38,7 @@ new_root() {
     root=$work/$1
     shift
     cp -a "$bare" "$root"
+    mount --bind "$root" "$root" # a mount point, as the root of namespaces made inside must be
     mount -t proc proc "$root/proc"
     mount --bind /dev "$root/dev"
     mount -t tmpfs -o size=64m,mode=1777 shm "$root/dev/shm" # as much as Docker gives
