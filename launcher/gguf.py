@@ -121,7 +121,10 @@ def _convert_into(source: Path, target: Path, report: Report) -> None:
     tensors = _plan_tensors(model, config)
     part = Path(tempfile.mkdtemp(prefix=f".{target.name}.part-", dir=target.parent))
     try:
-        write_tokenizer(part, model.metadata, config)
+        try:
+            write_tokenizer(part, model.metadata, config)
+        except GgufError as error:
+            raise GgufError(f"{model.name}: {error}") from error
         eos = config["eos_token_id"]
         _write_json(part / "config.json", config)
         _write_json(

@@ -70,7 +70,17 @@ def write_tokenizer(directory: Path, metadata: Metadata, config: Mapping[str, An
         raise GgufError(f"metadata {needed} is missing, without which there is no tokenizer")
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]
     types = metadata.get("tokenizer.ggml.token_type") or [TokenType.NORMAL] * len(tokens)
-    tokenizer, add_bos = BUILDERS[kind](metadata, tokens, types)
+    if not len(tokens) == len(types) <= config["vocab_size"]:
+        raise GgufError(
+            f"{len(tokens)} tokens, {len(types)} token types and {config['vocab_size']} rows of "
+            "embeddings do not belong together"
+        )
+    try:
+        tokenizer, add_bos = BUILDERS[kind](metadata, tokens, types)
+    except Exception as error:  # the tokenizers package has no error type of its own
+        if isinstance(error, GgufError):
+            raise
+        raise GgufError(f"the tokenizer's metadata contradicts itself ({error})") from error
     add_bos = bool(metadata.get("tokenizer.ggml.add_bos_token", add_bos))
     add_eos = bool(metadata.get("tokenizer.ggml.add_eos_token", False))
     _add_special_tokens(tokenizer, tokens, types)

@@ -337,6 +337,8 @@ def test_command_line(tmp_path: Path) -> None:
         ({"metadata": {"tokenizer.ggml.model": "t5"}}, "tokenizer model 't5' is not supported"),
         ({"metadata": {"tokenizer.ggml.pre": "tekken"}}, "pre-tokenizer 'tekken'"),
         ({"metadata": {"tokenizer.ggml.merges": None}}, "tokenizer.ggml.merges is missing"),
+        ({"metadata": {"tokenizer.ggml.merges": ["h e", "x yz"]}}, "contradicts itself"),
+        ({"metadata": {"tokenizer.ggml.token_type": [1, 1]}}, "300 tokens, 2 token types"),
         ({"arch": "gemma3"}, "architecture 'gemma3' is not supported"),
         ({"extra_tensors": {"blk.0.ssm_a": np.ones(4, np.float32)}}, "'blk.0.ssm_a' is not one"),
         ({"without": ("token_embd.weight",)}, "'token_embd.weight' is missing"),
