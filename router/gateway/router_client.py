@@ -13,7 +13,7 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import grpc
@@ -108,6 +108,9 @@ class RouterClient:
         self.state = state
         self._address = config.router_address
         self._timeout = config.router_timeout
+        # The router asks every caller for the key; the gateway has checked its own clients'.
+        key = config.api_key
+        self._metadata = (("authorization", f"Bearer {key}"),) if key else ()
         index = os.environ.get("HEADGATE_GATEWAY_INDEX", "0")
         self._gateway_id = f"gateway-{index}-{uuid.uuid4().hex}"
         self._calls: dict[int, Call] = {}
@@ -171,7 +174,9 @@ class RouterClient:
         """Raises RouterError."""
         try:
             request = router_pb2.TokenizeRequest(text=text)
-            answer = await self._connected().Tokenize(request, timeout=_UNARY_TIMEOUT)
+            answer = await self._connected().Tokenize(
+                request, timeout=_UNARY_TIMEOUT, metadata=self._metadata
+            )
         except grpc.RpcError as error:
             raise from_rpc_error(error) from None
         return answer.tokens
@@ -180,7 +185,9 @@ class RouterClient:
         """The router's registry in Prometheus' text format. Raises RouterError."""
         try:
             request = router_pb2.MetricsRequest()
-            answer = await self._connected().Metrics(request, timeout=_UNARY_TIMEOUT)
+            answer = await self._connected().Metrics(
+                request, timeout=_UNARY_TIMEOUT, metadata=self._metadata
+            )
         except grpc.RpcError as error:
             raise from_rpc_error(error) from None
         return answer.text
@@ -211,12 +218,19 @@ class RouterClient:
         if call.paused:
             self._post(router_pb2.ClientMessage(pause=call.key))
 
-    async def _outgoing(
-        self, outbox: asyncio.Queue[router_pb2.ClientMessage]
-    ) -> AsyncIterator[router_pb2.ClientMessage]:
-        yield router_pb2.ClientMessage(hello=router_pb2.Hello(gateway_id=self._gateway_id))
-        while True:
-            yield await outbox.get()
+    async def _write(
+        self,
+        stream: grpc.aio.StreamStreamCall,
+        outbox: asyncio.Queue[router_pb2.ClientMessage],
+    ) -> None:
+        """Sends what is put into the outbox until the stream ends; its reader tells why it did."""
+        hello = router_pb2.Hello(gateway_id=self._gateway_id)
+        try:
+            await stream.write(router_pb2.ClientMessage(hello=hello))
+            while True:
+                await stream.write(await outbox.get())
+        except (grpc.RpcError, asyncio.InvalidStateError):
+            return
 
     # ------------------------------------------------------------ connection
 
@@ -238,11 +252,16 @@ class RouterClient:
                 ) as channel:
                     stub = router_pb2_grpc.RouterStub(channel)
                     outbox: asyncio.Queue[router_pb2.ClientMessage] = asyncio.Queue()
-                    async for message in stub.Multiplex(self._outgoing(outbox)):
-                        if connected_at is None:
-                            connected_at = time.monotonic()
-                            self._stub, self._outbox = stub, outbox
-                        self._receive(message)
+                    stream = stub.Multiplex(metadata=self._metadata)
+                    writer = asyncio.create_task(self._write(stream, outbox))
+                    try:
+                        async for message in stream:
+                            if connected_at is None:
+                                connected_at = time.monotonic()
+                                self._stub, self._outbox = stub, outbox
+                            self._receive(message)
+                    finally:
+                        writer.cancel()
             except grpc.RpcError as error:
                 logger.debug("no router", extra={"fields": {"cause": str(error.code())}})
             except Exception:
