@@ -52,7 +52,7 @@ def linear(
     if bias is not None and not (_is_rows(bias) and bias.shape == (weight.columns,)):
         raise ValueError(f"linear's bias must be float32[{weight.columns}]")
     rows = _as_matrix(x)
-    out = torch.empty((*x.shape[:-1], weight.columns))
+    out = torch.empty((*x.shape[:-1], weight.columns), dtype=torch.float32)
     status = _library().hg_linear(
         rows.data_ptr(),
         rows.shape[0],
@@ -79,7 +79,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     if not (_is_rows(x) and _is_rows(weight)):
         return reference.rms_norm(x, weight, eps)
     rows = _as_matrix(x)
-    out = torch.empty(x.shape)
+    out = torch.empty(x.shape, dtype=torch.float32)
     _library().hg_rms_norm(
         rows.data_ptr(),
         rows.stride(0),
@@ -101,7 +101,8 @@ def rms_norm_residual(
     if not (_is_rows(x) and _is_rows(residual) and _is_rows(weight)):
         return reference.rms_norm_residual(x, residual, weight, eps)
     rows, residual_rows = _as_matrix(x), _as_matrix(residual)
-    out, total = torch.empty(x.shape), torch.empty(x.shape)
+    out = torch.empty(x.shape, dtype=torch.float32)
+    total = torch.empty(x.shape, dtype=torch.float32)
     _library().hg_rms_norm(
         rows.data_ptr(),
         rows.stride(0),
@@ -130,7 +131,7 @@ def gelu_and_mul(x: torch.Tensor, tanh: bool) -> torch.Tensor:
 def _gate(x: torch.Tensor, activation: int) -> torch.Tensor:
     rows = _as_matrix(x)
     size = x.shape[-1] // 2
-    out = torch.empty((*x.shape[:-1], size))
+    out = torch.empty((*x.shape[:-1], size), dtype=torch.float32)
     _library().hg_gate(
         rows.data_ptr(), rows.stride(0), out.data_ptr(), rows.shape[0], size, activation
     )
@@ -176,7 +177,8 @@ def write_kv(
     slot_mapping: torch.Tensor,
 ) -> None:
     code = _cache_code(k_cache, v_cache)
-    if code is None or not (_is_rows(k) and _is_rows(v) and slot_mapping.is_contiguous()):
+    plain = slot_mapping.is_contiguous() and slot_mapping.dtype == torch.int64
+    if code is None or not (plain and _is_rows(k) and _is_rows(v)):
         reference.write_kv(k, v, k_cache, v_cache, slot_mapping)
         return
     _library().hg_write_kv(
@@ -208,9 +210,10 @@ def paged_attention(
     code = _cache_code(k_cache, v_cache)
     _, heads, dim = q.shape
     tables = attention.block_tables
-    if code is None or not _is_rows(q) or dim > _MAX_HEAD_DIM or tables.stride(-1) != 1:
+    plain = tables.stride(-1) == 1 and tables.dtype == torch.int32
+    if code is None or not (plain and _is_rows(q)) or dim > _MAX_HEAD_DIM:
         return reference.paged_attention(q, k_cache, v_cache, attention, scale, window, soft_cap)
-    out = torch.empty(q.shape)
+    out = torch.empty(q.shape, dtype=torch.float32)
     status = _library().hg_paged_attention(
         q.data_ptr(),
         q.stride(0),

@@ -32,7 +32,7 @@ struct Pool {
   alignas(64) std::atomic<int32_t> signal{0};   // bumped for each job; sleeping workers wait on it
   std::atomic<int32_t> sleepers{0};
   std::atomic<int32_t> wanted_workers{0};       // workers with an index from here on end themselves
-  std::atomic<int32_t> spin_microseconds{50};
+  std::atomic<int32_t> spin_microseconds{20};
   TileFunction function = nullptr;
   const void* job = nullptr;
   std::mutex turn;  // one job at a time
