@@ -1,0 +1,158 @@
+// Scores of a block of keys, and their softmax so far, in the two ways that attention.h tells of.
+#pragma once
+
+#include "attention_tile.h"
+
+namespace {
+
+using namespace headgate;
+
+HG_INLINE vf cap_scores(vf s, float cap) {
+  return cap > 0 ? set1(cap) * tanh_v(s / set1(cap)) : s;
+}
+
+// ---- few query rows: vectors over keys ----
+
+template <int Q>
+void score_few(Tile& t, int group_first, int group_last) {
+  const float cap = t.job->soft_cap;
+  for (int g = group_first; g < group_last; ++g) {
+    int fetch = g * VL, fetch_due = 0;
+    vf s[Q];
+#pragma GCC unroll 8
+    for (int i = 0; i < Q; ++i) s[i] = set1(0.0f);
+    for (int d = 0; d < t.dim; d += 4) {
+      vf k[4];
+      load_columns4(t.keys + g * VL, d, k);
+      for (fetch_due += 4 * VL; fetch_due >= t.dim; fetch_due -= t.dim, ++fetch)
+        if (fetch < t.ahead) fetch_ahead(t, t.job->k_cache, fetch);
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j)
+#pragma GCC unroll 8
+        for (int i = 0; i < Q; ++i) s[i] = fma(set1(t.q[i * t.dim + d + j]), k[j], s[i]);
+    }
+    for (int i = 0; i < Q; ++i) store(t.weights + i * kKeyBlock + g * VL, cap_scores(s[i], cap));
+  }
+}
+
+void soften_few(Tile& t, int32_t base, int group_first, int group_last) {
+  const vf hidden = set1(-__builtin_inff());
+  for (int i = 0; i < t.queries; ++i) {
+    float* weights = t.weights + i * kKeyBlock;
+    const vi low = set1i(t.low[i]), high = set1i(t.high[i]);
+    vf top = set1(t.part.maximum[i]);
+    for (int g = group_first; g < group_last; ++g) {
+      const vi at = add_int(set1i(base + g * VL), iota());
+      const vf s = if_within(at, low, high, load(weights + g * VL), hidden);
+      store(weights + g * VL, s);
+      top = vmax(top, s);
+    }
+    const float maximum = max_lanes(top);
+    t.decay[i] = t.part.maximum[i] - maximum;
+    t.part.maximum[i] = maximum;
+  }
+  for (int i = 0; i < t.queries; i += VL) {
+    if (i + VL <= kQueryTile) store(t.decay + i, exp_v(load(t.decay + i)));
+  }
+  for (int i = 0; i < t.queries; ++i) {
+    float* weights = t.weights + i * kKeyBlock;
+    const vf maximum = set1(t.part.maximum[i]);
+    vf sum = load(t.part_sums + i * VL) * set1(t.decay[i]);
+    for (int g = group_first; g < group_last; ++g) {
+      const vf p = exp_v(load(weights + g * VL) - maximum);
+      store(weights + g * VL, p);
+      sum = sum + p;
+    }
+    store(t.part_sums + i * VL, sum);
+  }
+}
+
+// ---- many query rows: vectors over query rows ----
+
+// Scores of K keys for V vectors of query rows.
+template <int K, int V>
+void score_many_tile(const float* const* keys, const float* q, int padded, int dim, float* out,
+                     float cap) {
+  vf s[K][V];
+#pragma GCC unroll 8
+  for (int k = 0; k < K; ++k)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) s[k][v] = set1(0.0f);
+  const float* row[K];
+#pragma GCC unroll 8
+  for (int k = 0; k < K; ++k) row[k] = keys[k];
+  for (int d = 0; d < dim; ++d) {
+    vf x[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) x[v] = load(q + d * padded + v * VL);
+#pragma GCC unroll 8
+    for (int k = 0; k < K; ++k) {
+      const vf y = set1(row[k][d]);
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) s[k][v] = fma(y, x[v], s[k][v]);
+    }
+  }
+  for (int k = 0; k < K; ++k)
+    for (int v = 0; v < V; ++v) store(out + k * padded + v * VL, cap_scores(s[k][v], cap));
+}
+
+template <int V>
+void score_many_columns(Tile& t, int column, int first, int last) {
+  const float cap = t.job->soft_cap;
+  const float* q = t.q + column * VL;
+  float* out = t.weights + column * VL;
+  const int padded = t.padded_queries;
+  int k = first;
+  for (; k + kRows <= last; k += kRows)
+    score_many_tile<kRows, V>(t.keys + k, q, padded, t.dim, out + k * padded, cap);
+  for (; k + 4 <= last; k += 4)
+    score_many_tile<4, V>(t.keys + k, q, padded, t.dim, out + k * padded, cap);
+  for (; k < last; ++k)
+    score_many_tile<1, V>(t.keys + k, q, padded, t.dim, out + k * padded, cap);
+}
+
+void score_many(Tile& t, int first, int last) {
+  const int vectors = t.padded_queries / VL;
+  int v = 0;
+  for (; v + kVectors <= vectors; v += kVectors) score_many_columns<kVectors>(t, v, first, last);
+  if constexpr (kVectors == 4) {
+    if (vectors - v == 3) score_many_columns<3>(t, v, first, last);
+    if (vectors - v == 2) score_many_columns<2>(t, v, first, last);
+  }
+  if (vectors - v == 1) score_many_columns<1>(t, v, first, last);
+}
+
+// Keys [first, last) of the block at `base`; `edge`: some query does not see all of them.
+void soften_many(Tile& t, int32_t base, int first, int last, bool edge) {
+  const vf hidden = set1(-__builtin_inff());
+  const int padded = t.padded_queries;
+  for (int c = 0; c < padded; c += VL) {
+    float* weights = t.weights + c;
+    const vi low = load_int(t.low + c), high = load_int(t.high + c);
+    const vf before = load(t.part.maximum + c);
+    vf top = before;
+    for (int k = first; k < last; ++k) {
+      vf s = load(weights + k * padded);
+      if (edge) {
+        s = if_within(set1i(base + k), low, high, s, hidden);
+        store(weights + k * padded, s);
+      }
+      top = vmax(top, s);
+    }
+    const vf decay = exp_v(before - top);
+    store(t.part.maximum + c, top);
+    store(t.decay + c, decay);
+    for (int lane = 0; lane < VL; ++lane) {
+      float* sum = t.part_sums + lane * padded + c;
+      store(sum, load(sum) * decay);
+    }
+    for (int k = first; k < last; ++k) {
+      const vf p = exp_v(load(weights + k * padded) - top);
+      store(weights + k * padded, p);
+      float* sum = t.part_sums + k % VL * padded + c;
+      store(sum, load(sum) + p);
+    }
+  }
+}
+
+}  // namespace
