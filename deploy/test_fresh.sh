@@ -43,6 +43,7 @@ new_root() {
     mount --bind /dev "$root/dev"
     mount -t tmpfs -o size=64m,mode=1777 shm "$root/dev/shm" # as much as Docker gives
     cp -L /etc/resolv.conf "$root/etc/resolv.conf"
+    echo "127.0.0.1 localhost" >"$root/etc/hosts" # which installers and Docker write
     cp -L /etc/ssl/certs/ca-certificates.crt "$root$certificates"
     for settings in /etc/pip.conf /etc/xdg/pip; do
         [ -e "$settings" ] && mkdir -p "$root$(dirname "$settings")" && cp -rL "$settings" "$root$settings"
