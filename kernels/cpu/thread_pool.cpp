@@ -24,6 +24,8 @@ constexpr uint64_t kCountMask = (1ull << kCountBits) - 1;
 // Idle workers may step past the last tile, once each: room is left for them.
 constexpr int64_t kMaxTiles = (1 << kCountBits) - 65536;
 constexpr int kMaxThreads = 1024;
+// A tile of attention keeps half a megabyte on the stack.
+constexpr size_t kStackBytes = 4 << 20;
 
 struct Pool {
   alignas(64) std::atomic<uint64_t> claims{0};  // job number | tiles | next tile
@@ -123,16 +125,20 @@ void wake_workers(Pool& p) {
 
 void start_workers(Pool& p) {
   const int wanted = p.wanted_workers.load(std::memory_order_relaxed);
+  pthread_attr_t attributes;
+  pthread_attr_init(&attributes);
+  pthread_attr_setstacksize(&attributes, kStackBytes);
   while (p.started < wanted) {
     void* index = reinterpret_cast<void*>(intptr_t(p.started));
-    if (pthread_create(&p.threads[p.started], nullptr, worker_main, index) != 0) {
+    if (pthread_create(&p.threads[p.started], &attributes, worker_main, index) != 0) {
       // The system grants no more threads: the job is done by those there are.
       p.wanted_workers.store(p.started);
-      return;
+      break;
     }
     pthread_setname_np(p.threads[p.started], "headgate-cpu");
     ++p.started;
   }
+  pthread_attr_destroy(&attributes);
 }
 
 // A forked child has no workers; it starts its own when it runs its first job.
