@@ -120,6 +120,8 @@ def child_environment(
     environment["LOG_LEVEL"] = log_level(environment)
     environment.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     environment.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # torch's idle threads would spin on the cores that the kernels' and the router's threads need.
+    environment.setdefault("OMP_WAIT_POLICY", "passive")
     if not environment.get("HF_TOKEN") and environment.get("HF_API_TOKEN"):
         environment["HF_TOKEN"] = environment["HF_API_TOKEN"]
     if config.huggingface_hub_cache:

@@ -38,6 +38,10 @@ VARIABLES: tuple[Variable, ...] = (
         "The GPUs of a container, read where CUDA_VISIBLE_DEVICES is not set.",
     ),
     Variable("HEADGATE_CACHE", "Directory of converted models."),
+    Variable(
+        "HEADGATE_CPU_ISA",
+        "avx512, avx2 or generic: instructions for the CPU kernels (default: the best there are).",
+    ),
     Variable("XDG_CACHE_HOME", "Else they are in `headgate` below this one (default ~/.cache)."),
     Variable(
         "ATTENTION",
