@@ -89,7 +89,9 @@ check_readme() {
     inside useradd --create-home person
     copy_repository /home/person/headgate
     inside chown -R person:person /home/person
-    inside setpriv --reuid=person --regid=person --clear-groups env HOME=/home/person USER=person \
+    # Process numbers of its own, so that what is left after Ctrl-C can only be ours.
+    inside unshare --mount --pid --fork --kill-child --mount-proc \
+        setpriv --reuid=person --regid=person --clear-groups env HOME=/home/person USER=person \
         FRESH_SKIP_TESTS="${FRESH_SKIP_TESTS:-}" TORCH_INDEX="${TORCH_INDEX:-}" \
         sh -c 'cd ~/headgate && exec python3 deploy/fresh_readme.py'
 }
