@@ -22,6 +22,7 @@ GPU_STEP_TOKENS = 4096  # TGI's default
 STEP_SECONDS = 0.150  # a CPU step should take no longer: it bounds latency between tokens
 CORE_FLOPS = 60e9  # float32, sustained, one core
 CPU_STEP_TOKENS = (128, 512)
+CPU_MOST_STEP_TOKENS = 1024  # a budget made for a GPU would let one step hold up all others
 SMALLEST_KV_TOKENS = 512  # less is no use, so it is too little memory
 FALLBACK_POSITIONS = 4096  # for a model that does not say how long it may get
 
@@ -119,6 +120,8 @@ def choose_shape(model: ModelFacts, config: LauncherConfig, hardware: Hardware) 
     step_tokens = config.max_batch_prefill_tokens or _step_tokens(
         model, device, min(hardware.cores, threads * num_shard)
     )
+    if device == "cpu":
+        step_tokens = min(step_tokens, CPU_MOST_STEP_TOKENS)
     return Shape(
         device=device,
         num_shard=num_shard,
@@ -313,6 +316,11 @@ def _warnings(config: LauncherConfig, hardware: Hardware, shape: Shape) -> tuple
         found.append(
             f"/dev/shm has only {show_bytes(hardware.shm_free)}, which NCCL may find too small: "
             "start the container with --shm-size 1g"
+        )
+    if config.max_batch_prefill_tokens and config.max_batch_prefill_tokens > budget:
+        found.append(
+            f"--max-batch-prefill-tokens {config.max_batch_prefill_tokens} is cut to {budget}, "
+            "the most that a step computes on a CPU"
         )
     if config.max_batch_size and config.max_batch_size > budget:
         found.append(

@@ -282,7 +282,7 @@ LIMITS = (
     Flag(
         "max-batch-prefill-tokens",
         Kind.INTEGER,
-        "Most tokens that one step computes.",
+        "Most tokens that one step computes; on a CPU never more than 1024.",
         minimum=1,
         default_text="a step of about 150 ms on a CPU (128 to 512), 4096 on a GPU",
     ),

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from headgate.launcher.errors import LaunchError
+
 LONGEST_SOCKET_PATH = 100  # bytes; the kernel takes 107
 PHASES = ("downloading", "loading", "ready", "recovering", "draining", "failed")
 
@@ -40,8 +42,18 @@ class RunDirectory:
         return self.path / "status.json"
 
     def shard_address(self, prefix: str, rank: int) -> str:
-        """A shard's socket; "{epoch}" stands for the epoch, also in the name of the file."""
+        """A shard's socket; "{epoch}" stands for the epoch, also in the name of the file.
+
+        `prefix`: what --shard-uds-path says; its directory is made. Raises LaunchError.
+        """
         start = prefix or str(self.path / "shard")
+        if prefix:
+            try:
+                Path(prefix).absolute().parent.mkdir(0o700, parents=True, exist_ok=True)
+            except OSError as error:
+                raise LaunchError(
+                    f"The directory of --shard-uds-path {prefix} cannot be made: {error.strerror}."
+                ) from None
         return f"unix:{os.path.abspath(start)}-{{epoch}}-{rank}" + ("" if prefix else ".sock")
 
     def write_config(self, name: str, values: Mapping[str, Any]) -> Path:

@@ -11,15 +11,20 @@ from headgate.shard.model_runner import ModelRunner
 
 # Of the device's memory; the rest is for fragmentation and what the libraries take later.
 _USABLE = 0.95
+# A CPU's memory was divided by the launcher: there it is enough to touch every kernel once.
+_CPU_TOKENS = 128
 
 
 def warm_up(runner: ModelRunner, max_tokens: int, max_rows: int) -> int:
     """Runs a step of `max_tokens` tokens and one of `max_rows` rows (0: as many as can be).
 
+    On a CPU both are cut to 128, since memory is not what is found out there.
     Returns the KV blocks that fit. All ranks must call it together. Drops the KV cache there was.
     Raises ModelError where these steps don't fit, or no block does.
     """
     config = runner.config
+    if config.device == "cpu":
+        max_tokens = min(max_tokens, _CPU_TOKENS)
     plans = _plans(runner, max_tokens, min(max_rows or max_tokens, max_tokens))
     num_blocks = max(sum(len(row.block_ids) for row in plan.new_rows) for plan in plans)
     cuda = config.device == "cuda"

@@ -112,6 +112,12 @@ def test_given_sizes_are_taken() -> None:
     assert (found.dtype, found.threads_per_shard) == ("float32", 1)
 
 
+def test_a_step_budget_made_for_a_gpu_is_cut_on_a_cpu() -> None:
+    found = sizes("--max-batch-prefill-tokens 16384")
+    assert found.max_batch_prefill_tokens == 1024
+    assert any("16384 is cut to 1024" in warning for warning in found.warnings)
+
+
 def test_requests_are_no_longer_than_the_cache() -> None:
     assert sizes("--max-batch-total-tokens 1024").max_total_tokens == 1024
 
