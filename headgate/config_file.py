@@ -23,9 +23,7 @@ def load_config(cls: type[T], path: str | Path) -> T:
     known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
     unknown = sorted(data.keys() - known.keys())
     required = {
-        name
-        for name, f in known.items()
-        if f.default is MISSING and f.default_factory is MISSING
+        name for name, f in known.items() if f.default is MISSING and f.default_factory is MISSING
     }
     missing = sorted(required - data.keys())
     if unknown or missing:

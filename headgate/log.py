@@ -44,5 +44,6 @@ def set_up_logging(process: str, level: str | None = None) -> None:
     handler.setFormatter(JsonLines(process))
     root = logging.getLogger()
     root.handlers[:] = [handler]
-    root.setLevel({"trace": "DEBUG", "warn": "WARNING"}.get(name, name.upper())
-                  if name in LEVELS else "INFO")
+    root.setLevel(
+        {"trace": "DEBUG", "warn": "WARNING"}.get(name, name.upper()) if name in LEVELS else "INFO"
+    )

@@ -102,7 +102,5 @@ class ShardIdentity:
     def address(self, config: ShardConfig) -> str:
         """Where this rank listens. Raises ConfigError where the file names no address for it."""
         if len(config.addresses) != self.world_size:
-            raise ConfigError(
-                f"{len(config.addresses)} addresses for {self.world_size} shards"
-            )
+            raise ConfigError(f"{len(config.addresses)} addresses for {self.world_size} shards")
         return config.addresses[self.rank].replace("{epoch}", str(self.epoch))

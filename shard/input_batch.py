@@ -208,9 +208,7 @@ class InputBatch:
     def _check_blocks(self, blocks: Sequence[int], owner: str) -> None:
         for block in blocks:
             if not 0 <= block < self.limits.num_blocks:
-                raise PlanError(
-                    f"{owner} refers to block {block} of {self.limits.num_blocks}"
-                )
+                raise PlanError(f"{owner} refers to block {block} of {self.limits.num_blocks}")
 
     def _schedule(self, plan: StepPlan) -> ScheduledRows:
         if len(plan.rows) != len(plan.counts):

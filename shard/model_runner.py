@@ -133,9 +133,7 @@ class ModelRunner:
         finally:
             self.heartbeat.busy = False
 
-    def _step(
-        self, plan: StepPlan, is_current: Callable[[], bool], problem: str
-    ) -> StepResult:
+    def _step(self, plan: StepPlan, is_current: Callable[[], bool], problem: str) -> StepResult:
         started = time.perf_counter_ns()
         answer = StepResult(plan.epoch, plan.sequence)
         scheduled: ScheduledRows | None = None
@@ -157,9 +155,7 @@ class ModelRunner:
         done = time.perf_counter_ns()
         return replace(answer, forward_ns=done - forward, total_ns=done - started)
 
-    def _prepare(
-        self, plan: StepPlan
-    ) -> tuple[ScheduledRows | None, StepInputs | None, str]:
+    def _prepare(self, plan: StepPlan) -> tuple[ScheduledRows | None, StepInputs | None, str]:
         """(rows, inputs, ""), or (None, None, why the plan is refused); no inputs without rows."""
         try:
             self._check_order(plan)

@@ -132,9 +132,7 @@ class ShardService(shard_pb2_grpc.ShardServicer):
             self._thread.post(self._runner.reset)
         return stream
 
-    def _read_plans(
-        self, messages: Iterator[shard_pb2.StepPlan], stream: StepStream
-    ) -> None:
+    def _read_plans(self, messages: Iterator[shard_pb2.StepPlan], stream: StepStream) -> None:
         try:
             for message in messages:
                 plan, problem = _decode(message)

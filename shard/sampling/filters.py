@@ -65,9 +65,7 @@ def _best(scores: FloatArray, count: int) -> npt.NDArray[np.bool_]:
     return _down_to(scores, np.partition(scores, place)[place], count)
 
 
-def _down_to(
-    scores: FloatArray, edge: np.float32, count: int
-) -> npt.NDArray[np.bool_]:
+def _down_to(scores: FloatArray, edge: np.float32, count: int) -> npt.NDArray[np.bool_]:
     """Mask of the `count` best, where `edge` is the count-th best score."""
     kept = scores > edge
     ties = np.flatnonzero(scores == edge)

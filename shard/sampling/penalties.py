@@ -17,9 +17,7 @@ def has_penalty(params: npt.NDArray[np.void]) -> npt.NDArray[np.bool_]:
     )
 
 
-def apply_penalties(
-    scores: npt.NDArray[np.float32], history: History, params: np.void
-) -> None:
+def apply_penalties(scores: npt.NDArray[np.float32], history: History, params: np.void) -> None:
     """Penalises the history's tokens, in place. scores: float32[vocab]; params: the row's record.
 
     Repetition (of prompt and output) divides positive and multiplies negative scores, once per

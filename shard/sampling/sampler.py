@@ -76,9 +76,7 @@ def _choose(scores: npt.NDArray[np.float32], rows: SampledRows, index: int) -> i
     return int(candidates.ids[(candidates.scores + noise).argmax()])
 
 
-def _candidates(
-    scores: npt.NDArray[np.float32], best: int, params: np.void
-) -> Candidates:
+def _candidates(scores: npt.NDArray[np.float32], best: int, params: np.void) -> Candidates:
     """The tokens that have a chance; the best one's score is 0."""
     temperature = params["temperature"]
     floor = scores[best] - np.float32(_HOPELESS) * temperature

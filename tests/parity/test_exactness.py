@@ -70,7 +70,9 @@ def assert_same(answers: list[Answer], expected: list[Answer]) -> None:
 def company(count: int) -> list[Job]:
     rng = random.Random(9)
     return [
-        Job(random_prompt(100 + i, rng.randrange(1, 60)), replace(SEEDED, seed=i, max_new_tokens=12))
+        Job(
+            random_prompt(100 + i, rng.randrange(1, 60)), replace(SEEDED, seed=i, max_new_tokens=12)
+        )
         for i in range(count)
     ]
 

@@ -114,9 +114,7 @@ def ask_for_japan(server: LiveServer) -> str:
     return response.json()["choices"][0]["message"]["content"]
 
 
-def test_chat_knows_the_capital_of_japan(
-    server: LiveServer, server_2_shards: LiveServer
-) -> None:
+def test_chat_knows_the_capital_of_japan(server: LiveServer, server_2_shards: LiveServer) -> None:
     assert "Tokyo" in ask_for_japan(server)
     assert "Tokyo" in ask_for_japan(server_2_shards)
 

@@ -16,7 +16,9 @@ from tests.server.live_server import ROOT, LiveServer, launched
 
 QUESTION = [{"role": "user", "content": "What is the capital of Japan?"}]
 # `text-generation` pins an old huggingface_hub, so `make test` gives it an environment of its own.
-TGI_CLIENT_PYTHON = Path(os.environ.get("TGI_CLIENT_VENV", ROOT / ".venv-tgi-client")) / "bin/python"
+TGI_CLIENT_PYTHON = (
+    Path(os.environ.get("TGI_CLIENT_VENV", ROOT / ".venv-tgi-client")) / "bin/python"
+)
 
 
 @pytest.fixture

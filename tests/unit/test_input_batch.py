@@ -178,9 +178,7 @@ def test_an_ended_row_is_dead_in_later_plans() -> None:
     target = batch()
     run(target, [EOS, 3], new_rows=[new_row(1), new_row(2)], rows=[1, 2], counts=[5, 5])
     # The router knows nothing of the end yet: it schedules the row and gives it blocks.
-    scheduled = target.apply(
-        plan(rows=[1, 2], counts=[1, 1], block_rows=[1], block_ids=[9])
-    )
+    scheduled = target.apply(plan(rows=[1, 2], counts=[1, 1], block_rows=[1], block_ids=[9]))
     assert target.ids[scheduled.slots].tolist() == [2]
     assert not len(target.apply(plan(rows=[1], counts=[9])).slots)
 

@@ -162,7 +162,8 @@ def test_every_field_of_a_message_is_in_the_schema() -> None:
         shard_pb2.NewRow.DESCRIPTOR.fields_by_name
     )
     assert [end.name for end in RowEnd] == [
-        name.removeprefix("ROW_END_") for name in shard_pb2.RowEnd.keys()  # noqa: SIM118
+        name.removeprefix("ROW_END_")
+        for name in shard_pb2.RowEnd.keys()  # noqa: SIM118
     ]
 
 

@@ -298,9 +298,7 @@ class Ranks:
     def step(self, *plans: StepPlan) -> list[StepResult]:
         """One plan for both, or one for each."""
         first, second = plans * 2 if len(plans) == 1 else plans
-        return self.run(
-            lambda: self.runners[0].step(first), lambda: self.runners[1].step(second)
-        )
+        return self.run(lambda: self.runners[0].step(first), lambda: self.runners[1].step(second))
 
 
 @pytest.fixture

@@ -44,9 +44,7 @@ def sampled_rows(rows: Sequence[Row]) -> SampledRows:
         histories={
             index: history(rows[index]) for index in np.flatnonzero(has_penalty(params)).tolist()
         },
-        banned={
-            index: np.array(entry.banned) for index, entry in enumerate(rows) if entry.banned
-        },
+        banned={index: np.array(entry.banned) for index, entry in enumerate(rows) if entry.banned},
     )
 
 

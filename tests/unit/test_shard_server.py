@@ -283,8 +283,10 @@ def test_two_processes_serve_and_notice_a_death(tmp_path: Path, tiny_llama: Path
     shards = [Process(tmp_path, rank, 2, port) for rank in range(2)]
     try:
         stubs = [shard.stub() for shard in shards]
-        calls = [stub.Warmup.future(shard_pb2.WarmupRequest(max_batch_prefill_tokens=32))
-                 for stub in stubs]
+        calls = [
+            stub.Warmup.future(shard_pb2.WarmupRequest(max_batch_prefill_tokens=32))
+            for stub in stubs
+        ]
         assert [call.result(60).num_blocks for call in calls] == [16, 16]
         for stub in stubs:
             stub.Allocate(shard_pb2.AllocateRequest(num_blocks=16), timeout=60)
