@@ -1,4 +1,4 @@
-"""Process configuration as a JSON file: one frozen dataclass per process, written by the launcher."""
+"""Process configuration as JSON: one frozen dataclass per process, written by the launcher."""
 
 from __future__ import annotations
 

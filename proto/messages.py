@@ -29,7 +29,7 @@ class RowEnd(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class RowSampling:
-    """How a shard chooses a row's tokens and when it ends the row. Neutral by default (greedy)."""
+    """How a shard chooses a row's tokens and when it ends the row. By default greedy."""
 
     max_new_tokens: int  # including those generated before a preemption
     temperature: float = 0.0  # 0: greedy
@@ -77,7 +77,7 @@ class Fork:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One iteration: what changed since the last plan, and how many tokens of which rows to compute."""
+    """One iteration: what changed since the last plan, and how many tokens each row computes."""
 
     epoch: int
     sequence: int
@@ -116,7 +116,7 @@ class PromptLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What a step produced: at most one token per scheduled row (rows still in their prompt sample none)."""
+    """What a step produced: a token of each scheduled row that reached the end of what is known."""
 
     epoch: int
     sequence: int

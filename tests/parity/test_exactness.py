@@ -98,7 +98,7 @@ def test_from_the_prefix_cache(server: Server, alone: list[Answer]) -> None:
 
 
 def test_preempted_and_recomputed(server: Server, alone: list[Answer]) -> None:
-    """Memory for less than the jobs take in the end, and an admission that has seen short answers only."""
+    """Too little memory for what is admitted by a forecast that has seen short answers only."""
     server.limits(num_blocks=14, kv_overcommit=1.0)
     short = replace(GREEDY, max_new_tokens=1)
     server.serve([replace(job, sampling=short) for job in company(32)])

@@ -1,4 +1,4 @@
-"""Starts that cannot succeed: one sentence that says what is wrong, exit code not 0, nothing left."""
+"""Starts that cannot succeed: one sentence saying what is wrong, exit code not 0, nothing left."""
 
 from __future__ import annotations
 
