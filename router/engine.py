@@ -186,9 +186,12 @@ class Engine:
                     prefix_caching=config.prefix_caching,
                 )
             )
-            for live in self._backlog:
-                self._scheduler.add(live.request)
-            self._backlog.clear()
+            backlog, self._backlog = self._backlog, []
+            for live in backlog:
+                try:
+                    self._queue(live)
+                except RequestTooLarge as error:
+                    self.fail(live, ValidationError(str(error), field="max_new_tokens"))
         else:
             for request in self._scheduler.reset(num_blocks):
                 self.fail(
