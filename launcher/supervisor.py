@@ -250,9 +250,11 @@ class Supervisor:
     def _start_group(self, epoch: int) -> ShardGroup:
         config, world = self._config, self._sizes.num_shard
         port = config.master_port if epoch == 1 and world > 1 else None
-        meeting = reserve_port(config.master_addr, port or 0, "--master-addr", "--master-port")
+        # A bare container may have no /etc/hosts to look "localhost" up in.
+        host = "127.0.0.1" if config.master_addr == "localhost" else config.master_addr
+        meeting = reserve_port(host, port or 0, "--master-addr", "--master-port")
         path = self._run.path / "shard.json"
-        master = (config.master_addr, int(meeting.getsockname()[1]))
+        master = (host, int(meeting.getsockname()[1]))
         addresses = [
             self._run.shard_address(config.shard_uds_path, rank).replace("{epoch}", str(epoch))
             for rank in range(world)

@@ -62,10 +62,12 @@ class ProcessGroup(Group):
             if self.world_size == 2:  # a + b is b + a: any algorithm gives the sum in rank order
                 dist.all_reduce(tensor)
                 return tensor
-            shape = (self.world_size * tensor.shape[0], *tensor.shape[1:])
-            parts = tensor.new_empty(shape)
-            dist.all_gather_into_tensor(parts, tensor.contiguous())
-        first, *others = parts.chunk(self.world_size)
+            parts = [
+                torch.empty_like(tensor, memory_format=torch.contiguous_format)
+                for _ in range(self.world_size)
+            ]
+            dist.all_gather(parts, tensor.contiguous())
+        first, *others = parts
         tensor.copy_(first)
         for part in others:
             tensor += part

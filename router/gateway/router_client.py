@@ -262,6 +262,9 @@ class RouterClient:
                             self._receive(message)
                     finally:
                         writer.cancel()
+            except asyncio.CancelledError:
+                connected_at = None  # this gateway is stopping: nobody was lost
+                raise
             except grpc.RpcError as error:
                 logger.debug("no router", extra={"fields": {"cause": str(error.code())}})
             except Exception:
