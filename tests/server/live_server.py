@@ -126,16 +126,21 @@ class LiveServer:
         except psutil.NoSuchProcess:
             return []
 
+    def processes(self, module: str) -> list[psutil.Process]:
+        """Those of the family that run `python -m module`."""
+        found = []
+        for process in self.family():
+            with suppress(psutil.NoSuchProcess):  # zombies too
+                if process.cmdline()[1:3] == ["-m", module]:
+                    found.append(process)
+        return found
+
     def shard(self, rank: int) -> psutil.Process:
         """The process of one shard, told apart by its RANK."""
-        for process in self.family():
-            try:
-                if "headgate.shard" in process.cmdline() and process.environ().get("RANK") == str(
-                    rank
-                ):
+        for process in self.processes("headgate.shard"):
+            with suppress(psutil.NoSuchProcess):
+                if process.environ().get("RANK") == str(rank):
                     return process
-            except (psutil.NoSuchProcess, psutil.ZombieProcess):
-                continue
         raise AssertionError(f"no shard {rank} among {self.family()}")
 
     def metrics(self) -> dict[str, float]:

@@ -79,9 +79,8 @@ def test_the_router_is_restarted_and_streams_go_on(pair: LiveServer) -> None:
     stream = Streaming(pair, SAMPLED)
     stream.start()
     assert stream.started.wait(60)
-    for process in pair.family():
-        if process.cmdline()[1:3] == ["-m", "headgate.router"]:
-            process.kill()
+    for process in pair.processes("headgate.router"):
+        process.kill()
     stream.join(60)
     assert stream.ids == expected
     assert stream.final["generated_text"] == stream.text

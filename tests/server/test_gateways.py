@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
-import psutil
 import pytest
 
 from tests.server.live_server import LiveServer, launched
@@ -47,10 +45,6 @@ def two_gateways(tiny_checkpoint: Path) -> Iterator[LiveServer]:
         yield live
 
 
-def gateways(live: LiveServer) -> list[psutil.Process]:
-    return [p for p in live.family() if "headgate.router.gateway" in p.cmdline()]
-
-
 def test_every_gateway_tells_the_metrics_of_all(two_gateways: LiveServer) -> None:
     def run(index: int) -> None:
         two_gateways.generate(f"request {index}", max_new_tokens=4, ignore_eos_token=True)
@@ -67,15 +61,14 @@ def test_every_gateway_tells_the_metrics_of_all(two_gateways: LiveServer) -> Non
 
 
 def test_a_gateway_that_dies_is_replaced(two_gateways: LiveServer) -> None:
-    before = gateways(two_gateways)
-    assert len(before) == 2
-    before[0].send_signal(signal.SIGKILL)
+    module = "headgate.router.gateway"
+    first, second = two_gateways.processes(module)
+    first.kill()
     deadline = time.monotonic() + 20
-    while {p.pid for p in gateways(two_gateways)} & {before[0].pid} or len(
-        gateways(two_gateways)
-    ) < 2:
+    while len(now := two_gateways.processes(module)) < 2 or first in now:
         assert time.monotonic() < deadline
         time.sleep(0.1)
+    assert second in now
     answers = 0
     while answers < 10:
         try:
