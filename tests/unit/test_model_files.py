@@ -51,6 +51,7 @@ def prepare(source: ModelSource, tmp: Path, **environment: str) -> tuple[int, Pa
             **clean,
             "HF_HOME": str(tmp / "hf"),
             "XDG_CACHE_HOME": str(tmp / "xdg"),
+            "HEADGATE_CACHE": "",
             **environment,
         },
         capture_output=True,
