@@ -1,7 +1,8 @@
-"""The embedded model's rebuilt tokenizer against byte-level BPE spelt out from its metadata.
+"""The embedded model's rebuilt tokenizer against two that share no code with the conversion.
 
-The reference below follows the published rules (special tokens first, then single digits, then
-GPT-2's words, then merges by rank over bytes); it shares no code with the conversion.
+One is byte-level BPE spelt out below from the file's metadata: special tokens first, then single
+digits, then GPT-2's words, then merges by rank over bytes. The other is llama.cpp's, whose ids
+lie in llama_cpp_tokens.json.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import json
 import random
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import pytest
 import regex
@@ -20,6 +23,7 @@ from headgate.launcher.embedded_model import ensure_embedded_model, find_embedde
 DIGIT = regex.compile(r"\p{N}")
 WORD = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)")
 CONTROL, USER_DEFINED = 3, 4
+LLAMA_CPP = json.loads(Path(__file__).with_name("llama_cpp_tokens.json").read_text("utf-8"))
 
 TEXTS = [
     "Hello, world!",
@@ -136,6 +140,18 @@ def test_ids_of_random_texts(tokenizer: Tokenizer, reference: Reference) -> None
     for _ in range(500):
         text = "".join(chance.choices(letters, k=chance.randint(1, 60)))
         assert tokenizer.encode(text).ids == reference.encode(text), text
+
+
+@pytest.mark.parametrize("case", LLAMA_CPP["texts"], ids=lambda case: ascii(case["text"][:24]))
+def test_ids_are_those_of_llama_cpp(tokenizer: Tokenizer, case: dict[str, Any]) -> None:
+    assert tokenizer.encode(case["text"], add_special_tokens=False).ids == case["ids"]
+
+
+def test_bytes_the_vocabulary_lacks_are_as_if_they_were_not_there(tokenizer: Tokenizer) -> None:
+    # Here llama.cpp differs: it drops them after merging, so that they keep neighbours apart.
+    # Dropping them before is what a published tokenizer.json without unknown token means.
+    assert tokenizer.encode("a.\x1d.b").tokens == ["a", "..", "b"]
+    assert tokenizer.encode("\x04\x1d").ids == []
 
 
 def test_text_comes_back(tokenizer: Tokenizer) -> None:
