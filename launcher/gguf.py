@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 Report = Callable[[str], None]
 
-FORMAT = 1  # part of the cache key: raise it when what is written changes
+FORMAT = 2  # part of the cache key: raise it when what is written changes
 CHUNK_ELEMENTS = 1 << 23  # dequantised at a time: 32 MB of float32
 
 TOP_TENSORS = {

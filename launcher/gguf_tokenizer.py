@@ -200,11 +200,14 @@ def _ids(tokens: list[str]) -> dict[str, int]:
 def _add_special_tokens(tokenizer: Tokenizer, tokens: list[str], types: list[int]) -> None:
     from tokenizers import AddedToken
 
-    for kind, special in ((TokenType.CONTROL, True), (TokenType.USER_DEFINED, False)):
+    for kinds, special in (
+        ((TokenType.UNKNOWN, TokenType.CONTROL), True),
+        ((TokenType.USER_DEFINED,), False),
+    ):
         chosen = [
             AddedToken(token, special=special, normalized=False)
-            for token, its in zip(tokens, types, strict=True)
-            if its == kind
+            for token, kind in zip(tokens, types, strict=True)
+            if kind in kinds
         ]
         if special:
             tokenizer.add_special_tokens(chosen)

@@ -33,7 +33,7 @@ class TokenizerError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """A token of a text; `start` and `stop` are character offsets, 0 and 0 for special tokens."""
+    """A token; `start` and `stop` are character offsets, 0 and 0 if the tokenizer added it."""
 
     id: int
     text: str

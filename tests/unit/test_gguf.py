@@ -251,6 +251,14 @@ def test_sentencepiece_tokenizer(tmp_path: Path, text: str) -> None:
     assert tokenizer.decode(tokenizer.encode(text).ids) == text
 
 
+def test_special_tokens_of_sentencepiece_are_found_in_a_text(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "m.gguf", metadata=sentencepiece_metadata())
+    _, _, tokenizer = converted(tmp_path / "m.gguf")
+    ids = tokenizer.encode("<unk>a</s>b", add_special_tokens=False)
+    assert ids.tokens == ["<unk>", "▁a", "</s>", "▁", "b"]
+    assert tokenizer.decode(ids.ids) == "a b"
+
+
 def test_named_chat_templates_are_kept(tmp_path: Path) -> None:
     write_gguf(
         tmp_path / "m.gguf",
