@@ -14,6 +14,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -89,6 +90,7 @@ class Child:
     def __init__(self, name: str, popen: subprocess.Popen[bytes], on_line: LineSink) -> None:
         self.name = name
         self.pid = popen.pid
+        self.started = time.monotonic()
         self.asked_to_stop = False
         self.last_words: deque[str] = deque(maxlen=LAST_WORDS)
         self.last_error = ""  # message of the last record at level error

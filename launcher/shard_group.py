@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import os
 import socket
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -50,13 +51,16 @@ class ShardGroup:
         epoch: int,
         addresses: Sequence[str],
         spawn: SpawnShard,
-        startup_timeout: float,
+        start_limit: float,
         meeting: socket.socket | None = None,
     ) -> None:
-        """`meeting`: reserves the port where the shards meet until they have."""
+        """`start_limit`: seconds until it must be ready; `meeting`: reserves the port where the
+        shards meet until they have."""
         self.epoch = epoch
         self.addresses = list(addresses)  # where each rank listens
         self.ready = False
+        self.start_seconds = 0.0  # it took to be ready
+        self._started = time.monotonic()
         self._meeting = meeting
         self._ends: list[tuple[Child, Exit]] = []  # in the order of their deaths
         self._judged = asyncio.Event()  # something is wrong
@@ -65,16 +69,23 @@ class ShardGroup:
         self.children = [spawn(rank, epoch) for rank in range(len(addresses))]
         self._watchers = [asyncio.create_task(self._watch(child)) for child in self.children]
         self._timer = asyncio.get_running_loop().call_later(
-            startup_timeout,
+            start_limit,
             self.blame,
-            f"the shards were not ready within {startup_timeout:g} s (--startup-timeout)",
+            f"the shards were not ready within {start_limit:.0f} s (see --startup-timeout)",
         )
 
     def mark_ready(self) -> None:
-        """The router serves with this group."""
-        self.ready = True
+        """The router serves with this group: a first one, or one that was started again."""
+        if not self.ready:
+            self.ready = True
+            self.start_seconds = time.monotonic() - self._started
         self._timer.cancel()
         self._release()
+
+    @property
+    def served_seconds(self) -> float:
+        """How long it has been ready."""
+        return time.monotonic() - self._started - self.start_seconds if self.ready else 0.0
 
     def blame(self, reason: str) -> None:
         """Declares the group lost though its processes may live: hung, or not ready in time."""

@@ -35,7 +35,7 @@ from headgate.launcher.model_files import (
 )
 from headgate.launcher.ports import bind_http, check_port, reserve_port
 from headgate.launcher.process import CONFIGURATION_ERROR, Child, Exit, Reaper
-from headgate.launcher.restart_policy import RestartPolicy
+from headgate.launcher.restart_policy import RestartPolicy, start_limit
 from headgate.launcher.run_directory import RunDirectory
 from headgate.launcher.shard_group import Loss, ShardGroup
 from headgate.launcher.spawner import Spawner
@@ -43,7 +43,6 @@ from headgate.launcher.spawner import Spawner
 STOP_SECONDS = 5.0  # between SIGTERM and SIGKILL, once nothing runs any more
 FAILED_SECONDS = 2.5  # for the router to give its clients their answers before the end
 BROKEN_STREAM_SECONDS = 1.0  # how long a shard that the router lost may take to be seen dead
-STABLE_SECONDS = 60.0  # a gateway that lived this long starts with a clean record
 
 
 def serve(config: LauncherConfig, output: LogOutput) -> int:
@@ -69,6 +68,7 @@ class Supervisor:
         self._tasks: set[asyncio.Task[None]] = set()
         self._group_policy = RestartPolicy()
         self._router_policy = RestartPolicy()
+        self._slowest_start = 0.0  # seconds, of a group
         self._was_ready = False
         self._drain_timeout: float | None = None
         self._stop_asked = asyncio.Event()
@@ -191,12 +191,9 @@ class Supervisor:
         policy = RestartPolicy()
         assert self._listener is not None
         while True:
-            started = time.monotonic()
             child = self._spawn.gateway(index, path, self._listener.fileno())
             self._gateways[index] = child
             end = await child.wait()
-            if time.monotonic() - started > STABLE_SECONDS:
-                policy.reset()
             await self._survive(child, end, policy)
 
     async def _keep_router(self) -> None:
@@ -210,7 +207,8 @@ class Supervisor:
 
     async def _survive(self, child: Child, end: Exit, policy: RestartPolicy) -> None:
         """Waits before a router or gateway is started again. Raises LaunchError if it shan't be."""
-        delay = None if end.code == CONFIGURATION_ERROR else policy.death()
+        lived = time.monotonic() - child.started
+        delay = None if end.code == CONFIGURATION_ERROR else policy.death(lived)
         if delay is None:
             self._last_words(child, end)
             raise LaunchError(child.final_sentence(end))
@@ -239,7 +237,7 @@ class Supervisor:
             self._last_words(loss.child, loss.end)
         if loss.is_final or not self._was_ready:
             raise LaunchError(loss.sentence)
-        delay = self._group_policy.death()
+        delay = self._group_policy.death(group.served_seconds)
         if delay is None:
             raise LaunchError(
                 f"The shards were lost {self._group_policy.deaths} times without a step between; "
@@ -263,7 +261,9 @@ class Supervisor:
         def spawn(rank: int, epoch: int) -> Child:
             return self._spawn.shard(path, rank, world, epoch, master)
 
-        return ShardGroup(epoch, addresses, spawn, config.startup_timeout, meeting)
+        deaths = self._group_policy.deaths
+        limit = start_limit(config.startup_timeout, self._slowest_start, deaths)
+        return ShardGroup(epoch, addresses, spawn, limit, meeting)
 
     def _last_words(self, child: Child, end: Exit) -> None:
         if end.code != CONFIGURATION_ERROR and child.last_words:
@@ -300,6 +300,7 @@ class Supervisor:
 
     def _ready(self, group: ShardGroup) -> None:
         group.mark_ready()
+        self._slowest_start = max(self._slowest_start, group.start_seconds)
         if self._drain_timeout is not None:
             return
         self._run.write_status("ready")
@@ -330,8 +331,9 @@ class Supervisor:
         timeout = self._config.graceful_termination_timeout
         self._drain_timeout = timeout
         self._run.write_status("draining", "the server is stopping")
-        if timeout <= 0 or not self._control.send("drain", timeout=timeout):
+        if timeout <= 0:
             return
+        self._control.send("drain", timeout=timeout)  # or, to a router that is not there, later
         await _first([self._drained, self._stop_now, self._fatal], timeout)
         if not self._drained.is_set():
             self._output.warn("Stopping with requests unfinished")

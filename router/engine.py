@@ -210,8 +210,8 @@ class Engine:
         self._task.cancel()
         self._task = None
         self._lost_group = True
-        assert self._scheduler is not None
-        self._scheduler.reset()
+        if self._scheduler is not None:
+            self._scheduler.reset()
         for live in list(self._live.values()):
             if live.request.recoveries >= MAX_RECOVERIES:
                 self.fail(
@@ -235,8 +235,10 @@ class Engine:
         except ProtocolError as error:
             self._broken(GroupBroken(0, str(error)))
         except Exception:
-            # A fault of the router itself: the answers in progress cannot be trusted.
+            # A fault of the router itself: neither the answers in progress nor the books can be
+            # trusted, so the next group begins with new ones.
             logger.exception("the engine failed")
+            self._scheduler = None
             self.fail_all(InternalError())
             self._broken(GroupBroken(0, "the router's engine failed"))
 

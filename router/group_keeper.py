@@ -23,6 +23,7 @@ from headgate.router.validation import Validator
 logger = logging.getLogger(__name__)
 
 FLUSH_TIME = 0.1  # seconds that the last events get to reach their clients
+RESUBMIT_TIME = 2.0  # seconds within which gateways find a router that was started again
 
 
 class NotEnoughMemory(Exception):
@@ -93,7 +94,7 @@ class GroupKeeper:
         self._status.set(
             RECOVERING if self._served else LOADING, f"waiting for {len(addresses)} shards"
         )
-        self._tasks.append(self._task(self._bring_up(self._group)))
+        self._tasks.append(self._task(self._unfailing(self._bring_up, self._group)))
 
     def _on_group_lost(self, event: Event) -> None:
         if self._group is None or self._group.epoch != int(event["epoch"]):
@@ -102,6 +103,8 @@ class GroupKeeper:
 
     async def _drain(self, timeout: float) -> None:
         self._status.set(DRAINING, "shutting down")
+        if not self._served:  # an earlier router has: what it left unfinished is on its way here
+            await asyncio.sleep(min(RESUBMIT_TIME, timeout))
         await self._engine.drained(timeout)
         await asyncio.sleep(FLUSH_TIME)
         self._control.send("drained")
@@ -115,12 +118,23 @@ class GroupKeeper:
 
     # ------------------------------------------------------------ group's life
 
+    async def _unfailing(
+        self, work: Callable[[ShardedClient], Coroutine[Any, Any, None]], group: ShardedClient
+    ) -> None:
+        """A group that is not brought up or not watched must not look as if it were."""
+        try:
+            await work(group)
+        except Exception as error:
+            logger.exception("a group cannot be served")
+            if self._group is group:
+                self._on_broken(GroupBroken(0, f"the router failed: {error}"))
+
     async def _bring_up(self, group: ShardedClient) -> None:
         config = self._config
 
         def reached() -> None:
             self._status.set(RECOVERING if self._served else LOADING, "warming up")
-            self._tasks.append(self._task(self._watch(group)))
+            self._tasks.append(self._task(self._unfailing(self._watch, group)))
 
         try:
             facts = await group.start(

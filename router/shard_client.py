@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 MAX_MESSAGE_BYTES = 256 << 20
-DIAL_PAUSE = 0.1  # seconds between attempts to reach a shard that is not up yet
+DIAL_PAUSE = 0.05  # seconds between attempts to reach a shard that is not up yet
 CALL_TIMEOUT = 5.0  # seconds, of Info
 HEARTBEATS_PER_TIMEOUT = 10
 MIN_FAILURES = 3  # unanswered heartbeats in a row, however late this process itself was
@@ -36,7 +36,7 @@ _OPTIONS = [
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.initial_reconnect_backoff_ms", 50),
     ("grpc.min_reconnect_backoff_ms", 50),
-    ("grpc.max_reconnect_backoff_ms", 500),
+    ("grpc.max_reconnect_backoff_ms", 100),  # a shard that starts is wanted at once
     ("grpc.use_local_subchannel_pool", 1),  # an address may come back under another process
     ("grpc.enable_http_proxy", 0),
 ]

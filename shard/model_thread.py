@@ -47,6 +47,10 @@ class ModelThread:
         self.post(run)
         return done.result()
 
+    def fail(self, error: BaseException) -> None:
+        """Ends the process for an error of another thread."""
+        self._fatal(error)
+
     def _run(self) -> None:
         torch.set_num_threads(self._num_threads)
         while True:

@@ -139,6 +139,8 @@ class ShardService(shard_pb2_grpc.ShardServicer):
                 self._thread.post(partial(self._step, stream, plan, problem))
         except grpc.RpcError:  # the client broke the stream off
             stream.close()
+        except Exception as error:  # the client would wait for ever for the plans not read
+            self._thread.fail(error)
         self._thread.post(stream.close)
 
     def _step(self, stream: StepStream, plan: StepPlan, problem: str) -> None:

@@ -190,6 +190,38 @@ async def test_a_shard_that_hangs_while_the_group_starts_is_reported(tmp_path: P
         await until(lambda: bool(router.launcher.said("ready")))
 
 
+async def test_a_fault_of_the_router_fails_what_runs_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running_router(tmp_path) as router:
+
+        def fault(*_: Any) -> None:
+            raise AssertionError("the books do not balance")
+
+        for method in ("schedule", "cancel", "reset"):
+            monkeypatch.setattr(router.parts.engine._scheduler, method, fault, raising=False)
+        message = request([1, 2], max_new_tokens=50)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await asyncio.wait_for(_generate(router, message), 10)
+        assert isinstance(errors.from_rpc_error(caught.value), errors.InternalError)
+        await until(lambda: bool(router.launcher.said("shard_failed")))
+        await router.launcher.restart_group()
+        assert ids_of(await router.stub.Generate(message)) == answer_of(router, message)[0]
+        router.assert_idle()
+
+
+async def test_a_fault_while_a_group_starts_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running_router(tmp_path, ready=False) as router:
+        with monkeypatch.context() as broken:
+            broken.setattr(router.parts.engine, "attach", None)
+            await router.launcher.start_group()
+            await until(lambda: bool(router.launcher.said("shard_failed")))
+        await router.launcher.restart_group()
+        await until(lambda: bool(router.launcher.said("ready")))
+
+
 async def test_refused_steps_are_made_smaller(tmp_path: Path) -> None:
     async with running_router(tmp_path, behaviour=Behaviour(refuse_above=10)) as router:
         messages = [request(prompt, max_new_tokens=20) for prompt in prompts(12)]
@@ -272,6 +304,27 @@ async def test_drain_has_a_limit(tmp_path: Path) -> None:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await running
         assert errors.from_rpc_error(caught.value).http_status == 503
+        await until(lambda: bool(router.launcher.said("drained")))
+
+
+async def test_a_new_router_drains_what_its_predecessor_left(tmp_path: Path) -> None:
+    async with running_router(tmp_path, ready=False) as router:
+        router.launcher.tell("drain", timeout=30)
+        await until(lambda: router.parts.status.state == router_pb2.SERVER_STATE_DRAINING)
+        await asyncio.sleep(0.3)  # until the gateway notices
+        message = request([1, 2], max_new_tokens=30)
+        stream = router.stub.Multiplex()
+        submit = router_pb2.Submit(key=1, attempt=2, request=message)
+        await stream.write(router_pb2.ClientMessage(hello=router_pb2.Hello(gateway_id="g")))
+        await stream.write(router_pb2.ClientMessage(submit=submit))
+        await until(lambda: router.parts.engine.num_live == 1)
+        assert not router.launcher.said("drained")
+        await router.launcher.start_group()
+        ids: list[int] = []
+        while len(ids) < 30:
+            for keyed in (await stream.read()).events:
+                ids += [token.id for token in keyed.event.tokens.tokens]
+        assert ids == answer_of(router, message)[0]
         await until(lambda: bool(router.launcher.said("drained")))
 
 

@@ -20,7 +20,7 @@ import pytest_asyncio
 
 from headgate.launcher.log_output import LogOutput, log_level
 from headgate.launcher.process import LAST_WORDS, Child, Exit, Reaper
-from headgate.launcher.restart_policy import RestartPolicy
+from headgate.launcher.restart_policy import RestartPolicy, start_limit
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -124,10 +124,19 @@ asyncio.run(main())
 
 def test_delays_double_up_to_a_limit() -> None:
     policy = RestartPolicy(deaths=8)
-    delays = [policy.death() for _ in range(8)]
+    delays = [policy.death(served=0) for _ in range(8)]
     assert delays == [0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 10.0, None]
     policy.reset()
-    assert policy.death() == 0.2
+    assert policy.death(served=0) == 0.2
+    assert policy.death(served=0) == 0.4
+    assert policy.death(served=100) == 0.2  # it had long been well
+
+
+def test_a_start_may_take_as_long_as_the_first_ones_let_expect() -> None:
+    assert start_limit(600, slowest=0, deaths=0) == 600
+    assert start_limit(600, slowest=2, deaths=1) == 80
+    assert start_limit(600, slowest=2, deaths=4) == 600
+    assert start_limit(10, slowest=2, deaths=1) == 10
 
 
 # ----------------------------------------------------------------------- log

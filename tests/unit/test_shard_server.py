@@ -159,6 +159,23 @@ def test_a_plan_that_cannot_be_decoded_is_refused(shard: Shard) -> None:
     assert stream.receive() == (3, [], [], "")
 
 
+def test_a_failure_to_read_plans_ends_the_shard(
+    shard: Shard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(message: shard_pb2.StepPlan) -> StepPlan:
+        raise AttributeError("a bug")
+
+    monkeypatch.setattr("headgate.shard.server.decode_plan", broken)
+    shard.allocate()
+    stream = shard.open()
+    stream.send(first_plan())
+    deadline = time.monotonic() + 10
+    while not shard.errors:
+        assert time.monotonic() < deadline, "the plan is waited for for ever"
+        time.sleep(0.01)
+    assert str(shard.errors.pop()) == "a bug"
+
+
 def test_heartbeat_and_health_answer_while_a_step_hangs(shard: Shard) -> None:
     shard.allocate()
     heartbeat, gate, entered = shard.model.heartbeat, threading.Event(), threading.Event()

@@ -223,6 +223,16 @@ def test_a_drain_ends_by_its_limit_or_a_second_signal(launch: Any, signals: Any)
     assert "unfinished" in server.log
 
 
+def test_a_drain_waits_for_a_router_that_is_being_restarted(launch: Any) -> None:
+    server = launch().ready()
+    (router,) = server.notes("router", event="started")
+    os.kill(router["pid"], signal.SIGKILL)
+    server.until(lambda: "starting it again" in server.log)
+    assert server.end(signal.SIGTERM) == 0
+    (drain,) = server.notes("router", event="drain")
+    assert drain["pid"] != router["pid"] and "unfinished" not in server.log
+
+
 def test_a_stop_while_loading(launch: Any) -> None:
     server = launch(FAKE_NEVER_READY="1")
     server.until(lambda: server.notes("shard"))
