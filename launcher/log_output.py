@@ -125,13 +125,13 @@ class LogOutput:
         try:
             stream.write(text + "\n")
             stream.flush()
-        except (BrokenPipeError, ValueError):
-            pass  # whoever read the log has gone; the server need not
         except UnicodeEncodeError:
-            stream.write(text.encode("ascii", "backslashreplace").decode() + "\n")
+            self._print(stream, text.encode("ascii", "backslashreplace").decode())
+        except (OSError, ValueError):
+            pass  # whoever read the log has gone, or its disk is full; the server goes on
 
     def _flush(self, stream: TextIO) -> None:
-        with contextlib.suppress(BrokenPipeError, ValueError):
+        with contextlib.suppress(OSError, ValueError):
             stream.flush()
 
 

@@ -114,13 +114,15 @@ class Engine:
         )
         live = LiveRequest(request, valid, self._outputs.open(request.id, valid), sink, permit)
         self._live[request.id] = live
-        resumed = self._resume(live)
         try:
+            resumed = self._resume(live)
             if resumed is None or not resumed.reason:
                 self._queue(live)
-        except RequestTooLarge as error:
+        except BaseException as error:
             self._forget(live)
-            raise ValidationError(str(error), field="max_new_tokens") from error
+            if isinstance(error, RequestTooLarge):
+                raise ValidationError(str(error), field="max_new_tokens") from error
+            raise
         self._metrics.accepted(len(valid.prompt_ids), valid.sampling.max_new_tokens)
         accepted = router_pb2.Accepted(
             input_tokens=len(valid.prompt_ids),
@@ -323,20 +325,21 @@ class Engine:
             return
         try:
             outcome = self._outputs.process(output)
+            if outcome is not None:
+                self._count_token(live, now)
+                self._deliver(live, outcome)
         except Exception:
             # One answer's text must not take the other requests with it.
             logger.exception("request %s failed", live.valid.request_id)
             self.fail(live, InternalError())
-            return
-        if outcome is None:
-            return
+
+    def _count_token(self, live: LiveRequest, now: float) -> None:
         if live.last_token is None:
             live.first_token = now
             self._metrics.first_token(now - live.valid.arrival)
         else:
             self._metrics.next_token(now - live.last_token)
         live.last_token = now
-        self._deliver(live, outcome)
 
     def _deliver(self, live: LiveRequest, outcome: Outcome) -> None:
         if outcome.tokens.tokens or outcome.tokens.text:
@@ -348,10 +351,6 @@ class Engine:
         if outcome.by_text and self._scheduler is not None:
             self._scheduler.finish(live.request.id, "stop_sequence")  # unknown: it ended at once
         now = time.monotonic()
-        self._forget(live)
-        self._metrics.succeeded(live.times(now), live.answer.num_tokens)
-        name = _REASON_NAMES[outcome.reason]
-        live.log_end(name, now, self._config.log_prompts)
         finished = router_pb2.Finished(
             reason=outcome.reason,
             generated_text=live.answer.text,
@@ -363,7 +362,10 @@ class Engine:
             timings=live.timings(now),
             stop_sequence=live.answer.stop_text,
         )
+        self._forget(live)
         live.sink.send(router_pb2.GenerateEvent(finished=finished))
+        self._metrics.succeeded(live.times(now), live.answer.num_tokens)
+        live.log_end(_REASON_NAMES[outcome.reason], now, self._config.log_prompts)
 
     # ------------------------------------------------------------------ books
 

@@ -12,7 +12,7 @@ import pytest
 
 from headgate.proto import router_pb2
 from headgate.proto.messages import RowEnd, RowSampling
-from headgate.router import errors
+from headgate.router import errors, output_processor
 from headgate.router.group_keeper import NotEnoughMemory
 from tests.unit.fake_shard import expected_answer, expected_prompt_logprobs
 from tests.unit.fake_shard_server import EOS, Behaviour, RunningRouter, running_router, until
@@ -207,6 +207,25 @@ async def test_a_fault_of_the_router_fails_what_runs_and_nothing_else(
         await until(lambda: bool(router.launcher.said("shard_failed")))
         await router.launcher.restart_group()
         assert ids_of(await router.stub.Generate(message)) == answer_of(router, message)[0]
+        router.assert_idle()
+
+
+async def test_a_fault_in_one_answer_is_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fault(*_: Any) -> None:
+        raise ValueError("no such text")
+
+    async with running_router(tmp_path, behaviour=Behaviour(step_seconds=0.01)) as router:
+        message = request([1, 2], max_new_tokens=30)
+        running = asyncio.ensure_future(_generate(router, message))
+        await until(lambda: router.metric("tgi_generated_tokens") > 3)
+        with monkeypatch.context() as broken:
+            broken.setattr(output_processor.Answer, "prefill_tokens", fault)
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await asyncio.wait_for(_generate(router, request([3], max_new_tokens=2)), 10)
+        assert isinstance(errors.from_rpc_error(caught.value), errors.InternalError)
+        assert ids_of(await running) == answer_of(router, message)[0]
         router.assert_idle()
 
 

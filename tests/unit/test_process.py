@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
 import json
 import os
@@ -146,6 +147,17 @@ def rendered(line: str, **options: Any) -> str:
     out = io.StringIO()
     LogOutput(out=out, err=out, **options).child_line("shard-0", line)
     return out.getvalue()
+
+
+def test_a_log_that_cannot_take_a_line_is_no_trouble() -> None:
+    ascii_only = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    LogOutput(out=ascii_only, err=ascii_only).info("été")
+    assert b"\\xe9t\\xe9" in ascii_only.buffer.getvalue()  # type: ignore[attr-defined]
+    survived = False
+    with contextlib.suppress(OSError), open("/dev/full", "w") as full:
+        LogOutput(out=full, err=full).info("lost")
+        survived = True
+    assert survived
 
 
 RECORD = json.dumps(
