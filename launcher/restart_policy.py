@@ -12,12 +12,12 @@ START_MARGIN = 30.0  # seconds that any start may take
 def start_limit(limit: float, slowest: float, deaths: int) -> float:
     """Seconds until a start counts as hung: `limit`, less once it is known how long one takes.
 
-    `slowest`: seconds of the slowest start so far, 0 if there was none. Doubles with every death
-    in a row, since the machine may have become slow.
+    `slowest`: seconds of the slowest start so far, 0 if there was none. Doubles with every further
+    death in a row, since the machine may have become slow.
     """
     if not slowest:
         return limit
-    return min(limit, (START_MARGIN + 5 * slowest) * 2**deaths)
+    return min(limit, (START_MARGIN + 5 * slowest) * 2 ** max(deaths - 1, 0))
 
 
 class RestartPolicy:

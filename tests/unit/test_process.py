@@ -135,8 +135,8 @@ def test_delays_double_up_to_a_limit() -> None:
 
 def test_a_start_may_take_as_long_as_the_first_ones_let_expect() -> None:
     assert start_limit(600, slowest=0, deaths=0) == 600
-    assert start_limit(600, slowest=2, deaths=1) == 80
-    assert start_limit(600, slowest=2, deaths=4) == 600
+    assert start_limit(600, slowest=2, deaths=1) == 40
+    assert start_limit(600, slowest=2, deaths=4) == 320
     assert start_limit(10, slowest=2, deaths=1) == 10
 
 
