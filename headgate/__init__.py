@@ -1,6 +1,6 @@
 """Headgate: a server for open-weight language models.
 
-    from headgate import Client, SamplingParams
+    from headgate import LLM, SamplingParams, Client
 
 Names are loaded at their first use, so that importing the package costs nothing.
 """
@@ -12,12 +12,32 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from headgate.client import Client
-    from headgate.router.sampling_params import SamplingParams
+    from headgate.llm import LLM
+    from headgate.outputs import CompletionOutput, RequestOutput
+    from headgate.prompts import TextPrompt, TokensPrompt
+    from headgate.sampling_params import SamplingParams
 
 __version__ = "0.1.0"
-__all__ = ["Client", "SamplingParams", "__version__"]
+__all__ = [
+    "LLM",
+    "Client",
+    "CompletionOutput",
+    "RequestOutput",
+    "SamplingParams",
+    "TextPrompt",
+    "TokensPrompt",
+    "__version__",
+]
 
-_HOMES = {"Client": "headgate.client", "SamplingParams": "headgate.router.sampling_params"}
+_HOMES = {
+    "Client": "headgate.client",
+    "CompletionOutput": "headgate.outputs",
+    "LLM": "headgate.llm",
+    "RequestOutput": "headgate.outputs",
+    "SamplingParams": "headgate.sampling_params",
+    "TextPrompt": "headgate.prompts",
+    "TokensPrompt": "headgate.prompts",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -21,15 +21,22 @@ from typing import Any
 import grpc
 
 from headgate.proto import router_pb2, router_pb2_grpc
+from headgate.router import sampling_params as router
 from headgate.router.errors import IncompleteGenerationError, from_proto, from_rpc_error
-from headgate.router.sampling_params import SamplingParams
+from headgate.sampling_params import SamplingParams
 
 MAX_MESSAGE_BYTES = 256 << 20
+CHANNEL_OPTIONS = [
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+]
 FINISH_REASONS = {
     router_pb2.FINISH_REASON_LENGTH: "length",
     router_pb2.FINISH_REASON_EOS_TOKEN: "eos_token",
     router_pb2.FINISH_REASON_STOP_SEQUENCE: "stop_sequence",
 }
+
+Params = SamplingParams | router.SamplingParams  # with vLLM's names or the router's own
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,13 +89,7 @@ class Client:
         self, address: str = "localhost:3001", *, api_key: str = "", timeout: float | None = None
     ) -> None:
         """`address`: HOST:PORT or unix:PATH; `timeout`: seconds a whole call may take."""
-        self._channel = grpc.insecure_channel(
-            address,
-            options=[
-                ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-                ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-            ],
-        )
+        self._channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
         self._metadata = (("authorization", f"Bearer {api_key}"),) if api_key else ()
         self._timeout = timeout
         self.stub = router_pb2_grpc.RouterStub(self._channel)
@@ -96,12 +97,12 @@ class Client:
     def generate(
         self,
         prompt: str | Sequence[int],
-        params: SamplingParams | None = None,
+        params: Params | None = None,
         *,
         request_id: str = "",
         **fields: Any,
     ) -> Generation:
-        """The whole answer. `fields` are SamplingParams' and override `params`.
+        """The whole answer. `fields` are the router's parameters and override `params`.
 
         Raises RouterError (TypeError for a field that there is none of).
         """
@@ -112,7 +113,7 @@ class Client:
     def stream(
         self,
         prompt: str | Sequence[int],
-        params: SamplingParams | None = None,
+        params: Params | None = None,
         *,
         request_id: str = "",
         **fields: Any,
@@ -174,7 +175,7 @@ class Client:
 
 def _request(
     prompt: str | Sequence[int],
-    params: SamplingParams | None,
+    params: Params | None,
     request_id: str,
     fields: dict[str, Any],
 ) -> router_pb2.GenerateRequest:
@@ -182,8 +183,10 @@ def _request(
         if name in fields:
             value = fields[name]
             fields[name] = (value,) if isinstance(value, str) else tuple(value)
-    params = replace(params or SamplingParams(), **fields)
-    request = router_pb2.GenerateRequest(parameters=params.to_proto(), request_id=request_id)
+    if isinstance(params, SamplingParams):
+        params = params.to_router()
+    parameters = replace(params or router.SamplingParams(), **fields).to_proto()
+    request = router_pb2.GenerateRequest(parameters=parameters, request_id=request_id)
     if isinstance(prompt, str):
         request.text = prompt
     else:

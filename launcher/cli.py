@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
+from pathlib import Path
 from typing import NoReturn
 
 from headgate import __version__
@@ -21,6 +22,19 @@ from headgate.launcher.flags import FLAGS, GROUPS
 from headgate.launcher.log_output import LogOutput
 
 DESCRIPTION = "Serve an open-weight language model over HTTP and gRPC."
+BATCH = (
+    "Answer a file of requests in OpenAI's batch format, without opening a port. After a kill the "
+    "same command goes on where the output ends."
+)
+_INPUT = "Requests, one JSON object a line: custom_id, method, url, body."
+_OF_PORTS = frozenset(
+    {
+        *("hostname", "port", "grpc-hostname", "grpc-port", "gateway-workers", "api-key"),
+        *("cors-allow-origin", "graceful-termination-timeout", "prometheus-port"),
+        *("ngrok", "ngrok-authtoken", "ngrok-edge"),
+    }
+)
+_OUTPUT = "Results in the same order: id, custom_id, response, error."
 
 
 class _Parser(argparse.ArgumentParser):
@@ -46,7 +60,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "serve", help="start a server", description=DESCRIPTION, allow_abbrev=False
     )
     _add_flags(serve)
-    return _serve(parser.parse_args(arguments))
+    batch = commands.add_parser(
+        "batch", help="answer a file of requests", description=BATCH, allow_abbrev=False
+    )
+    batch.add_argument("--input", "-i", type=Path, required=True, metavar="PATH", help=_INPUT)
+    batch.add_argument("--output", "-o", type=Path, required=True, metavar="PATH", help=_OUTPUT)
+    _add_flags(batch, without=_OF_PORTS)
+    parsed = parser.parse_args(arguments)
+    return _batch(parsed) if parsed.command == "batch" else _serve(parsed)
 
 
 def text_generation_launcher(arguments: Sequence[str] | None = None) -> int:
@@ -70,7 +91,7 @@ def _add_version(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_flags(parser: argparse.ArgumentParser) -> None:
+def _add_flags(parser: argparse.ArgumentParser, without: frozenset[str] = frozenset()) -> None:
     parser.epilog = (
         "Each flag can be given by the environment variable in brackets too; the command line "
         "wins. docs/configuration.md describes them all."
@@ -78,6 +99,8 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     for title, flags in GROUPS:
         group = parser.add_argument_group(title)
         for flag in flags:
+            if flag.name in without:
+                continue
             names = [f"-{flag.short}"] if flag.short else []
             names.append(f"--{flag.name}")
             if flag.kind is Kind.SWITCH:
@@ -133,6 +156,40 @@ def _serve(arguments: argparse.Namespace) -> int:
         return serve(config, output)
     except KeyboardInterrupt:  # before the signal handlers were in place
         return 130
+
+
+def _batch(arguments: argparse.Namespace) -> int:
+    try:
+        config = resolve_config(vars(arguments), os.environ)
+    except LaunchError as error:
+        LogOutput.from_environment(json_lines=False).fatal(str(error))
+        return 1
+    from headgate.batch import BatchConfig, run  # the gateway: not needed to serve or for --help
+
+    return run(
+        BatchConfig(
+            input=arguments.input,
+            output=arguments.output,
+            flags=_given(arguments),
+            max_concurrent_requests=config.max_concurrent_requests,
+            max_client_batch_size=config.max_client_batch_size,
+            payload_limit=config.payload_limit,
+            strict=config.strict,
+        )
+    )
+
+
+def _given(arguments: argparse.Namespace) -> list[str]:
+    """The flags as they were given, for another command line."""
+    words = []
+    for flag in FLAGS:
+        value = getattr(arguments, flag.key, None)
+        if value is True:
+            words.append(f"--{flag.name}")
+        elif value is not None:
+            values = value if isinstance(value, list) else [value]
+            words.extend(f"--{flag.name}={one}" for one in values)
+    return words
 
 
 if __name__ == "__main__":

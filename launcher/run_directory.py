@@ -19,7 +19,11 @@ PHASES = ("downloading", "loading", "ready", "recovering", "draining", "failed")
 class RunDirectory:
     """Mode 0700, unlike any other launch's, removed at the end."""
 
-    def __init__(self) -> None:
+    def __init__(self, made: Path | None = None) -> None:
+        """`made`: one that another process has made for this launch."""
+        if made is not None:
+            self.path = made
+            return
         path = tempfile.mkdtemp(prefix="headgate-")
         if len(os.fsencode(path)) + len("/shard-1000000-100.sock") > LONGEST_SOCKET_PATH:
             os.rmdir(path)  # TMPDIR is too deep for a socket's name

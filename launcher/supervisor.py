@@ -45,23 +45,29 @@ FAILED_SECONDS = 2.5  # for the router to give its clients their answers before 
 BROKEN_STREAM_SECONDS = 1.0  # how long a shard that the router lost may take to be seen dead
 
 
-def serve(config: LauncherConfig, output: LogOutput) -> int:
-    """Runs a server until it is asked to stop (0) or cannot go on (1)."""
-    return asyncio.run(Supervisor(config, output).run())
+def serve(config: LauncherConfig, output: LogOutput, run: RunDirectory | None = None) -> int:
+    """Runs a server until it is asked to stop (0) or cannot go on (1).
+
+    Without gateways it opens no port at all: its one door is the router's socket in `run`.
+    """
+    return asyncio.run(Supervisor(config, output, run).run())
 
 
 class Supervisor:
     """One server. `run` is its whole life."""
 
-    def __init__(self, config: LauncherConfig, output: LogOutput) -> None:
+    def __init__(
+        self, config: LauncherConfig, output: LogOutput, run: RunDirectory | None = None
+    ) -> None:
         self._config = config
         self._output = output
         self._started = time.monotonic()
         self._reaper = Reaper()
         self._spawn = Spawner(config, self._reaper, output.child_line)
-        self._run = RunDirectory()
+        self._run = run or RunDirectory()
         self._control = ControlServer(self._run.control_socket, self._heard, self._router_came)
         self._listener: socket.socket | None = None
+        self._grpc_port = 0
         self._gateways: dict[int, Child] = {}
         self._router: Child | None = None
         self._group: ShardGroup | None = None
@@ -114,8 +120,10 @@ class Supervisor:
         source = find_source(config)
         files = files_at_hand(source, config.weights_cache_override)
         sizes = self._work_out(files, hardware) if files else None
-        self._open_ports()
-        self._start_gateways(hardware)
+        self._run.write_status("loading", "starting")
+        if config.gateway_workers:
+            self._open_ports()
+            self._start_gateways(hardware)
         if files is None:
             files = await self._prepare(source)
         sizes = sizes or self._work_out(files, hardware)
@@ -181,7 +189,6 @@ class Supervisor:
         task.add_done_callback(finished)
 
     def _start_gateways(self, hardware: Hardware) -> None:
-        self._run.write_status("loading", "starting")
         values = gateway_config(self._config, hardware, self._run, self._port)
         path = self._run.write_config("gateway", values)
         for index in range(self._config.gateway_workers):
@@ -310,6 +317,9 @@ class Supervisor:
         self._was_ready = True
         seconds = time.monotonic() - self._started
         name = self._config.served_model_name or self._files.model_id
+        if not self._config.gateway_workers:
+            self._output.info(f"Ready in {seconds:.1f} s: {name}")
+            return
         url, request = first_request(self._config, self._port, self._files)
         self._output.info(
             f"Ready in {seconds:.1f} s: {name} at {url} (gRPC at "

@@ -80,8 +80,9 @@ class RouterServer:
         names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)
         self._listen(config.gateway_address)
-        host = f"[{config.grpc_host}]" if ":" in config.grpc_host else config.grpc_host
-        self.port = self._listen(f"{host}:{config.grpc_port}")
+        if config.grpc_host:
+            host = f"[{config.grpc_host}]" if ":" in config.grpc_host else config.grpc_host
+            self.port = self._listen(f"{host}:{config.grpc_port}")
         await self._tell_health()
         await server.start()
 

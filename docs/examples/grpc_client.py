@@ -27,7 +27,7 @@ def with_the_client(address: str, api_key: str) -> None:
         answer = client.generate("The capital of Japan is", max_new_tokens=8)
         print(f"answer: {answer.text!r} ({answer.finish_reason})")
 
-        params = SamplingParams(temperature=0.8, top_p=0.95, seed=7, max_new_tokens=16)
+        params = SamplingParams(temperature=0.8, top_p=0.95, seed=7, max_tokens=16)
         print("stream: ", end="")
         for piece in client.stream("Once upon a time", params):
             print(piece.text, end="", flush=True)

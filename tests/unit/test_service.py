@@ -480,7 +480,9 @@ def _use_client(address: str) -> None:
     with Client(address, api_key="secret", timeout=30) as client:
         whole = client.generate("abc", max_new_tokens=9, temperature=0.5, seed=3)
         assert (len(whole.tokens), whole.seed, whole.finish_reason) == (9, 3, "length")
-        params = SamplingParams(max_new_tokens=9, temperature=0.5, seed=3)
+        params = SamplingParams(
+            max_tokens=9, temperature=0.5, seed=3, logprobs=0, include_stop_str_in_output=True
+        )
         pieces = list(client.stream("abc", params))
         assert "".join(piece.text for piece in pieces) == whole.text
         assert pieces[-1].generation == whole

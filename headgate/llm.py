@@ -1,0 +1,232 @@
+"""vLLM's `LLM`: offline generation with the same engine as the server's, without HTTP.
+
+    from headgate import LLM, SamplingParams
+
+    llm = LLM(model="Qwen/Qwen3-0.6B")
+    for output in llm.generate(["The capital of Japan is"], SamplingParams(temperature=0)):
+        print(output.prompt, output.outputs[0].text)
+
+It starts a server of its own (private_server.py) and calls the router's gRPC service.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import grpc
+
+from headgate.client import CHANNEL_OPTIONS
+from headgate.llm_arguments import check_others, to_flags
+from headgate.llm_calls import Calls, Question
+from headgate.outputs import RequestOutput
+from headgate.private_server import PrivateServer
+from headgate.progress import make_progress
+from headgate.prompts import Prompt, read_prompts
+from headgate.proto import router_pb2, router_pb2_grpc
+from headgate.router.errors import TemplateError
+from headgate.router.gateway.chat import ChatTemplate
+from headgate.sampling_params import SamplingParams
+
+_CHANNEL_OPTIONS = [
+    *CHANNEL_OPTIONS,
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.initial_reconnect_backoff_ms", 50),  # a router that died is back within a second
+    ("grpc.min_reconnect_backoff_ms", 50),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+]
+
+Params = SamplingParams | Sequence[SamplingParams] | None
+Message = Mapping[str, Any]
+
+
+class LLM:
+    """A model, ready when the constructor returns. `close` it, use it in a `with`, or just end."""
+
+    def __init__(
+        self,
+        model: str = "",
+        *,
+        tokenizer: str | None = None,
+        tensor_parallel_size: int = 1,
+        dtype: Any = "auto",
+        quantization: str | None = None,
+        revision: str | None = None,
+        seed: int | None = 0,
+        gpu_memory_utilization: float | None = None,
+        max_model_len: int | None = None,
+        max_num_seqs: int | None = None,
+        max_num_batched_tokens: int | None = None,
+        max_logprobs: int = 20,
+        block_size: int | None = None,
+        kv_cache_dtype: str | None = None,
+        enable_prefix_caching: bool | None = None,
+        served_model_name: str | None = None,
+        download_dir: str | None = None,
+        trust_remote_code: bool = False,
+        hf_token: str | None = None,
+        flags: Sequence[str] = (),
+        **others: Any,
+    ) -> None:
+        """`model`: a directory, a hub id or a .gguf file; empty: the embedded model.
+
+        `seed`: makes requests without a seed repeatable from run to run; None: they are drawn.
+        `flags`: further flags of `headgate serve`. Raises TypeError for an unknown argument,
+        ValueError for one that is not served, ServerError where the server cannot start.
+        """
+        arguments = dict(locals())
+        check_others(others)
+        environment = {"HF_TOKEN": hf_token} if hf_token else {}
+        self._server = PrivateServer([*to_flags(arguments), *flags], environment)
+        try:
+            self._server.wait_ready()
+        except BaseException:
+            self._server.close()
+            raise
+        self._channel = grpc.insecure_channel(self._server.address, options=_CHANNEL_OPTIONS)
+        self._stub = router_pb2_grpc.RouterStub(self._channel)
+        self._info = self._stub.Info(router_pb2.InfoRequest(), wait_for_ready=True)
+        self._calls = Calls(self._server, self._stub, self._info)
+        self._seed = seed
+        self._numbers = itertools.count()
+        self._templates: dict[str, ChatTemplate] = {}
+
+    def generate(
+        self,
+        prompts: Any,
+        sampling_params: Params = None,
+        *,
+        use_tqdm: bool | Callable[..., Any] = True,
+        lora_request: Any = None,
+    ) -> list[RequestOutput]:
+        """Answers in the order of `prompts`: strings, token ids or dicts, one or a list.
+
+        `sampling_params`: for all, or one for each. Raises ValueError for what cannot be served,
+        naming the prompt; ServerError if the server ended.
+        """
+        _refuse(lora_request=lora_request)
+        return self._run(read_prompts(prompts), sampling_params, use_tqdm)
+
+    def chat(
+        self,
+        messages: Sequence[Any],
+        sampling_params: Params = None,
+        use_tqdm: bool | Callable[..., Any] = True,
+        lora_request: Any = None,
+        chat_template: str | None = None,
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Any] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """As `generate`, for one conversation or a list of them, with the model's chat template.
+
+        A last message by the assistant is continued, as by the server's chat route.
+        """
+        _refuse(lora_request=lora_request, tools=tools)
+        if not add_generation_prompt and not continue_final_message:
+            raise ValueError("`add_generation_prompt` = False is not supported")
+        template = self._template(chat_template)
+        conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        prompts = []
+        for index, conversation in enumerate(conversations):
+            flat = [_flat(message, f"conversation {index}") for message in conversation]
+            if not flat:
+                raise ValueError(f"conversation {index} has no messages")
+            if continue_final_message and flat[-1]["role"] != "assistant":
+                raise ValueError(
+                    f"conversation {index}: `continue_final_message` needs a last message by "
+                    f"the assistant"
+                )
+            try:
+                text = template.render(flat, chat_template_kwargs)
+            except TemplateError as error:
+                raise ValueError(f"conversation {index}: {error}") from None
+            prompts.append(Prompt(text=text, add_special_tokens=False))
+        return self._run(prompts, sampling_params, use_tqdm)
+
+    def close(self) -> None:
+        """Ends the server; nothing of it is left when this returns."""
+        self._channel.close()
+        self._server.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _run(
+        self, prompts: list[Prompt], params: Params, use_tqdm: bool | Callable[..., Any]
+    ) -> list[RequestOutput]:
+        self._server.check()
+        each = _each(params, len(prompts))
+        questions = []
+        for prompt, own in zip(prompts, each, strict=True):
+            number = next(self._numbers)
+            wanted = own.to_router()
+            if wanted.do_sample and wanted.seed is None and self._seed is not None:
+                wanted = replace(wanted, seed=_derived_seed(self._seed, number))
+            questions.append(Question(str(number), prompt, own, wanted))
+        progress = make_progress(use_tqdm, len(prompts), "Processed prompts")
+        try:
+            return self._calls.run(questions, progress)
+        finally:
+            progress.close()
+
+    def _template(self, source: str | None) -> ChatTemplate:
+        """Compiled once. `source`: a template of the caller's own, or a file that holds one."""
+        if source and "{" not in source and os.path.isfile(source):
+            with open(source) as stream:
+                source = stream.read()
+        source = source or self._info.chat_template
+        if source not in self._templates:
+            try:
+                template = ChatTemplate(source, self._info.bos_token, self._info.eos_token)
+            except TemplateError as error:
+                raise ValueError(str(error)) from None
+            self._templates[source] = template
+        return self._templates[source]
+
+
+def _refuse(**arguments: Any) -> None:
+    for name, value in arguments.items():
+        if value:
+            raise ValueError(f"`{name}` is not supported")
+
+
+def _each(params: Params, count: int) -> list[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    if len(params) != count:
+        raise ValueError(f"there are {count} prompts and {len(params)} sampling_params")
+    return list(params)
+
+
+def _derived_seed(seed: int, number: int) -> int:
+    """The seed of the number-th request of a program: a different one for each."""
+    digest = hashlib.blake2b(f"{seed}:{number}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def _flat(message: Message, where: str) -> dict[str, Any]:
+    """A message for the template, its text parts joined."""
+    content = message.get("content")
+    if not isinstance(content, str):
+        parts = content or ()
+        if not parts or not all(part.get("type") == "text" for part in parts):
+            raise ValueError(f"{where}: `content` must be a text, or parts of type text")
+        content = "".join(part["text"] for part in parts)
+    if message.get("tool_calls"):
+        raise ValueError(f"{where}: `tool_calls` is not supported")
+    flat = {"role": message.get("role"), "content": content}
+    if not isinstance(flat["role"], str):
+        raise ValueError(f"{where}: every message needs a `role`")
+    if message.get("name"):
+        flat["name"] = message["name"]
+    return flat
