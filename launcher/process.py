@@ -136,6 +136,15 @@ class Child:
         """Whether the process has not ended yet."""
         return not self._exit.done()
 
+    @property
+    def suspended(self) -> bool:
+        """Whether a signal (SIGSTOP) keeps the process from running."""
+        try:
+            with open(f"/proc/{self.pid}/stat", "rb") as file:
+                return file.read().rpartition(b")")[2].split()[0] == b"T"
+        except OSError:
+            return False  # it has ended, or this system tells otherwise
+
     async def wait(self) -> Exit:
         """Waits for the end of the process and of what it wrote."""
         code = await asyncio.shield(self._exit)

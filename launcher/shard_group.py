@@ -20,6 +20,7 @@ SpawnShard = Callable[[int, int], Child]  # (rank, epoch)
 # Before the first ready, one shard's death makes its peers fail too; the one that can say why in a
 # sentence may be a moment slower than a peer that only sees a broken connection.
 _CONFESSION_SECONDS = 1.0
+_CHECK_SECONDS = 0.5  # between looks at shards that start
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +53,11 @@ class ShardGroup:
         addresses: Sequence[str],
         spawn: SpawnShard,
         start_limit: float,
+        hang_limit: float,
         meeting: socket.socket | None = None,
     ) -> None:
-        """`start_limit`: seconds until it must be ready; `meeting`: reserves the port where the
-        shards meet until they have."""
+        """`start_limit`: seconds until it must be ready, `hang_limit`: that a shard may be
+        suspended; `meeting`: reserves the port where the shards meet until they have."""
         self.epoch = epoch
         self.addresses = list(addresses)  # where each rank listens
         self.ready = False
@@ -68,11 +70,10 @@ class ShardGroup:
         self.remove_sockets()
         self.children = [spawn(rank, epoch) for rank in range(len(addresses))]
         self._watchers = [asyncio.create_task(self._watch(child)) for child in self.children]
-        self._timer = asyncio.get_running_loop().call_later(
-            start_limit,
-            self.blame,
-            f"the shards were not ready within {start_limit:.0f} s (see --startup-timeout)",
-        )
+        self._start_limit = start_limit
+        self._hang_limit = hang_limit
+        self._suspended_since: float | None = None
+        self._check_start()
 
     def mark_ready(self) -> None:
         """The router serves with this group: a first one, or one that was started again."""
@@ -124,6 +125,21 @@ class ShardGroup:
         for address in self.addresses:
             with contextlib.suppress(OSError):
                 os.unlink(address.removeprefix("unix:"))
+
+    def _check_start(self) -> None:
+        """Looks for what hangs, again and again: once they serve, the router's heartbeats tell."""
+        now = time.monotonic()
+        suspended = next((child for child in self.children if child.suspended), None)
+        if suspended is None:
+            self._suspended_since = None
+        elif self._suspended_since is None:
+            self._suspended_since = now
+        elif now - self._suspended_since >= self._hang_limit:
+            self.blame(f"{suspended.name} has been suspended for {self._hang_limit:g} s")
+        if now - self._started >= self._start_limit:
+            limit = f"{self._start_limit:.0f} s"
+            self.blame(f"the shards were not ready within {limit} (see --startup-timeout)")
+        self._timer = asyncio.get_running_loop().call_later(_CHECK_SECONDS, self._check_start)
 
     async def _watch(self, child: Child) -> None:
         end = await child.wait()

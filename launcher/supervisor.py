@@ -270,7 +270,7 @@ class Supervisor:
 
         deaths = self._group_policy.deaths
         limit = start_limit(config.startup_timeout, self._slowest_start, deaths)
-        return ShardGroup(epoch, addresses, spawn, limit, meeting)
+        return ShardGroup(epoch, addresses, spawn, limit, config.heartbeat_timeout, meeting)
 
     def _last_words(self, child: Child, end: Exit) -> None:
         if end.code != CONFIGURATION_ERROR and child.last_words:

@@ -213,6 +213,14 @@ def test_not_ready_in_time(launch: Any) -> None:
     assert "--startup-timeout" in server.log.splitlines()[-1]
 
 
+def test_a_shard_that_is_suspended_while_it_starts(launch: Any) -> None:
+    server = launch("--heartbeat-timeout", "1", FAKE_NEVER_READY="1")
+    (shard,) = server.until(lambda: server.notes("shard"))
+    os.kill(shard["pid"], signal.SIGSTOP)
+    assert server.end() == 1
+    assert "shard-0 has been suspended for 1 s" in server.log.splitlines()[-1]
+
+
 @pytest.mark.parametrize("signals", [(signal.SIGTERM,), (signal.SIGINT, signal.SIGINT)])
 def test_a_drain_ends_by_its_limit_or_a_second_signal(launch: Any, signals: Any) -> None:
     limit = "1" if len(signals) == 1 else "60"
