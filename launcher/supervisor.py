@@ -337,7 +337,10 @@ class Supervisor:
         self._stop_asked.set()
 
     async def _drain(self) -> None:
-        """Refuses new work and waits for what runs: not too long, nor after a second signal."""
+        """Refuses new work and waits for what runs: not too long, nor after a second signal.
+
+        Raises LaunchError when it cannot be finished.
+        """
         timeout = self._config.graceful_termination_timeout
         self._drain_timeout = timeout
         self._run.write_status("draining", "the server is stopping")
@@ -345,6 +348,8 @@ class Supervisor:
             return
         self._control.send("drain", timeout=timeout)  # or, to a router that is not there, later
         await _first([self._drained, self._stop_now, self._fatal], timeout)
+        if self._fatal.done():
+            self._fatal.result()  # raises why
         if not self._drained.is_set():
             self._output.warn("Stopping with requests unfinished")
 

@@ -241,6 +241,17 @@ def test_a_drain_waits_for_a_router_that_is_being_restarted(launch: Any) -> None
     assert drain["pid"] != router["pid"] and "unfinished" not in server.log
 
 
+def test_a_drain_that_cannot_be_finished_says_why(launch: Any) -> None:
+    server = launch(FAKE_SHARDS='{"2.0": "model error"}', FAKE_DRAIN="100").ready()
+    (shard,) = server.notes("shard")
+    server.process.send_signal(signal.SIGTERM)
+    server.until(lambda: server.notes("router", event="drain"))
+    os.kill(shard["pid"], signal.SIGKILL)
+    assert server.end() == 1
+    assert "lm_head.weight is missing" in server.log.splitlines()[-1]
+    assert "Traceback" not in server.log and "never retrieved" not in server.log
+
+
 def test_a_stop_while_loading(launch: Any) -> None:
     server = launch(FAKE_NEVER_READY="1")
     server.until(lambda: server.notes("shard"))
