@@ -23,6 +23,7 @@ from headgate.router.validation import ValidRequest
 logger = logging.getLogger(__name__)
 
 _PARAMETER_FIELDS = fields(SamplingParams)
+_MAX_SHOWN = 64  # characters of a text, entries of a list, in a log line
 REMEMBERED = 64  # durations of ended requests, to foretell when there will be room
 
 
@@ -142,7 +143,11 @@ class LiveRequest:
 
 
 def _shown(value: Any) -> Any:
-    """Numbers that travelled as float32 without the digits that this added."""
+    """Numbers that travelled as float32 without the digits that this added; only so much text."""
+    if isinstance(value, tuple):
+        return [_shown(entry) for entry in value[:_MAX_SHOWN]]
+    if isinstance(value, str):
+        return value[:_MAX_SHOWN]
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import NoReturn, TypeAlias
 
 import grpc
@@ -30,7 +30,7 @@ from headgate.router.live_requests import LiveRequest
 from headgate.router.metrics import Metrics
 from headgate.router.multiplex import MultiplexStream, Streams
 from headgate.router.status import ServerStatus
-from headgate.router.tokenizer import Tokenizer
+from headgate.router.tokenizer import Span, Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -151,12 +151,8 @@ class RouterService(router_pb2_grpc.RouterServicer):
             spans = await self._tokenizer.spans(request.text, add_special_tokens=special)
         except Exception as error:  # tokenizers raises plain Exception
             await abort(context, ValidationError(f"tokenizer error {error}", field="inputs"))
-        return router_pb2.TokenizeResponse(
-            tokens=[
-                router_pb2.TokenSpan(id=span.id, text=span.text, start=span.start, stop=span.stop)
-                for span in spans
-            ]
-        )
+        # A long text has a million of them: too much for the loop that feeds the shards.
+        return await asyncio.to_thread(_tokenize_response, spans)
 
     async def Info(
         self, request: router_pb2.InfoRequest, context: Context
@@ -184,6 +180,15 @@ class RouterService(router_pb2_grpc.RouterServicer):
 async def abort(context: Context, error: RouterError) -> NoReturn:
     await context.abort(error.grpc_code, error.message, trailing_metadata=error.metadata())
     raise AssertionError("abort raises")
+
+
+def _tokenize_response(spans: Sequence[Span]) -> router_pb2.TokenizeResponse:
+    return router_pb2.TokenizeResponse(
+        tokens=[
+            router_pb2.TokenSpan(id=span.id, text=span.text, start=span.start, stop=span.stop)
+            for span in spans
+        ]
+    )
 
 
 async def _read(messages: AsyncIterator[router_pb2.ClientMessage], stream: MultiplexStream) -> None:

@@ -18,7 +18,7 @@ class StopMatcher:
 
     def __init__(self, stops: Sequence[str], include: bool) -> None:
         self._stops = tuple(sorted(stops, key=len, reverse=True))
-        self._fallbacks = [_fallbacks(stop) for stop in self._stops]
+        self._fallbacks = [[0, 0] for _ in self._stops]  # see _next_fallback
         self._states = [0] * len(self._stops)  # characters of each stop matched so far
         self._include = include
         self._held = ""
@@ -55,6 +55,8 @@ class StopMatcher:
                 state = fallbacks[state]
             if stop[state] == character:
                 state += 1
+                if state == len(fallbacks):
+                    fallbacks.append(_next_fallback(stop, fallbacks))
             if state == len(stop):
                 found = found or stop  # sorted: the longest comes first
                 state = fallbacks[state]
@@ -62,15 +64,14 @@ class StopMatcher:
         return found
 
 
-def _fallbacks(pattern: str) -> list[int]:
-    """For each number of matched characters, how many stay matched when the next one differs.
+def _next_fallback(pattern: str, table: list[int]) -> int:
+    """How many characters stay matched when the one after the first len(table) differs.
 
-    (The longest proper prefix of pattern[:k] that is also its suffix: Knuth, Morris and Pratt.)
+    (The longest proper prefix of that part of the pattern that is also its suffix: Knuth, Morris
+    and Pratt. Their table grows with what is matched: stop texts may be a megabyte.)
     """
-    table = [0, 0]
-    for k in range(1, len(pattern)):
-        state = table[k]
-        while state and pattern[state] != pattern[k]:
-            state = table[state]
-        table.append(state + 1 if pattern[state] == pattern[k] else 0)
-    return table
+    k = len(table) - 1
+    state = table[k]
+    while state and pattern[state] != pattern[k]:
+        state = table[state]
+    return state + 1 if pattern[state] == pattern[k] else 0

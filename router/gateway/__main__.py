@@ -18,6 +18,7 @@ from headgate.config_file import ConfigError, load_config
 from headgate.log import set_up_logging
 from headgate.router.gateway.app import Gateway
 from headgate.router.gateway.config import GatewayConfig
+from headgate.router.gateway.http_protocol import HttpProtocol
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ def main() -> int:
         uvicorn.Config(
             Gateway(config),
             loop="uvloop",
-            http="httptools",
+            http=HttpProtocol,
             ws="none",
             lifespan="on",
             log_config=None,

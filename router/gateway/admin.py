@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import orjson
 
 from headgate.proto import router_pb2
@@ -86,7 +88,7 @@ class AdminRoutes:
     async def model(self, exchange: Exchange) -> None:
         info = self._services.known_info()
         name = exchange.path_params["model"]
-        if name not in (info.model_id, info.served_model_name):
+        if not name or name not in (info.model_id, info.served_model_name):
             raise ModelNotFoundError(f"The model `{name}` does not exist", field="model")
         await exchange.respond(orjson.dumps(_model(info)))
 
@@ -97,7 +99,8 @@ class AdminRoutes:
     async def tokenize(self, exchange: Exchange) -> None:
         body = await exchange.read_json(GenerateRequest, self._services.config.payload_limit)
         spans = await exchange.until(self._services.client.tokenize(body.inputs))
-        await exchange.respond(tokens_document(spans))
+        # A long text's answer has a million entries: too much for the event loop.
+        await exchange.respond(await asyncio.to_thread(tokens_document, spans))
 
 
 def _model(info: router_pb2.InfoResponse) -> dict[str, object]:

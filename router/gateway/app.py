@@ -32,7 +32,7 @@ from headgate.router.gateway.errors import (
     retry_after_header,
     tgi_error,
 )
-from headgate.router.gateway.exchange import JSON_HEADERS, Exchange
+from headgate.router.gateway.exchange import JSON_HEADERS, Exchange, Headers
 from headgate.router.gateway.openai_chat import ChatRoute
 from headgate.router.gateway.openai_completions import CompletionsRoute
 from headgate.router.gateway.services import Services
@@ -151,7 +151,8 @@ class Gateway:
                 )
             else:
                 refusal = NotFoundError(f"No route {exchange.path}")
-            await self._refuse(exchange, refusal)
+            allow = (error.headers or {}).get("Allow", "")
+            await self._refuse(exchange, refusal, [(b"allow", allow.encode())] if allow else [])
 
     async def serve(
         self, handler: Handler, protected: bool, scope: Scope, receive: Receive, send: Send
@@ -182,7 +183,9 @@ class Gateway:
         if scheme.lower() != b"bearer" or not matches:
             raise UnauthorizedError
 
-    async def _refuse(self, exchange: Exchange, error: RouterError) -> None:
+    async def _refuse(
+        self, exchange: Exchange, error: RouterError, extra_headers: Headers | None = None
+    ) -> None:
         if not exchange.submitted:  # else the router has logged and counted it
             self._record(exchange, error)
         if exchange.response_started:
@@ -191,7 +194,7 @@ class Gateway:
             body = openai_error(error, exchange.field_names)
         else:
             body = tgi_error(error)
-        headers = JSON_HEADERS + retry_after_header(error)
+        headers = JSON_HEADERS + retry_after_header(error) + (extra_headers or [])
         if error.http_status == 401:
             headers = [*headers, (b"www-authenticate", b"Bearer")]
         await exchange.respond(body, status=error.http_status, headers=headers)

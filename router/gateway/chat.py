@@ -27,6 +27,7 @@ Message = Mapping[str, Any]
 # list would take a character instead.
 _FIRST_PART = "messages[0]['content'][0]['text']"
 _FIRST_TEXT = "messages[0]['content']"
+_END_MARK = "\ufdd0end of content\ufdd0"  # of a message to be continued; a noncharacter
 _RESERVED = frozenset({"messages", "bos_token", "eos_token", "add_generation_prompt", "tools"})
 
 
@@ -66,38 +67,36 @@ class ChatTemplate:
         `extra`: more variables for the template. Raises TemplateError.
         """
         last = messages[-1] if messages else {}
-        continued = last.get("role") == "assistant" and bool(last.get("content"))
-        text = self._render(messages, extra or {}, add_generation_prompt=not continued)
-        return _cut_after(text, str(last["content"])) if continued else text
+        if last.get("role") != "assistant" or not last.get("content"):
+            return self._render(messages, extra or {}, add_generation_prompt=True)
+        # The content alone may be found in the template's own text behind it.
+        marked = {**last, "content": f"{last['content']}{_END_MARK}"}
+        text = self._render([*messages[:-1], marked], extra or {}, add_generation_prompt=False)
+        begun, mark, _ = text.rpartition(_END_MARK)
+        if not mark:
+            raise TemplateError(
+                "the template does not show the last message, which was to be continued",
+                field="messages",
+            )
+        return begun.rstrip()
 
     def _render(
         self, messages: Sequence[Message], extra: Mapping[str, Any], add_generation_prompt: bool
     ) -> str:
         variables = {key: value for key, value in extra.items() if key not in _RESERVED}
         try:
-            return self._template.render(
-                **variables,
-                messages=messages,
-                bos_token=self._bos_token,
-                eos_token=self._eos_token,
-                add_generation_prompt=add_generation_prompt,
-                tools=None,
-            )
+            variables |= {
+                "messages": messages,
+                "bos_token": self._bos_token,
+                "eos_token": self._eos_token,
+                "add_generation_prompt": add_generation_prompt,
+                "tools": None,
+            }
+            return self._template.render(variables)
         except jinja2.UndefinedError as error:
             raise MissingTemplateVariableError(str(error)) from None
         except Exception as error:  # a template is code: any error in it is its own
             raise TemplateError(str(error) or type(error).__name__, field="messages") from None
-
-
-def _cut_after(text: str, content: str) -> str:
-    """`text` up to the end of its last `content`, without trailing white space."""
-    for wanted in (content, content.strip()):
-        at = text.rfind(wanted) if wanted else -1
-        if at >= 0:
-            return text[: at + len(wanted)].rstrip()
-    raise TemplateError(
-        "the template does not show the last message, which was to be continued", field="messages"
-    )
 
 
 def _raise_exception(message: str) -> NoReturn:

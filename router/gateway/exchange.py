@@ -46,6 +46,7 @@ class Exchange:
         self.response_started = False
         self.submitted = False  # the router has the request: it logs and counts what comes of it
         self.warnings: list[str] = []
+        self._body_was_read = False
         self.field_names: Mapping[str, str] = {}  # the router's names of fields to this route's
         self._strict = strict
         self._receive = receive
@@ -68,6 +69,8 @@ class Exchange:
             raw = msgspec.json.decode(body)
         except UnicodeDecodeError as error:
             raise MalformedError(f"The body is not valid UTF-8: {error.reason}") from None
+        except RecursionError:
+            raise MalformedError("The body is nested too deeply") from None
         except msgspec.DecodeError as error:
             content_type = self.header(b"content-type").decode("latin-1")
             if content_type and "json" not in content_type.lower():
@@ -96,6 +99,7 @@ class Exchange:
                 raise too_large
             chunks.append(chunk)
             if not message.get("more_body", False):
+                self._body_was_read = True
                 return b"".join(chunks)
 
     def _note_unknown(self, names: list[str]) -> None:
@@ -159,6 +163,9 @@ class Exchange:
         """Status line and headers; warnings are added."""
         if self.warnings:
             headers = [*headers, (b"x-headgate-warnings", "; ".join(self.warnings).encode())]
+        if not self._body_was_read and self.header(b"expect"):
+            # The client need not send its body now: what comes next might be another request.
+            headers = [*headers, (b"connection", b"close")]
         await self.send({"type": "http.response.start", "status": status, "headers": headers})
 
 
@@ -187,14 +194,21 @@ def convert(raw: Any, cls: type[S]) -> S:
 
 
 def unknown_fields(raw: Any, cls: type[msgspec.Struct], prefix: str = "") -> list[str]:
-    """Dotted names of the keys that `cls`, and structs that are its fields, do not have."""
+    """Dotted names of the keys that `cls`, and structs in its fields, do not have.
+
+    A key whose value is null is as if absent.
+    """
     if not isinstance(raw, dict):
         return []
     names: list[str] = []
     nested = _nested_structs(cls)
     for key, value in raw.items():
         if key not in cls.__struct_encode_fields__:
-            names.append(prefix + key)
+            if value is not None:
+                names.append(prefix + key)
+        elif key in nested and isinstance(value, list):
+            for index, entry in enumerate(value):
+                names.extend(unknown_fields(entry, nested[key], f"{prefix}{key}[{index}]."))
         elif key in nested:
             names.extend(unknown_fields(value, nested[key], f"{prefix}{key}."))
     return names
@@ -204,12 +218,13 @@ _NESTED: dict[type[msgspec.Struct], dict[str, type[msgspec.Struct]]] = {}
 
 
 def _nested_structs(cls: type[msgspec.Struct]) -> dict[str, type[msgspec.Struct]]:
-    """Fields of `cls` that are themselves structs (optional ones included), once worked out."""
+    """Fields of `cls` that are structs or lists of them, optional ones included; kept."""
     if cls not in _NESTED:
         found: dict[str, type[msgspec.Struct]] = {}
         for field in msgspec.inspect.type_info(cls).fields:  # type: ignore[attr-defined]
             kinds = getattr(field.type, "types", (field.type,))
             for kind in kinds:
+                kind = getattr(kind, "item_type", kind)
                 if isinstance(kind, msgspec.inspect.StructType):
                     found[field.encode_name] = kind.cls
         _NESTED[cls] = found

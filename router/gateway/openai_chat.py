@@ -29,7 +29,9 @@ from headgate.router.gateway.services import Services
 from headgate.router.gateway.sse import json_string
 
 _FIELD_NAMES = {**FIELD_NAMES, "inputs": "messages", "top_n_tokens": "top_logprobs"}
+_UNSERVED_IN_MESSAGES = ("tool_calls", "function_call", "audio")
 _LONG_CHAT = 65_536  # characters; longer ones are rendered off the event loop
+_MESSAGE_COST = 100  # characters that take as long to render as a message by itself
 
 
 class ChatRoute:
@@ -73,7 +75,7 @@ class ChatRoute:
         key = (info.chat_template, info.bos_token, info.eos_token)
         if self._template is None or key != self._template_key:
             self._template, self._template_key = ChatTemplate(*key), key
-        if sum(len(message["content"]) for message in messages) > _LONG_CHAT:
+        if sum(_MESSAGE_COST + len(message["content"]) for message in messages) > _LONG_CHAT:
             return await asyncio.to_thread(
                 self._template.render, messages, body.chat_template_kwargs
             )
@@ -118,8 +120,9 @@ def _max_tokens(body: ChatRequest) -> int | None:
 def _flatten(message: ChatMessage, index: int) -> dict[str, Any]:
     """A message for the template: its text parts joined, nothing but role, content and name."""
     where = f"messages[{index}]"
-    if message.tool_calls:
-        raise ValidationError(f"`{where}.tool_calls` is not supported", field=f"{where}.tool_calls")
+    for name in _UNSERVED_IN_MESSAGES:
+        if getattr(message, name):
+            raise ValidationError(f"`{where}.{name}` is not supported", field=f"{where}.{name}")
     if message.content is None:
         raise ValidationError(f"missing field `{where}.content`", field=f"{where}.content")
     flat: dict[str, Any] = {"role": message.role}
@@ -137,7 +140,9 @@ def _flatten(message: ChatMessage, index: int) -> dict[str, Any]:
 def _part_text(part: dict[str, Any], where: str) -> str:
     kind = part.get("type")
     if kind != "text":
-        raise ValidationError(f"`{where}`: parts of type `{kind}` are not supported", field=where)
+        raise ValidationError(
+            f"`{where}`: parts of type `{str(kind)[:64]}` are not supported", field=where
+        )
     text = part.get("text")
     if not isinstance(text, str):
         raise ValidationError(f"missing field `{where}.text`", field=f"{where}.text")

@@ -27,6 +27,7 @@ _NEUTRAL_MODELS = ("tgi", "dummy")
 _GREEDY_BELOW = 1e-5  # a temperature that float32 logits cannot tell from 0
 # Where the router's name of a field is not the one that these routes' clients know.
 FIELD_NAMES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}
+_MAX_SHOWN = 128  # characters of a client's own word in a message
 _SINGLE_ANSWER = ("n", "best_of")
 _UNSERVED = ("logit_bias", "adapter_id", "watermark", "grammar")
 
@@ -60,7 +61,8 @@ def check_model(model: str | None, info: router_pb2.InfoResponse) -> None:
     names = (*_NEUTRAL_MODELS, info.model_id, info.served_model_name)
     if model and model not in names:
         raise ModelNotFoundError(
-            f"The model `{model}` does not exist; `{served_name(info)}` is served", field="model"
+            f"The model `{model[:_MAX_SHOWN]}` does not exist; `{served_name(info)}` is served",
+            field="model",
         )
 
 

@@ -192,8 +192,11 @@ def _top_logprobs(token: router_pb2.Token) -> bytes:
     """Text to logprob, best first, with the token itself; null where it has no logprob."""
     if not token.HasField("logprob"):
         return b"null"
-    pairs = {other.text: logprob_of(other) for other in token.top}
-    pairs.setdefault(token.text, logprob_of(token))
+    pairs: dict[str, bytes] = {}
+    for other in token.top:
+        pairs.setdefault(other.text, logprob_of(other))  # parts of characters share a text
+    if all(other.id != token.id for other in token.top):
+        pairs.setdefault(token.text, logprob_of(token))
     return b"{%s}" % b",".join(json_string(text) + b":" + value for text, value in pairs.items())
 
 

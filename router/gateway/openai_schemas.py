@@ -53,6 +53,8 @@ class ChatMessage(msgspec.Struct):
     content: str | list[dict[str, Any]] | None = None
     name: str | None = None
     tool_calls: list[Any] | None = None
+    function_call: Any = None
+    audio: Any = None
     tool_call_id: str | None = None
 
 

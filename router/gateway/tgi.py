@@ -139,7 +139,7 @@ def _details(answer: Answer) -> bytes:
             finished.generated_tokens,
             _seed(finished),
             b",".join(map(_prefill_token, finished.prefill)),
-            _token_list(tokens),
+            _answer_tokens(tokens, finished),
             top,
         )
     )
@@ -153,10 +153,11 @@ def _logprob(token: router_pb2.Token) -> bytes:
     return json_number(token.logprob) if token.HasField("logprob") else b"null"
 
 
-def _token(token: router_pb2.Token) -> bytes:
+def _token(token: router_pb2.Token, text: str | None = None) -> bytes:
+    """`text`: what to show as the token's text, where it is not the whole."""
     return b'{"id":%d,"text":%s,"logprob":%s,"special":%s}' % (
         token.id,
-        json_string(token.text),
+        json_string(token.text if text is None else text),
         _logprob(token),
         b"true" if token.special else b"false",
     )
@@ -174,6 +175,29 @@ def _token_list(tokens: Sequence[router_pb2.Token]) -> bytes:
     return b"[%s]" % b",".join(map(_token, tokens))
 
 
+def _answer_tokens(tokens: Sequence[router_pb2.Token], finished: router_pb2.Finished) -> bytes:
+    shown = [_token(token) for token in tokens]
+    if tokens:
+        before = sum(map(_visible_length, tokens[:-1]))
+        shown[-1] = _token(tokens[-1], _last_text(tokens[-1], before, finished))
+    return b"[%s]" % b",".join(shown)
+
+
+def _visible_length(token: router_pb2.Token) -> int:
+    return 0 if token.special else len(token.text)
+
+
+def _last_text(token: router_pb2.Token, before: int, finished: router_pb2.Finished) -> str:
+    """The last token's text, cut where a stop text ended inside it.
+
+    With that the texts of an answer's tokens are its text, as where tokens and stop texts end
+    together. `before`: characters of the tokens before it.
+    """
+    if finished.reason != router_pb2.FINISH_REASON_STOP_SEQUENCE or token.special:
+        return token.text
+    return token.text[: max(len(finished.generated_text) - before, 0)]
+
+
 # ------------------------------------------------------------------ streams
 
 
@@ -189,9 +213,11 @@ class _Events:
         self._prompt = prompt
         self._details = details
         self._index = 0
+        self._length = 0  # characters of the tokens so far
 
     def token(self, token: router_pb2.Token, text: str) -> bytes:
-        return self._event(token, b"null", b"null")
+        self._length += _visible_length(token)
+        return self._event(token, token.text, b"null", b"null")
 
     def last(
         self, token: router_pb2.Token | None, text: str, finished: router_pb2.Finished
@@ -211,14 +237,15 @@ class _Events:
         if token is None:  # sent already: TGI's shape has no end without a token
             self._index -= 1
             token = router_pb2.Token(special=True, logprob=0.0)
-        return self._event(token, whole, details)
+        shown = _last_text(token, self._length, finished)
+        return self._event(token, shown, whole, details)
 
-    def _event(self, token: router_pb2.Token, whole: bytes, details: bytes) -> bytes:
+    def _event(self, token: router_pb2.Token, text: str, whole: bytes, details: bytes) -> bytes:
         self._index += 1
         top = b',"top_tokens":' + _token_list(token.top) if token.top else b""
         return b'data: {"index":%d,"token":%s%s,"generated_text":%s,"details":%s}\n\n' % (
             self._index,
-            _token(token),
+            _token(token, text),
             top,
             whole,
             details,

@@ -16,6 +16,7 @@ import uvicorn
 
 from headgate.router.gateway.app import Gateway
 from headgate.router.gateway.config import GatewayConfig
+from headgate.router.gateway.http_protocol import HttpProtocol
 from headgate.router.gateway.server_state import State
 from tests.unit.fake_router import FakeRouter, Script
 
@@ -47,7 +48,7 @@ class RunningGateway:
         self.port: int = listener.getsockname()[1]
         self._server = _Server(
             uvicorn.Config(
-                self.gateway, http="httptools", ws="none", log_config=None, access_log=False,
+                self.gateway, http=HttpProtocol, ws="none", log_config=None, access_log=False,
                 timeout_graceful_shutdown=1,
             )
         )  # fmt: skip

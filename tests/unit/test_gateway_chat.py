@@ -88,9 +88,10 @@ def test_last_assistant_message_is_continued() -> None:
     assert render(TEMPLATE, *messages) == "<|user|>Hi<|end|>\n<|assistant|>Tokyo is the"
 
 
-def test_continued_content_that_looks_like_a_role() -> None:
-    messages = user("Hi"), {"role": "assistant", "content": "assistant"}
-    assert render(TEMPLATE, *messages) == "<|user|>Hi<|end|>\n<|assistant|>assistant"
+@pytest.mark.parametrize("content", ["assistant", "e", "end", ">", "\n|"])
+def test_continued_content_that_the_template_has_too(content: str) -> None:
+    messages = user("Hi"), {"role": "assistant", "content": content}
+    assert render(TEMPLATE, *messages) == "<|user|>Hi<|end|>\n<|assistant|>" + content
 
 
 def test_continued_content_that_the_template_trims() -> None:
@@ -116,6 +117,11 @@ async def test_parts_are_joined_and_errors_keep_their_status() -> None:
         assert response.json()["error_type"] == "template_error"
         failures = running.router.last.got("failure")
         assert re.search("template_error", str(failures))
+
+
+def test_variables_of_any_name() -> None:
+    template = ChatTemplate("{{ self_ }}{{ x }}", "", "")
+    assert template.render([user("Hi")], {"self": 1, "x": 2, "self_": 3}) == "32"
 
 
 async def test_a_long_chat_is_rendered_off_the_loop() -> None:

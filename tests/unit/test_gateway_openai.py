@@ -220,6 +220,19 @@ async def test_completions_logprobs_and_echo() -> None:
         assert response.json()["error"]["param"] == "echo"
 
 
+async def test_alternatives_that_are_parts_of_characters() -> None:
+    async def script(conversation: fake.Conversation, submit: pb.Submit) -> None:
+        new = fake.token(5, "", -0.9)
+        new.top.extend(fake.token(id_, "\ufffd", -0.3 * (id_ - 3)) for id_ in (4, 5, 6))
+        conversation.send(submit, fake.accepted(), fake.tokens(0, new, text="", offset=0))
+        conversation.send(submit, fake.finished("", 1))
+
+    async with RunningGateway(script) as running:
+        body = {"prompt": "Hi", "logprobs": 3}
+        (choice,) = (await running.http.post("/v1/completions", json=body)).json()["choices"]
+        assert choice["logprobs"]["top_logprobs"] == [{"\ufffd": -0.3}]
+
+
 async def test_parameters_reach_the_router() -> None:
     given = {
         "temperature": 0.5, "top_p": 0.875, "top_k": 5, "min_p": 0.25, "typical_p": 0.5,
@@ -298,6 +311,10 @@ CHAT_REFUSALS: list[tuple[dict[str, Any], str]] = [
     (
         {"messages": [{"role": "assistant", "tool_calls": [{"id": "0"}]}]},
         "messages[0].tool_calls",
+    ),
+    (
+        {"messages": [{"role": "assistant", "content": "", "function_call": {"name": "f"}}]},
+        "messages[0].function_call",
     ),
 ]
 
@@ -383,7 +400,8 @@ async def test_model_routes() -> None:
         listed = await running.http.get("/v1/models")
         assert listed.json() == {"object": "list", "data": [model]}
         assert (await running.http.get("/v1/models/org/model")).json() == model
-        assert (await running.http.get("/v1/models/other")).status_code == 404
+        for other in ("other", ""):
+            assert (await running.http.get(f"/v1/models/{other}")).status_code == 404
 
 
 async def test_openais_own_client() -> None:

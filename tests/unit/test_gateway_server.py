@@ -197,6 +197,7 @@ async def test_unknown_routes_and_methods() -> None:
             assert set(response.json()) == {"error", "error_type"}
         response = await running.http.get("/v1/chat/completions")
         assert response.status_code == 405
+        assert response.headers["allow"] == "POST"
         assert response.json()["error"]["code"] == "method_not_allowed"
 
 
@@ -211,6 +212,7 @@ async def test_bodies_that_cannot_be_read(path: str) -> None:
             (b'{"inputs": "\xff"}', json_type, 400, "malformed"),
             (b'{"inputs": "\\ud800"}', json_type, 400, "malformed"),
             (b'{"inputs": NaN}', {}, 400, "malformed"),
+            (b'{"inputs": ' + b"[" * 50_000 + b"]" * 50_000 + b"}", {}, 400, "malformed"),
             (b"inputs=Hi", form_type, 415, "unsupported_media_type"),
             (b"[]", json_type, 422, "validation"),
             (b'"text"', json_type, 422, "validation"),
@@ -268,6 +270,17 @@ async def test_unknown_fields_are_told(caplog: pytest.LogCaptureFixture) -> None
         assert response.json()["error"] == "Input validation error: unknown field `foo`"
 
 
+async def test_fields_of_messages_are_told_and_nulls_are_absent() -> None:
+    message = {"role": "user", "content": "Hi", "refusal": None, "weight": 1}
+    body: dict[str, Any] = {"messages": [message], "prediction": None}
+    async with RunningGateway(strict=True) as running:
+        response = await running.http.post("/v1/chat/completions", json=body)
+        assert response.status_code == 422
+        assert response.json()["error"]["param"] == "messages[0].weight"
+        del message["weight"]
+        assert (await running.http.post("/v1/chat/completions", json=body)).status_code == 200
+
+
 async def test_refusals_by_the_gateway_are_logged_and_counted_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -316,3 +329,36 @@ async def test_requests_share_a_connection() -> None:
             )
             await asyncio.sleep(0)
         writer.close()
+
+
+async def exchange(running: RunningGateway, data: bytes) -> bytes:
+    """What comes back for raw bytes until the server closes the connection."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", running.port)
+    writer.write(data)
+    received = await asyncio.wait_for(reader.read(), 10)
+    writer.close()
+    return received
+
+
+async def test_old_and_odd_http() -> None:
+    body = b'{"inputs": "a", "stream": true}'
+    post = b"POST / HTTP/1.%%d\r\nhost: x\r\nconnection: close%%s\r\ncontent-length: %d\r\n" % len(
+        body
+    )
+    async with RunningGateway(payload_limit=1000) as running:
+        streamed = await exchange(running, post % (0, b"") + b"\r\n" + body)
+        assert b"chunked" not in streamed
+        assert streamed.partition(b"\r\n\r\n")[2].count(b"data: ") == 3
+        assert streamed.endswith(b"}\n\n")
+        offer = b", Upgrade, HTTP2-Settings\r\nHTTP2-Settings: AAMAAABk\r\nUpgrade: h2c"
+        upgraded = await exchange(running, post % (1, offer) + b"\r\n" + body)
+        assert upgraded.startswith(b"HTTP/1.1 200") and upgraded.endswith(b"0\r\n\r\n")
+        for data in (b"nonsense\r\n\r\n", b"GET / HTTP/1.1\r\nx: " + b"y" * 70_000):
+            refused = await exchange(running, data)
+            assert refused.startswith(b"HTTP/1.1 400") and b"x-request-id: " in refused
+            assert b'"error_type":"malformed"' in refused
+        refused = await exchange(
+            running,
+            b"POST / HTTP/1.1\r\nhost: x\r\nexpect: 100-continue\r\ncontent-length: 2000\r\n\r\n",
+        )
+        assert refused.startswith(b"HTTP/1.1 413") and b"connection: close" in refused

@@ -122,6 +122,25 @@ async def test_stream_headers() -> None:
         assert response.headers["x-request-id"]
 
 
+async def test_the_last_token_is_cut_where_the_stop_text_ends() -> None:
+    async def script(conversation: fake.Conversation, submit: pb.Submit) -> None:
+        first, last = fake.token(5, "He"), fake.token(6, "ather")
+        conversation.send(submit, fake.accepted())
+        conversation.send(submit, fake.tokens(0, first, text="He", offset=0))
+        conversation.send(
+            submit,
+            fake.tokens(1, last, text="athe", offset=2),
+            fake.finished("Heathe", 2, pb.FINISH_REASON_STOP_SEQUENCE),
+        )
+
+    async with RunningGateway(script) as running:
+        body = {"inputs": "Hi", "parameters": {"details": True, "stop": ["the"]}}
+        events = await running.stream("/generate_stream", body)
+        answer = (await running.http.post("/generate", json=body)).json()
+        for shown in ([event["token"] for event in events], answer["details"]["tokens"]):
+            assert [token["text"] for token in shown] == ["He", "athe"]
+
+
 async def test_an_end_that_comes_alone_closes_the_stream() -> None:
     async def script(conversation: fake.Conversation, submit: pb.Submit) -> None:
         conversation.send(submit, fake.accepted())
