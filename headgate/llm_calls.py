@@ -142,7 +142,7 @@ class Calls:
         )
         for tries in range(1, _TRIES + 1):
             try:
-                response = self._stub.Tokenize(request, wait_for_ready=True)
+                response = self._tokenize(request)
                 break
             except grpc.RpcError as error:
                 failure = from_rpc_error(error)
@@ -153,6 +153,18 @@ class Calls:
         if not ids:
             raise ValueError(f"prompt {index} is empty")
         return ids
+
+    def _tokenize(self, request: router_pb2.TokenizeRequest) -> router_pb2.TokenizeResponse:
+        """Raises ServerError where no router will ever take it."""
+        future = self._stub.Tokenize.future(request, wait_for_ready=True)
+        try:
+            while True:
+                try:
+                    return future.result(timeout=_LOOK_SECONDS)
+                except grpc.FutureTimeoutError:
+                    self._server.check()
+        finally:
+            future.cancel()
 
     def _start(self, call: _Call, done: queue.SimpleQueue[_Call]) -> None:
         call.tries += 1

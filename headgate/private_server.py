@@ -16,6 +16,7 @@ import time
 import weakref
 from collections.abc import Mapping, Sequence
 
+from headgate.launcher.process import Exit
 from headgate.launcher.run_directory import RunDirectory
 
 _LOOK_SECONDS = 0.02  # between two looks at the status file
@@ -79,7 +80,7 @@ class PrivateServer:
             words = "".join(self._words)[-_LAST_WORDS:].strip()
             if self._process.returncode == _WRONG_USAGE:
                 words = words.rpartition("\n")[2]  # what comes before lists all flags
-            raise ServerError(words or f"The server ended with {self._process.returncode}.")
+            raise ServerError(words or f"The server {Exit(self._process.returncode)}.")
 
     def close(self) -> None:
         """Ends all of it; nothing of it is left when this returns."""
