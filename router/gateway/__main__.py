@@ -47,6 +47,9 @@ def main() -> int:
     except (OSError, ValueError, ConfigError) as error:
         logger.error("the gateway's configuration cannot be read: %s", error)
         return 2
+    if not (config.api_key.isascii() and config.api_key.isprintable()):
+        logger.error("--api-key may hold printable ASCII characters only: it travels in headers")
+        return 2
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     server = _Server(
         uvicorn.Config(

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import httpx
+import pytest
 
 from headgate.router.gateway.config import GatewayConfig
 
@@ -53,15 +54,22 @@ def test_two_processes_share_a_socket_and_stop_when_asked(tmp_path: Path) -> Non
                 process.wait()
 
 
-def test_a_bad_configuration_ends_with_code_2(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        ('{"router_adress": "x"}', "router_adress"),
+        ('{"router_address": "unix:x", "api_key": "cl\u00e9"}', "--api-key may hold"),
+    ],
+)
+def test_a_bad_configuration_ends_with_code_2(tmp_path: Path, config: str, told: str) -> None:
     path = tmp_path / "gateway.json"
-    path.write_text('{"router_adress": "x"}')
+    path.write_text(config, encoding="utf-8")
     command = [sys.executable, "-m", "headgate.router.gateway", "--config", str(path), "--fd", "0"]
     root = Path(__file__).parents[2]
     done = subprocess.run(command, capture_output=True, cwd=root, timeout=60, check=False)
     assert done.returncode == 2
     line = json.loads(done.stderr.decode().splitlines()[-1])
-    assert line["level"] == "error" and "router_adress" in line["message"]
+    assert line["level"] == "error" and told in line["message"]
     assert line["process"] == "gateway-0"
 
 
