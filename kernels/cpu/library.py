@@ -12,8 +12,9 @@ from headgate.kernels.cpu import build
 _log = logging.getLogger(__name__)
 
 _P, _I, _L, _F = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
+_D = ctypes.c_double
 
-# Result and arguments of each function in interface.cpp.
+# Result and arguments of each function in interface.cpp, and then of those in shared_sum.cpp.
 _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "hg_init": (ctypes.c_char_p, (ctypes.c_char_p,)),
     "hg_set_num_threads": (None, (_I,)),
@@ -30,6 +31,14 @@ _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "hg_gate": (None, (_P, _L, _P, _L, _L, _I)),
     "hg_rotary": (None, (_P, _L, _L, _P, _L, _L, _P, _P, _L, _I, _I, _I)),
     "hg_write_kv": (None, (_P, _L, _L, _P, _L, _L, _P, _P, _I, _P, _L, _I, _I)),
+    "hg_shared_bytes": (_L, (_I, _L)),
+    "hg_shared_open": (_P, (_P, _I, _I, _L, _P, _P, _I, _D)),
+    "hg_shared_close": (None, (_P,)),
+    "hg_shared_sum_float": (_I, (_P, _P, _L)),
+    "hg_shared_sum_int64": (_I, (_P, _P, _L)),
+    "hg_shared_min_int64": (_I, (_P, _P, _L)),
+    "hg_shared_gather": (_I, (_P, _P, _L, _P, _P)),
+    "hg_shared_broadcast": (_I, (_P, _P, _L)),
 }
 
 

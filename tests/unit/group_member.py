@@ -15,7 +15,7 @@ def values(rank: int) -> torch.Tensor:
 
 
 def main() -> None:
-    group = init_group("cpu", timeout=20)
+    group = init_group("cpu", timeout=20, shared_memory=False)
     ranks = range(group.world_size)
 
     expected = values(0)
