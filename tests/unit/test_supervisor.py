@@ -71,6 +71,10 @@ class Launched:
         found = [json.loads(line) for line in self.notes_file.read_text().splitlines()]
         return [n for n in found if n["role"] == role and match.items() <= n.items()]
 
+    def noted(self, role: str, **match: Any) -> list[dict[str, Any]]:
+        """As notes, once there are any: a child writes them in its own time."""
+        return self.until(lambda: self.notes(role, **match), f"no note of a {role}")
+
     def until(self, condition: Any, what: str = "") -> Any:
         deadline = time.monotonic() + 30
         while not (found := condition()):
@@ -131,12 +135,12 @@ def test_start_and_stop(launch: Any) -> None:
     (run,) = server.runs.glob("headgate-*")
     assert run.stat().st_mode & 0o777 == 0o700
     assert server.status()["phase"] == "ready"
-    (group,) = server.notes("router", event="group")
+    (group,) = server.noted("router", event="group")
     assert group["addresses"] == [f"unix:{run}/shard-1-{rank}.sock" for rank in range(2)]
     assert f"http://127.0.0.1:{server.port}" in server.log and "Try: curl" in server.log
     server.until(lambda: "shard-1: shard 1 serves" in server.log)
     assert server.end(signal.SIGTERM) == 0
-    assert server.notes("router", event="drain") and "Traceback" not in server.log
+    assert server.noted("router", event="drain") and "Traceback" not in server.log
 
 
 def test_recovery(launch: Any) -> None:
@@ -156,13 +160,13 @@ def test_recovery(launch: Any) -> None:
 
     # A shard hangs (stopped, so that it would not hear SIGTERM) and the router says so.
     os.kill(second[1]["pid"], signal.SIGSTOP)
-    os.kill(server.notes("router")[0]["pid"], signal.SIGUSR1)
+    os.kill(server.noted("router")[0]["pid"], signal.SIGUSR1)
     third = server.until(lambda: _pair(server.notes("shard", epoch=3)))
-    assert "no heartbeat" in server.notes("router", event="group_lost", epoch=2)[0]["reason"]
+    assert "no heartbeat" in server.noted("router", event="group_lost", epoch=2)[0]["reason"]
     assert not any(_alive(n["pid"]) for n in second)
 
     # The router dies: the shards stay, and the new one hears of them.
-    router = server.notes("router")[0]["pid"]
+    router = server.noted("router")[0]["pid"]
     os.kill(router, signal.SIGKILL)
     server.until(lambda: len(server.notes("router", event="started")) == 2)
     again = server.until(
@@ -202,7 +206,7 @@ def test_a_group_that_keeps_dying(launch: Any) -> None:
     server = launch(FAKE_SHARDS='{"*.0": "die after 0.3"}')
     assert server.end() == 1
     assert {n["epoch"] for n in server.notes("shard")} == {1, 2, 3, 4, 5}
-    (failed,) = server.notes("router", event="failed")
+    (failed,) = server.noted("router", event="failed")
     assert "5 times" in failed["message"] and "SIGKILL" in failed["message"]
     assert failed["message"] in server.log.splitlines()[-1]
 
@@ -233,17 +237,17 @@ def test_a_drain_ends_by_its_limit_or_a_second_signal(launch: Any, signals: Any)
 
 def test_a_drain_waits_for_a_router_that_is_being_restarted(launch: Any) -> None:
     server = launch().ready()
-    (router,) = server.notes("router", event="started")
+    (router,) = server.noted("router", event="started")
     os.kill(router["pid"], signal.SIGKILL)
     server.until(lambda: "starting it again" in server.log)
     assert server.end(signal.SIGTERM) == 0
-    (drain,) = server.notes("router", event="drain")
+    (drain,) = server.noted("router", event="drain")
     assert drain["pid"] != router["pid"] and "unfinished" not in server.log
 
 
 def test_a_drain_that_cannot_be_finished_says_why(launch: Any) -> None:
     server = launch(FAKE_SHARDS='{"2.0": "model error"}', FAKE_DRAIN="100").ready()
-    (shard,) = server.notes("shard")
+    (shard,) = server.noted("shard")
     server.process.send_signal(signal.SIGTERM)
     server.until(lambda: server.notes("router", event="drain"))
     os.kill(shard["pid"], signal.SIGKILL)
