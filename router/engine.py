@@ -161,8 +161,20 @@ class Engine:
         while self._limiter.num_live:
             if time.monotonic() >= deadline:
                 self.fail_all(DrainingError("The server shut down before the answer was complete"))
-                return
+                break
             await asyncio.sleep(DRAINED_POLL)
+        self._check_books()
+
+    def _check_books(self) -> None:
+        """Says whether KV accounting is whole: at the end, when the look delays nobody."""
+        if self._scheduler is None:
+            return
+        try:
+            self._scheduler.check_integrity()
+        except AssertionError:
+            logger.exception("KV accounting is broken")
+        else:
+            logger.info("KV accounting balances")
 
     # ----------------------------------------------------------------- groups
 
