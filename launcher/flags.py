@@ -242,7 +242,13 @@ LIMITS = (
         default=128,
         minimum=1,
     ),
-    Flag("max-best-of", Kind.INTEGER, "Largest `best_of` of a request.", default=2, minimum=1),
+    Flag(
+        "max-best-of",
+        Kind.INTEGER,
+        "The largest `best_of` that `/info` tells; requests are served with 1 only so far.",
+        default=2,
+        minimum=1,
+    ),
     Flag(
         "max-stop-sequences",
         Kind.INTEGER,

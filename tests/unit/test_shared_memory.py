@@ -5,8 +5,6 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +19,7 @@ from headgate.shard import shared_memory
 from headgate.shard.distributed import Group
 from headgate.shard.errors import PeerLost
 from headgate.shard.shared_memory import SharedMemory, open_shared_memory
-from tests.unit.test_distributed import REPOSITORY, free_port
+from tests.unit.group_processes import outputs_of
 
 
 @pytest.fixture(autouse=True)
@@ -32,28 +30,7 @@ def compiled() -> None:
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_between_processes(world_size: int) -> None:
-    environment = {
-        **os.environ,
-        "WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "OMP_NUM_THREADS": "1",
-    }
-    members = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.unit.shared_memory_member"],
-            cwd=REPOSITORY,
-            env={**environment, "RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(world_size)
-    ]
-    try:
-        assert [member.communicate(timeout=120)[0] for member in members] == ["ok\n"] * world_size
-    finally:
-        for member in members:
-            member.kill()
+    assert outputs_of("tests.unit.shared_memory_member", world_size) == ["ok\n"] * world_size
 
 
 class ThreadGroup(Group):
