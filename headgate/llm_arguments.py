@@ -1,7 +1,8 @@
 """The arguments of vLLM's `LLM` as flags of `headgate serve`.
 
 An argument that would change what is computed and is not served is refused by name; one about how
-vLLM does its work is taken and has no meaning here.
+vLLM does its work is taken and has no meaning here. The flags of vLLM's server have the same names
+and share these tables (entrypoints/flags.py).
 """
 
 from __future__ import annotations
@@ -9,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-_DTYPES = {"auto": "", "half": "float16", "float": "float32"}
-_STOP_TEXTS = 1024  # vLLM has no limit
+DTYPES = {"auto": "", "half": "float16", "float": "float32"}
+STOP_TEXTS = 1024  # vLLM has no limit
 
 # argument: (flag, values that leave the choice to the server)
-_FLAGS: dict[str, tuple[str, tuple[Any, ...]]] = {
+SERVE_FLAGS: dict[str, tuple[str, tuple[Any, ...]]] = {
     "model": ("model-id", ("",)),
     "revision": ("revision", (None,)),
     "served_model_name": ("served-model-name", (None,)),
@@ -30,7 +31,7 @@ _FLAGS: dict[str, tuple[str, tuple[Any, ...]]] = {
     "trust_remote_code": ("trust-remote-code", (False, None)),
 }
 # What is refused but for these values.
-_ONLY: dict[str, tuple[Any, ...]] = {
+ONLY: dict[str, tuple[Any, ...]] = {
     "tokenizer_revision": (None,),
     "tokenizer_mode": ("auto", "fast"),
     "skip_tokenizer_init": (False,),
@@ -51,7 +52,7 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "generation_config": ("auto", "vllm"),
 }
 # How vLLM does its work: no difference here whatever they say.
-_MEANINGLESS = (
+MEANINGLESS = (
     "enforce_eager", "swap_space", "disable_log_stats", "disable_custom_all_reduce",
     "enable_chunked_prefill", "distributed_executor_backend", "async_scheduling",
     "compilation_config", "max_seq_len_to_capture", "use_v2_block_manager", "disable_log_requests",
@@ -62,11 +63,11 @@ _MEANINGLESS = (
 def check_others(others: Mapping[str, Any]) -> None:
     """Arguments that `LLM` does not list itself. Raises TypeError for unknown, ValueError for
     refused ones."""
-    known = {*_ONLY, *_MEANINGLESS}
+    known = {*ONLY, *MEANINGLESS}
     unknown = [name for name in others if name not in known]
     if unknown:
         raise TypeError(f"LLM() got unexpected arguments: {', '.join(unknown)}")
-    for name, neutral in _ONLY.items():
+    for name, neutral in ONLY.items():
         if name in others and others[name] not in neutral:
             raise ValueError(f"`{name}` = {others[name]!r} is not supported")
 
@@ -76,14 +77,14 @@ def to_flags(arguments: Mapping[str, Any]) -> list[str]:
     model, tokenizer = arguments["model"], arguments["tokenizer"]
     if tokenizer not in (None, model):
         raise ValueError(f"`tokenizer` = {tokenizer!r} is not supported: the model's own is used")
-    flags = [f"--max-stop-sequences={_STOP_TEXTS}"]
-    for name, (flag, unset) in _FLAGS.items():
+    flags = [f"--max-stop-sequences={STOP_TEXTS}"]
+    for name, (flag, unset) in SERVE_FLAGS.items():
         value = arguments[name]
         if value in unset:
             continue
         flags.append(f"--{flag}" if value is True else f"--{flag}={value}")
     dtype = str(arguments["dtype"]).removeprefix("torch.")
-    dtype = _DTYPES.get(dtype, dtype)
+    dtype = DTYPES.get(dtype, dtype)
     if dtype:
         flags.append(f"--dtype={dtype}")
     if arguments["enable_prefix_caching"] is False:

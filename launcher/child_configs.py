@@ -96,6 +96,7 @@ def gateway_config(
         "cors_allow_origin": list(config.cors_allow_origin),
         "payload_limit": config.payload_limit,
         "max_client_batch_size": config.max_client_batch_size,
+        "vllm_stream_nul": config.vllm_stream_delimiter == "nul",
         "strict": config.strict,
         "compute_type": config.compute_type or _compute_type(config, hardware),
         "shutdown_timeout": GATEWAY_SHUTDOWN_SECONDS,

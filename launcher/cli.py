@@ -59,6 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     serve = commands.add_parser(
         "serve", help="start a server", description=DESCRIPTION, allow_abbrev=False
     )
+    serve.add_argument("model", nargs="?", metavar="MODEL", help="as --model-id")
     _add_flags(serve)
     batch = commands.add_parser(
         "batch", help="answer a file of requests", description=BATCH, allow_abbrev=False
@@ -67,6 +68,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     batch.add_argument("--output", "-o", type=Path, required=True, metavar="PATH", help=_OUTPUT)
     _add_flags(batch, without=_OF_PORTS)
     parsed = parser.parse_args(arguments)
+    if parsed.command == "serve" and parsed.model is not None:
+        if parsed.model_id is not None:
+            serve.error(f"MODEL ({parsed.model}) and --model-id: give one of the two")
+        parsed.model_id = parsed.model
     return _batch(parsed) if parsed.command == "batch" else _serve(parsed)
 
 

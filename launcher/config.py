@@ -72,6 +72,7 @@ class LauncherConfig:
     cors_allow_origin: tuple[str, ...]
     payload_limit: int  # bytes
     validation_workers: int
+    vllm_stream_delimiter: str
     strict: bool
     graceful_termination_timeout: float
     json_output: bool

@@ -10,10 +10,12 @@ import re
 import sys
 from pathlib import Path
 
+from headgate.entrypoints.flags import VLLM_FLAGS
 from headgate.launcher.flag import Flag, Kind, Policy
 from headgate.launcher.flags import GROUPS
 from headgate.launcher.variables import VARIABLES
 
+_UNSAID = ("", "null", "False", "[]")  # what no command line says
 _MARKS = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -35,9 +37,32 @@ def variables_table() -> str:
     return "\n".join(rows) + "\n"
 
 
+def vllm_table() -> str:
+    """vLLM's flags, those of the same fate on one row."""
+    rows: dict[tuple[Policy, str], list[str]] = {}
+    for flag in VLLM_FLAGS:
+        values = " or ".join(f"`{value}`" for value in flag.neutral if value not in _UNSAID)
+        shown = f"`--{flag.name}`" + (f", `{flag.short}`" if flag.short else "")
+        if flag.policy is Policy.REFUSED and values:
+            shown += f" (but {values})"
+        rows.setdefault((flag.policy, flag.note), []).append(shown)
+    lines = ["| vLLM's flag | What it does | Policy |", "|---|---|---|"]
+    for (policy, note), names in rows.items():
+        fate = f"as `{note}`" if policy is Policy.WORKS else f"{note[:1].upper()}{note[1:]}."
+        if note == "--disable-prefix-caching":
+            fate = "`--no-enable-prefix-caching` is `--disable-prefix-caching`"
+        kind = Policy.ALIAS if policy is Policy.WORKS else policy
+        lines.append(f"| {', '.join(names)} | {fate} | {kind.value} |")
+    return "\n".join(lines) + "\n"
+
+
 def filled(page: str) -> str:
     """The page with its tables up to date."""
-    tables = {"flags": flags_tables(), "variables": variables_table()}
+    tables = {
+        "flags": flags_tables(),
+        "variables": variables_table(),
+        "vllm": vllm_table(),
+    }
     return _MARKS.sub(lambda match: match[1] + tables[match[2]] + match[3], page)
 
 

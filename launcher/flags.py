@@ -437,6 +437,15 @@ NETWORK = (
         "validation-workers", Kind.INTEGER, "Tokeniser threads of the router.", default=2, minimum=1
     ),
     Flag(
+        "vllm-stream-delimiter",
+        Kind.TEXT,
+        "What follows each object of a /generate stream in vLLM's shape; vLLM's clients of 2023 "
+        "split at NUL.",
+        choices=("newline", "nul"),
+        default="newline",
+        own=True,
+    ),
+    Flag(
         "strict",
         Kind.SWITCH,
         "Refuse requests that hold a field unknown to the server, with 422.",

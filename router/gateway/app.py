@@ -10,7 +10,6 @@ import hashlib
 import hmac
 import logging
 import uuid
-from collections.abc import Awaitable, Callable
 
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -25,6 +24,7 @@ from headgate.router.errors import (
     UnauthorizedError,
 )
 from headgate.router.gateway.admin import AdminRoutes
+from headgate.router.gateway.by_keys import ByKeys, Handler
 from headgate.router.gateway.config import GatewayConfig
 from headgate.router.gateway.errors import (
     ClientGoneError,
@@ -37,10 +37,10 @@ from headgate.router.gateway.openai_chat import ChatRoute
 from headgate.router.gateway.openai_completions import CompletionsRoute
 from headgate.router.gateway.services import Services
 from headgate.router.gateway.tgi import TgiRoutes
+from headgate.router.gateway.vllm import VllmRoute
 
 logger = logging.getLogger(__name__)
 
-Handler = Callable[[Exchange], Awaitable[None]]
 _MAX_REQUEST_ID = 128
 _COUNTED = ("/", "/generate", "/generate_stream", "/v1/chat/completions", "/v1/completions")
 _EXPOSED_HEADERS = (
@@ -71,7 +71,10 @@ class Gateway:
     def _make_routes(self) -> list[Route]:
         tgi, admin = TgiRoutes(self.services), AdminRoutes(self.services)
         inference: dict[str, Handler] = {
-            "/generate": tgi.generate,
+            "/generate": ByKeys(
+                self._config.payload_limit,
+                {"inputs": tgi.generate, "prompt": VllmRoute(self.services)},
+            ),
             "/generate_stream": tgi.generate_stream,
             "/v1/chat/completions": ChatRoute(self.services),
             "/v1/completions": CompletionsRoute(self.services),

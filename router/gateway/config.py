@@ -18,6 +18,7 @@ class GatewayConfig:
     cors_allow_origin: tuple[str, ...] = ()  # empty: any origin
     payload_limit: int = 2_000_000  # longest request body
     max_client_batch_size: int = 4  # prompts in one /v1/completions call
+    vllm_stream_nul: bool = False  # streams in vLLM's shape end their objects with NUL
     strict: bool = False  # unknown request fields are refused, not only told
     compute_type: str = "cpu"  # the response header x-compute-type
     keep_alive_seconds: float = 15.0  # silence on an event stream before a comment line

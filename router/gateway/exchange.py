@@ -31,6 +31,7 @@ Headers = list[tuple[bytes, bytes]]
 JSON_HEADERS: Headers = [(b"content-type", b"application/json")]
 _MAX_WARNED_FIELDS = 16
 _MAX_SHOWN_NAME = 64
+_UNREAD = object()
 
 
 class Exchange:
@@ -47,6 +48,7 @@ class Exchange:
         self.submitted = False  # the router has the request: it logs and counts what comes of it
         self.warnings: list[str] = []
         self._body_was_read = False
+        self._raw: Any = _UNREAD
         self.field_names: Mapping[str, str] = {}  # the router's names of fields to this route's
         self._strict = strict
         self._receive = receive
@@ -64,9 +66,20 @@ class Exchange:
 
         Raises PayloadTooLargeError, MalformedError, UnsupportedMediaTypeError, ValidationError.
         """
-        body = await self._read_body(limit)
+        raw = await self.read_raw(limit)
+        parsed = convert(raw, cls)
+        self._note_unknown(unknown_fields(raw, cls))
+        return parsed
+
+    async def read_raw(self, limit: int) -> Any:
+        """The body's JSON, kept for the next reader. Raises as `read_json`, but ValidationError."""
+        if self._raw is _UNREAD:
+            self._raw = self._parse(await self._read_body(limit))
+        return self._raw
+
+    def _parse(self, body: bytes) -> Any:
         try:
-            raw = msgspec.json.decode(body)
+            return msgspec.json.decode(body)
         except UnicodeDecodeError as error:
             raise MalformedError(f"The body is not valid UTF-8: {error.reason}") from None
         except RecursionError:
@@ -78,9 +91,6 @@ class Exchange:
                     f"Expected a JSON body, got `content-type: {content_type[:_MAX_SHOWN_NAME]}`"
                 ) from None
             raise MalformedError(f"The body is not valid JSON: {error}") from None
-        parsed = convert(raw, cls)
-        self._note_unknown(unknown_fields(raw, cls))
-        return parsed
 
     async def _read_body(self, limit: int) -> bytes:
         too_large = PayloadTooLargeError(f"The body is larger than {limit} bytes")

@@ -9,14 +9,14 @@ import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from headgate.proto import router_pb2
 from headgate.router.errors import RouterError
 from headgate.router.gateway.exchange import Exchange, Headers
 from headgate.router.gateway.router_client import Call
 from headgate.router.gateway.services import Services
-from headgate.router.gateway.sse import EVENT_STREAM_HEADERS, EventWriter
+from headgate.router.gateway.sse import COMMENT, EVENT_STREAM_HEADERS, EventWriter
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,13 +94,18 @@ async def collect(
 class AnswerStream:
     """Answers of one or several calls on one event stream."""
 
+    media_headers: ClassVar[Headers] = EVENT_STREAM_HEADERS
+    keep_alive: ClassVar[bytes] = COMMENT
+
     def __init__(self, services: Services, exchange: Exchange) -> None:
         self._services = services
         self._exchange = exchange
         self._calls: list[Call] = []
         self._sinks: list[_StreamSink] = []
         self._open = 0  # answers that have not ended
-        self._writer = EventWriter(exchange.send_body, self, services.config.write_buffer_limit)
+        self._writer = EventWriter(
+            exchange.send_body, self, services.config.write_buffer_limit, self.keep_alive
+        )
 
     def tail(self, finished: Sequence[router_pb2.Finished]) -> bytes:
         """What follows the last answer; `finished` is empty after an error."""
@@ -135,7 +140,7 @@ class AnswerStream:
     def _headers(self, accepted: Sequence[router_pb2.Accepted]) -> Headers:
         characters = sum(entry.prompt_characters for entry in accepted)
         return [
-            *EVENT_STREAM_HEADERS,
+            *self.media_headers,
             _compute_type(self._services),
             (b"x-compute-characters", b"%d" % characters),
         ]

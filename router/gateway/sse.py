@@ -58,13 +58,17 @@ class Producer(Protocol):
 class EventWriter:
     """The response body of one event stream. Used from the event loop's thread only."""
 
-    def __init__(self, send: Send, producer: Producer, limit: int) -> None:
+    def __init__(
+        self, send: Send, producer: Producer, limit: int, keep_alive: bytes = COMMENT
+    ) -> None:
+        """`limit`: bytes held before the producer is paused; `keep_alive`: means nothing."""
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.last_write = time.monotonic()
         self.stalled_since: float | None = None  # when a send began to wait for the client
         self._send = send
         self._producer = producer
-        self._limit = limit  # bytes
+        self._limit = limit
+        self.keep_alive = keep_alive
         self._buffer: list[bytes] = []
         self._size = 0
         self._opened = False
@@ -216,5 +220,5 @@ class Housekeeper:
                     SlowClientError(f"No byte was read for {self._slow_client_timeout:g} s")
                 )
         elif now - writer.last_write >= self._keep_alive:
-            writer.write(COMMENT)
+            writer.write(writer.keep_alive)
             writer.flush()

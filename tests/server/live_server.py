@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,14 @@ def free_port() -> int:
 class LiveServer:
     """`headgate serve` with the given flags; use as a context manager to stop it."""
 
-    def __init__(self, *flags: str, port: int | None = None, env: dict[str, str] | None = None):
+    def __init__(
+        self,
+        *flags: str,
+        port: int | None = None,
+        env: dict[str, str] | None = None,
+        command: Sequence[str] = ("headgate.launcher", "serve"),
+    ):
+        """`command`: the module that is run, and its words before the flags."""
         self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.grpc_address = f"127.0.0.1:{self.port + 1}"
@@ -48,7 +55,7 @@ class LiveServer:
         # One thread per shard and no inherited settings: tests must not depend on the shell.
         clean = {k: v for k, v in os.environ.items() if k not in ("PORT", "MODEL_ID", "LOG_LEVEL")}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "headgate.launcher", "serve", "--port", str(self.port), *flags],
+            [sys.executable, "-m", *command, "--port", str(self.port), *flags],
             cwd=ROOT,
             env={**clean, "TMPDIR": self._tmp, **(env or {})},
             stdout=subprocess.PIPE,

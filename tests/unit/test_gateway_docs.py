@@ -14,6 +14,7 @@ from headgate.router.gateway.config import GatewayConfig
 from headgate.router.gateway.errors import GATEWAY_ERROR_TYPES
 from headgate.router.gateway.openai_schemas import ChatRequest, CompletionRequest
 from headgate.router.gateway.tgi_schemas import GenerateParameters, GenerateRequest
+from headgate.router.gateway.vllm_schemas import VllmGenerateRequest
 
 PAGE = (Path(__file__).parents[2] / "docs" / "api.md").read_text()
 
@@ -60,6 +61,8 @@ def test_error_types() -> None:
 def test_request_fields() -> None:
     native = fields_of(GenerateRequest, GenerateParameters)
     assert first_cells(section("POST /generate")) == native
+    vllm = first_cells(section("POST /generate with a prompt"))
+    assert vllm == fields_of(VllmGenerateRequest)
     chat = first_cells(section("POST /v1/chat/completions"))
     text = first_cells(section("POST /v1/completions"))
     assert chat == fields_of(ChatRequest)

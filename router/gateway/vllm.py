@@ -1,0 +1,115 @@
+"""POST /generate as vLLM's demonstration server answers it: texts that include the prompt.
+
+The fields are those of vLLM's SamplingParams, with its defaults and rules. Streams are JSON
+objects of the whole text so far, each followed by a newline, or by NUL as in vLLM's first years.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from typing import Any, ClassVar
+
+from headgate.proto import router_pb2
+from headgate.router.errors import RouterError, ValidationError
+from headgate.router.gateway.errors import tgi_error
+from headgate.router.gateway.exchange import JSON_HEADERS, Exchange, Headers
+from headgate.router.gateway.generation import AnswerStream, collect, timing_headers
+from headgate.router.gateway.services import Services
+from headgate.router.gateway.sse import json_string
+from headgate.router.gateway.vllm_schemas import VllmGenerateRequest
+from headgate.sampling_params import SamplingParams
+
+_NOT_SAMPLING = ("prompt", "stream")
+_WITHOUT_PLACE = ("logprobs", "prompt_logprobs")  # in the answer, vLLM's as ours
+
+
+class VllmRoute:
+    """The route."""
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+        self._stream = NulStream if services.config.vllm_stream_nul else LineStream
+
+    async def __call__(self, exchange: Exchange) -> None:
+        body = await exchange.read_json(VllmGenerateRequest, self._services.config.payload_limit)
+        request = router_pb2.GenerateRequest(
+            text=body.prompt,
+            parameters=_parameters(body, exchange.warnings),
+            request_id=exchange.request_id,
+        )
+        if body.stream:
+            stream = self._stream(self._services, exchange)
+            await stream.run([request], [_Texts(body.prompt, stream.delimiter)])
+            return
+        answers = await collect(self._services, exchange, [request])
+        texts = [json_string(body.prompt + answer.finished.generated_text) for answer in answers]
+        headers = timing_headers(self._services, exchange, answers, compute_time=True)
+        await exchange.respond(b'{"text":[%s]}' % b",".join(texts), headers=JSON_HEADERS + headers)
+
+
+def _parameters(body: VllmGenerateRequest, notes: list[str]) -> router_pb2.Parameters:
+    """The router's parameters; what vLLM would warn of is added to `notes`.
+
+    Raises ValidationError for a value out of range, or one that is not served.
+    """
+    given: dict[str, Any] = {
+        name: value
+        for name in body.__struct_fields__
+        if name not in _NOT_SAMPLING
+        and ((value := getattr(body, name)) is not None or name == "max_tokens")
+    }
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            params = SamplingParams(**given)
+    except ValueError as error:  # its text begins with the field in backquotes
+        raise ValidationError(str(error), field=str(error).split("`")[1]) from None
+    notes.extend(str(warning.message) for warning in caught)
+    for name in _WITHOUT_PLACE:
+        if getattr(params, name) is not None:
+            notes.append(f"`{name}` has no effect: the answer holds texts only")
+    return replace(params, logprobs=None, prompt_logprobs=None).to_router().to_proto()
+
+
+class LineStream(AnswerStream):
+    """One JSON object a line."""
+
+    delimiter: ClassVar[bytes] = b"\n"
+    media_headers: ClassVar[Headers] = [
+        (b"content-type", b"application/x-ndjson"),
+        (b"cache-control", b"no-cache"),
+        (b"x-accel-buffering", b"no"),
+    ]
+    keep_alive: ClassVar[bytes] = b"\n"  # clients of either kind skip empty pieces
+
+    def error_event(self, error: RouterError) -> bytes:
+        return tgi_error(error) + self.delimiter
+
+
+class NulStream(LineStream):
+    """As the clients of 2023 split it."""
+
+    delimiter: ClassVar[bytes] = b"\0"
+    media_headers: ClassVar[Headers] = [
+        (b"content-type", b"application/octet-stream"),
+        *LineStream.media_headers[1:],
+    ]
+    keep_alive: ClassVar[bytes] = b"\0"
+
+
+class _Texts:
+    """Objects with the whole text so far, one for each token."""
+
+    def __init__(self, prompt: str, delimiter: bytes) -> None:
+        self._text = json_string(prompt)[:-1]  # its closing quote follows what comes
+        self._delimiter = delimiter
+
+    def token(self, token: router_pb2.Token, text: str) -> bytes:
+        self._text += json_string(text)[1:-1]
+        return b'{"text":[%s"]}%s' % (self._text, self._delimiter)
+
+    def last(
+        self, token: router_pb2.Token | None, text: str, finished: router_pb2.Finished
+    ) -> bytes:
+        return self.token(router_pb2.Token(), text)
