@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from headgate.entrypoints.command_line import LIMITS
+from headgate.entrypoints.flags import VLLM_FLAGS
 from headgate.launcher.cli import parse_serve
 from headgate.launcher.config import LauncherConfig
 from headgate.launcher.errors import LaunchError
@@ -224,7 +226,10 @@ def test_neutral_values_are_as_if_absent() -> None:
 def test_the_page_has_the_tables_as_they_are() -> None:
     page = (ROOT / "docs/configuration.md").read_text()
     assert filled(page) == page, "run: python -m headgate.launcher.flag_docs docs/configuration.md"
-    assert page.count("\n| `--") == len(FLAGS)
+    ours, vllms = page.split("## vLLM's command line")
+    assert ours.count("\n| `--") == len(FLAGS)
+    assert all(f"`--{flag.name}`" in vllms for flag in VLLM_FLAGS)
+    assert all(f"`--{name} {value}`" in vllms for name, value in LIMITS.items())
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
