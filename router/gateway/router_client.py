@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 _FIRST_BACKOFF = 0.05  # seconds
 _LAST_BACKOFF = 1.0
 _MOST_HELD = 128  # requests, before a router has told its own limit
+_CANCEL_AGAIN = 0.1
 _UNARY_TIMEOUT = 30.0
 _MAX_MESSAGE = 256 * 1024 * 1024  # bytes; prompts are bounded by the payload limit long before
 _CHANNEL_OPTIONS = [
@@ -238,9 +239,12 @@ class RouterClient:
         self._task = asyncio.get_running_loop().create_task(self._run())
 
     async def stop(self) -> None:
-        if self._task is not None:
+        """Ends the stream and its task."""
+        # grpc.aio takes a cancellation that comes while it prepares a stream for that stream's own:
+        # the task goes on and tries the next one.
+        while self._task is not None and not self._task.done():
             self._task.cancel()
-            await asyncio.wait((self._task,))
+            await asyncio.wait((self._task,), timeout=_CANCEL_AGAIN)
 
     async def _run(self) -> None:
         backoff = _FIRST_BACKOFF

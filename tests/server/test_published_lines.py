@@ -1,12 +1,13 @@
 """TGI command lines that people published, with the embedded model put in, start and answer.
 
-Ports are replaced by free ones; everything else is as it was, including Kubernetes' traps in
-the environment.
+Ports are replaced by free ones and /scratch by a directory that may be written; everything else is
+as it was, including Kubernetes' traps in the environment.
 """
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -22,15 +23,15 @@ KUBERNETES = {
 }
 
 
-def flags_of(line: str) -> list[str]:
+def flags_of(line: str, scratch: Path) -> list[str]:
     """The line's flags but the model and the port."""
     line = re.sub(r"--model-id MODEL|(--port|-p)[ =]\d+", "", line)
-    return line.split()
+    return line.replace("/scratch", str(scratch)).split()
 
 
 @pytest.mark.parametrize("line", PUBLISHED)
-def test_published_line_starts_and_answers(line: str) -> None:
-    with launched(*flags_of(line), env=KUBERNETES) as live:
+def test_published_line_starts_and_answers(line: str, tmp_path: Path) -> None:
+    with launched(*flags_of(line, tmp_path), env=KUBERNETES) as live:
         answer = live.generate("The capital of France is", max_new_tokens=4)
         assert answer["generated_text"].startswith(" Paris")
         assert live.post("/tokenize", {"inputs": "hi"}).status_code == 200

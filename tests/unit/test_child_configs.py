@@ -79,12 +79,12 @@ def test_flags_reach_the_children(loaded: Any) -> None:
     assert gateway.cors_allow_origin == ("https://a",)
 
 
-def test_each_shard_finds_its_own_address(loaded: Any) -> None:
+def test_each_shard_finds_its_own_address(loaded: Any, tmp_path: Path) -> None:
     shard, _, _ = loaded("--num-shard 2")
     addresses = [ShardIdentity(rank, 2, 7).address(shard) for rank in range(2)]
     assert [Path(address).name for address in addresses] == ["shard-7-0.sock", "shard-7-1.sock"]
-    shard, _, _ = loaded("--shard-uds-path /some/prefix")
-    assert ShardIdentity(0, 1, 2).address(shard) == "unix:/some/prefix-2-0"
+    shard, _, _ = loaded(f"--shard-uds-path {tmp_path}/some/prefix")
+    assert ShardIdentity(0, 1, 2).address(shard) == f"unix:{tmp_path}/some/prefix-2-0"
 
 
 def test_the_environment_of_children() -> None:
