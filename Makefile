@@ -6,13 +6,14 @@
 #   make proto                      gRPC stubs from proto/*.proto
 #   make lint, make format          ruff and mypy; ruff's formatter
 #   make wheel                      dist/*.whl and the source archive
+#   make bench-host                 what gateway and router cost per token, without a model
 #   make test-fresh                 the image's steps and the README's commands on a bare Debian (root)
 #   make clean                      removes the environments and everything generated
 
 VENV ?= .venv
 export VENV TORCH_INDEX PYTHON
 
-.PHONY: help serve test setup setup-dev proto lint format wheel test-fresh clean
+.PHONY: help serve test setup setup-dev proto lint format wheel bench-host test-fresh clean
 .DEFAULT_GOAL := help
 
 help:
@@ -51,6 +52,9 @@ wheel: setup-dev
 	@$(VENV)/bin/python setup.py --quiet sdist
 	@$(VENV)/bin/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 	@ls -l dist
+
+bench-host: setup
+	@$(VENV)/bin/python -m headgate.bench.host $(BENCH_ARGS)
 
 test-fresh:
 	deploy/test_fresh.sh

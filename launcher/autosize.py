@@ -34,6 +34,8 @@ MEMORY_RESERVE = 0.05  # of the free memory, left alone
 GPU_RESERVE = 0.10  # of a GPU's memory, for fragments and peaks
 SHM_FOR_NCCL = 256 * MIB
 
+NO_LIMIT = 1 << 60
+
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -81,7 +83,9 @@ def work_out_sizes(model: ModelFacts, config: LauncherConfig, hardware: Hardware
     shape = choose_shape(model, config, hardware)
     demand = _Demand(model, config, shape)
     longest = _longest_allowed(model, config)
-    if shape.device == "cuda":
+    if config.null_shard:
+        room = NO_LIMIT  # neither weights nor keys and values are held
+    elif shape.device == "cuda":
         room = _gpu_room(demand, hardware, config)
     else:
         room = (
@@ -113,7 +117,8 @@ def work_out_sizes(model: ModelFacts, config: LauncherConfig, hardware: Hardware
 
 def choose_shape(model: ModelFacts, config: LauncherConfig, hardware: Hardware) -> Shape:
     """What does not depend on memory. Raises LaunchError."""
-    device = "cuda" if hardware.gpus and config.kernels != "cpu" else "cpu"
+    on_cpu = config.kernels == "cpu" or config.null_shard
+    device = "cuda" if hardware.gpus and not on_cpu else "cpu"
     num_shard = choose_num_shard(model, config, hardware, device)
     dtype = choose_dtype(model, config, hardware.gpus if device == "cuda" else ())
     threads = config.threads_per_shard or max(1, hardware.cores // num_shard)

@@ -44,6 +44,7 @@ def shard_config(
         "rope_factor": config.rope_factor or 0.0,
         "cuda_memory_fraction": config.cuda_memory_fraction,
         "process_group_timeout": config.startup_timeout,
+        "null": config.null_shard,
     }
 
 

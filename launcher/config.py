@@ -48,6 +48,7 @@ class LauncherConfig:
     shard_uds_path: str
     master_addr: str
     master_port: int | None
+    null_shard: bool
     heartbeat_timeout: float  # seconds, as all times
     startup_timeout: float
     max_concurrent_requests: int

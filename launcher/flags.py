@@ -200,6 +200,14 @@ SHARDS = (
         default_text="a free one",
     ),
     Flag(
+        "null-shard",
+        Kind.SWITCH,
+        "A benchmark of everything but the model: shards that answer at once with the prompt's "
+        "tokens over and over, without weights and on no GPU.",
+        default=False,
+        own=True,
+    ),
+    Flag(
         "heartbeat-timeout",
         Kind.NUMBER,
         "Seconds without a sign of life after which a shard counts as hung.",

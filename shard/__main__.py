@@ -25,9 +25,12 @@ from headgate.shard.config import ShardConfig, ShardIdentity
 from headgate.shard.distributed import init_group
 from headgate.shard.errors import ModelError, PeerLost
 from headgate.shard.memory import is_out_of_memory
+from headgate.shard.model_config import read_model_config
 from headgate.shard.model_runner import ModelRunner
 from headgate.shard.model_thread import ModelThread
 from headgate.shard.models.registry import load_model
+from headgate.shard.null_runner import NullRunner
+from headgate.shard.runner import Runner
 from headgate.shard.server import ShardService, start_server
 
 logger = logging.getLogger("headgate.shard")
@@ -101,8 +104,10 @@ def _read_config(path: str) -> ShardConfig:
         raise ConfigError(f"{path} cannot be read: {error}") from error
 
 
-def _load(config: ShardConfig, identity: ShardIdentity) -> ModelRunner:
+def _load(config: ShardConfig, identity: ShardIdentity) -> Runner:
     """Joins the group and loads the model. Runs on the model's thread."""
+    if config.null:
+        return NullRunner(read_model_config(config.model_path), config, identity)
     if config.device == "cuda":
         _take_gpu(config, identity)
     group = init_group(config.device, config.process_group_timeout)

@@ -39,6 +39,7 @@ class ShardConfig:
     rope_factor: float = 0.0
     cuda_memory_fraction: float = 1.0  # of the device's memory
     process_group_timeout: float = 600.0  # seconds
+    null: bool = False  # answer at once, without a model (null_runner.py)
 
     def __post_init__(self) -> None:
         """Raises ConfigError with one sentence about the first value that cannot be."""

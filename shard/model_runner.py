@@ -21,27 +21,18 @@ from headgate.shard.input_batch import BatchLimits, InputBatch, PlanError, Sched
 from headgate.shard.kv_cache import KVCache, KVCacheLayout
 from headgate.shard.memory import is_out_of_memory
 from headgate.shard.models.base import CausalLM
+from headgate.shard.runner import Heartbeat, RunnerFacts
 from headgate.shard.sampling.logprobs import NO_TOP, token_logprobs
 from headgate.shard.sampling.params import IntArray
 from headgate.shard.sampling.sampler import sample
 from headgate.shard.step_inputs import PromptChunk, StepInputs, build_inputs
 from headgate.shard.vote import plan_tag, vote
+from headgate.shard.warmup import warm_up
 
 logger = logging.getLogger(__name__)
 
 # Rows whose logits are in memory at once: 64 rows of 152k tokens are 39 MB.
 _LOGITS_ROWS = 64
-
-
-class Heartbeat:
-    """Signs of life, read by another thread."""
-
-    def __init__(self) -> None:
-        self.beats = 0  # stands still while the model hangs or has nothing to do
-        self.busy = False  # a step is being computed
-
-    def beat(self) -> None:
-        self.beats += 1
 
 
 class ModelRunner:
@@ -67,6 +58,22 @@ class ModelRunner:
         self._batch: InputBatch | None = None
         self._refusing = ""  # why every plan is refused until one resets
         self._sequence = 0  # of the last plan; 0: any may follow
+
+    @property
+    def facts(self) -> RunnerFacts:
+        config = self.model.config
+        return RunnerFacts(
+            model_type=config.model_type,
+            vocab_size=config.vocab_size,
+            max_position_embeddings=config.max_position_embeddings,
+            eos_token_ids=config.eos_token_ids,
+            weight_bytes=self.model.weight_bytes,
+            kv_bytes_per_block=self.kv_layout.bytes_per_block,
+        )
+
+    def warm_up(self, max_tokens: int, max_rows: int) -> int:
+        """See warmup.py."""
+        return warm_up(self, max_tokens, max_rows)
 
     def allocate(self, num_blocks: int) -> None:
         """Makes the KV cache; drops the one before it, and all rows.

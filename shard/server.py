@@ -15,10 +15,9 @@ from grpc_reflection.v1alpha import reflection
 from headgate.config_file import ConfigError
 from headgate.proto import shard_pb2, shard_pb2_grpc
 from headgate.proto.messages import StepPlan, decode_plan, encode_result
-from headgate.shard.model_runner import ModelRunner
 from headgate.shard.model_thread import ModelThread
+from headgate.shard.runner import Runner
 from headgate.shard.vote import Superseded
-from headgate.shard.warmup import warm_up
 
 SERVICE_NAME = shard_pb2.DESCRIPTOR.services_by_name["Shard"].full_name
 MAX_MESSAGE_BYTES = 256 << 20
@@ -50,9 +49,9 @@ class StepStream:
 
 
 class ShardService(shard_pb2_grpc.ShardServicer):
-    """headgate.shard.v1.Shard over one ModelRunner."""
+    """headgate.shard.v1.Shard over one runner."""
 
-    def __init__(self, runner: ModelRunner, thread: ModelThread) -> None:
+    def __init__(self, runner: Runner, thread: ModelThread) -> None:
         self._runner = runner
         self._thread = thread
         self._lock = threading.Lock()
@@ -61,21 +60,20 @@ class ShardService(shard_pb2_grpc.ShardServicer):
     def Info(
         self, request: shard_pb2.InfoRequest, context: grpc.ServicerContext
     ) -> shard_pb2.InfoResponse:
-        runner = self._runner
-        model, config, identity = runner.model, runner.config, runner.identity
+        facts, config, identity = self._runner.facts, self._runner.config, self._runner.identity
         return shard_pb2.InfoResponse(
             epoch=identity.epoch,
             rank=identity.rank,
             world_size=identity.world_size,
-            model_type=model.config.model_type,
+            model_type=facts.model_type,
             dtype=config.dtype,
             device=config.device,
-            vocab_size=model.config.vocab_size,
+            vocab_size=facts.vocab_size,
             block_size=config.block_size,
-            max_position_embeddings=model.config.max_position_embeddings,
-            kv_bytes_per_block=runner.kv_layout.bytes_per_block,
-            weight_bytes=model.weight_bytes,
-            eos_token_ids=model.config.eos_token_ids,
+            max_position_embeddings=facts.max_position_embeddings,
+            kv_bytes_per_block=facts.kv_bytes_per_block,
+            weight_bytes=facts.weight_bytes,
+            eos_token_ids=facts.eos_token_ids,
             quantize=config.quantize,
         )
 
@@ -90,7 +88,7 @@ class ShardService(shard_pb2_grpc.ShardServicer):
                 f"max_batch_prefill_tokens is {max_tokens}; it must be from 1 to {largest}",
             )
         num_blocks = self._thread.call(
-            lambda: warm_up(self._runner, max_tokens, request.max_batch_size)
+            lambda: self._runner.warm_up(max_tokens, request.max_batch_size)
         )
         return shard_pb2.WarmupResponse(num_blocks=num_blocks)
 

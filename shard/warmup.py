@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from headgate.proto.messages import NewRow, RowSampling, StepPlan
 from headgate.shard.errors import ModelError
 from headgate.shard.memory import is_out_of_memory
-from headgate.shard.model_runner import ModelRunner
+
+if TYPE_CHECKING:
+    from headgate.shard.model_runner import ModelRunner
 
 # Of the device's memory; the rest is for fragmentation and what the libraries take later.
 _USABLE = 0.95

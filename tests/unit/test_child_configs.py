@@ -79,6 +79,12 @@ def test_flags_reach_the_children(loaded: Any) -> None:
     assert gateway.cors_allow_origin == ("https://a",)
 
 
+def test_a_null_shard_needs_neither_gpu_nor_memory(loaded: Any) -> None:
+    shard, _, _ = loaded("--null-shard --max-batch-total-tokens 100000000")
+    assert shard.null and shard.device == "cpu"
+    assert shard.num_blocks * shard.block_size == 100_000_000
+
+
 def test_each_shard_finds_its_own_address(loaded: Any, tmp_path: Path) -> None:
     shard, _, _ = loaded("--num-shard 2")
     addresses = [ShardIdentity(rank, 2, 7).address(shard) for rank in range(2)]

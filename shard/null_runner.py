@@ -1,0 +1,122 @@
+"""NullRunner: answers plans at once, without a model. A benchmark of what is around the shards.
+
+A row's answer is its prompt, over and over, so that the text is real text and the same for the
+same request. Ends of sequence never come; stop tokens and lengths end a row as always. Sampling
+parameters change nothing, logprobs are 0, there are no alternatives and no prompt logprobs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from headgate.proto.messages import NewRow, RowEnd, StepPlan, StepResult
+from headgate.shard.config import ShardConfig, ShardIdentity
+from headgate.shard.input_batch import PlanError
+from headgate.shard.model_config import ModelConfig
+from headgate.shard.runner import Heartbeat, RunnerFacts
+
+
+@dataclass(slots=True)
+class _Row:
+    script: Sequence[int]  # its prompt, without ends of sequence
+    stop_token_ids: frozenset[int]
+    left: int  # tokens it may still get
+    given: int  # tokens it got
+    uncomputed: int  # known tokens that no plan has computed
+    ended: bool = False
+
+    def next_token(self) -> tuple[int, RowEnd]:
+        token = self.script[self.given % len(self.script)]
+        self.given += 1
+        self.left -= 1
+        self.uncomputed = 1
+        end = RowEnd.NONE
+        if token in self.stop_token_ids:
+            end = RowEnd.STOP_TOKEN
+        elif self.left <= 0:
+            end = RowEnd.LENGTH
+        self.ended = end is not RowEnd.NONE
+        return token, end
+
+
+class NullRunner:
+    """One rank that holds rows and no tensors."""
+
+    def __init__(self, model: ModelConfig, config: ShardConfig, identity: ShardIdentity) -> None:
+        self.config = config
+        self.identity = identity
+        self.heartbeat = Heartbeat()
+        self.facts = RunnerFacts(
+            model_type=model.model_type,
+            vocab_size=model.vocab_size,
+            max_position_embeddings=model.max_position_embeddings,
+            eos_token_ids=model.eos_token_ids,
+            weight_bytes=0,
+            kv_bytes_per_block=0,
+        )
+        self._eos = frozenset(model.eos_token_ids)
+        self._rows: dict[int, _Row] = {}
+
+    def warm_up(self, max_tokens: int, max_rows: int) -> int:
+        """The configured number of blocks: nothing is to be found out."""
+        return self.config.num_blocks
+
+    def allocate(self, num_blocks: int) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self._rows.clear()
+
+    def step(
+        self,
+        plan: StepPlan,
+        is_current: Callable[[], bool] = lambda: True,
+        problem: str = "",
+    ) -> StepResult:
+        """Rank 0's result has the tokens. Raises PlanError, where a model would refuse."""
+        started = time.perf_counter_ns()
+        if problem:
+            raise PlanError(problem)
+        self._apply(plan)
+        rows, tokens, ends = [], [], []
+        held = self._rows
+        for row_id, count in zip(plan.rows, plan.counts, strict=True):
+            row = held[row_id]
+            row.uncomputed -= count
+            if row.uncomputed > 0 or row.ended:
+                continue
+            token, end = row.next_token()
+            rows.append(row_id)
+            tokens.append(token)
+            ends.append(end)
+        self.heartbeat.beat()
+        result = StepResult(plan.epoch, plan.sequence)
+        if not self.identity.rank:
+            result = replace(
+                result, rows=rows, token_ids=tokens, ends=ends, logprobs=[0.0] * len(rows)
+            )
+        spent = time.perf_counter_ns() - started
+        return replace(result, forward_ns=spent, total_ns=spent)
+
+    def _apply(self, plan: StepPlan) -> None:
+        """Takes the plan's changes, in the order that shard.proto gives."""
+        if plan.reset:
+            self._rows.clear()
+        for row_id in plan.removed:
+            self._rows.pop(row_id, None)
+        for new in plan.new_rows:
+            self._rows[new.id] = self._new_row(new)
+        for fork in plan.forks:
+            self._rows[fork.child] = replace(self._rows[fork.parent])
+
+    def _new_row(self, new: NewRow) -> _Row:
+        known = len(new.prompt_ids) + len(new.output_ids)
+        return _Row(
+            script=[token for token in new.prompt_ids if token not in self._eos] or [0],
+            stop_token_ids=frozenset(new.sampling.stop_token_ids),
+            left=new.sampling.max_new_tokens - len(new.output_ids),
+            given=len(new.output_ids),
+            uncomputed=known - new.num_computed_tokens,
+        )

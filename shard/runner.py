@@ -1,0 +1,56 @@
+"""What the shard's service asks of its runner: ModelRunner computes, NullRunner only answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from headgate.proto.messages import StepPlan, StepResult
+from headgate.shard.config import ShardConfig, ShardIdentity
+
+
+@dataclass(frozen=True, slots=True)
+class RunnerFacts:
+    """What a shard tells of its model."""
+
+    model_type: str
+    vocab_size: int
+    max_position_embeddings: int
+    eos_token_ids: tuple[int, ...]
+    weight_bytes: int  # on this rank
+    kv_bytes_per_block: int  # on this rank
+
+
+class Heartbeat:
+    """Signs of life, read by another thread."""
+
+    def __init__(self) -> None:
+        self.beats = 0  # stands still while the model hangs or has nothing to do
+        self.busy = False  # a step is being computed
+
+    def beat(self) -> None:
+        self.beats += 1
+
+
+class Runner(Protocol):
+    """One rank. All methods are called from one thread."""
+
+    config: ShardConfig
+    identity: ShardIdentity
+    heartbeat: Heartbeat
+
+    @property
+    def facts(self) -> RunnerFacts: ...
+
+    def warm_up(self, max_tokens: int, max_rows: int) -> int:
+        """Runs the largest steps; the number of KV blocks that fit."""
+
+    def allocate(self, num_blocks: int) -> None:
+        """Makes the KV cache; drops the one before it, and all rows."""
+
+    def reset(self) -> None:
+        """Drops all rows: a new stream of plans begins."""
+
+    def step(self, plan: StepPlan, is_current: Callable[[], bool], problem: str) -> StepResult:
+        """The plan's result; see ModelRunner.step."""
