@@ -99,6 +99,8 @@ def gateway_config(
         "max_client_batch_size": config.max_client_batch_size,
         "vllm_stream_nul": config.vllm_stream_delimiter == "nul",
         "strict": config.strict,
+        "tool_call_parser": config.tool_call_parser,
+        "reasoning_parser": config.reasoning_parser,
         "compute_type": config.compute_type or _compute_type(config, hardware),
         "shutdown_timeout": GATEWAY_SHUTDOWN_SECONDS,
         "hostname": config.hostname,

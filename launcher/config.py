@@ -33,6 +33,8 @@ class LauncherConfig:
     revision: str
     served_model_name: str
     tokenizer_config_path: str
+    tool_call_parser: str
+    reasoning_parser: str
     model_module: str
     dtype: str | None
     kv_cache_dtype: str | None

@@ -54,6 +54,25 @@ MODEL = (
         default="",
     ),
     Flag(
+        "tool-call-parser",
+        Kind.TEXT,
+        "The format of the model's tool calls.",
+        choices=("auto", "hermes", "llama3_json", "mistral"),
+        default="auto",
+        default_text="auto: by the chat template",
+        own=True,
+    ),
+    Flag(
+        "reasoning-parser",
+        Kind.TEXT,
+        "Whether <think> ... </think> at the beginning of a chat's answer is told apart as "
+        "reasoning_content; deepseek_r1: also where the model leaves out the opening tag.",
+        choices=("off", "auto", "deepseek_r1"),
+        default="auto",
+        default_text="auto: where the chat template has such tags",
+        own=True,
+    ),
+    Flag(
         "model-module",
         Kind.PATH,
         "A Python file that registers a model architecture of your own.",

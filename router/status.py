@@ -77,6 +77,7 @@ class ServerStatus:
             validation_workers=config.validation_workers,
             block_size=config.block_size,
             chat_template=chat.chat_template,
+            tool_chat_template=chat.tool_chat_template,
             bos_token=chat.bos_token,
             eos_token=chat.eos_token,
             state=self.state,

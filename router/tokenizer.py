@@ -24,6 +24,7 @@ import tokenizers
 
 from headgate.router.detokenizer import Pieces
 
+_DEFAULT_TEMPLATE, _TOOL_TEMPLATE = "default", "tool_use"
 INLINE_CHARACTERS = 256  # up to here encoding takes less time than a thread's wake-up
 
 
@@ -46,6 +47,7 @@ class ChatFiles:
     """What gateways need to render chats; empty strings where the model says nothing."""
 
     chat_template: str = ""
+    tool_chat_template: str = ""  # for chats with tools, where it is another one
     bos_token: str = ""
     eos_token: str = ""
 
@@ -118,6 +120,9 @@ def load_chat_files(model_path: str | Path, tokenizer_config_path: str = "") -> 
     jinja = directory / "chat_template.jinja"
     if jinja.is_file():
         sources.insert(0, jinja.read_text(encoding="utf-8"))
+    for_tools = directory / "additional_chat_templates" / f"{_TOOL_TEMPLATE}.jinja"
+    if for_tools.is_file():
+        sources.append([{"name": _TOOL_TEMPLATE, "template": for_tools.read_text("utf-8")}])
     if tokenizer_config_path:
         override = Path(tokenizer_config_path)
         if not override.is_file():
@@ -128,9 +133,9 @@ def load_chat_files(model_path: str | Path, tokenizer_config_path: str = "") -> 
             named = _read_json(override)
             sources.insert(0, named.get("chat_template"))
             config = {**config, **named}
-    templates = (_default_template(source) for source in sources)
     return ChatFiles(
-        chat_template=next((template for template in templates if template), ""),
+        chat_template=_first(sources, _DEFAULT_TEMPLATE),
+        tool_chat_template="" if tokenizer_config_path else _first(sources, _TOOL_TEMPLATE),
         bos_token=_token_text(config.get("bos_token")),
         eos_token=_token_text(config.get("eos_token")),
     )
@@ -140,12 +145,16 @@ def _template_of(path: Path) -> Any:
     return _read_json(path).get("chat_template")
 
 
-def _default_template(source: Any) -> str:
-    """A template is a string, or a list of named ones of which "default" is meant."""
-    if isinstance(source, list):
-        named = {entry.get("name"): entry.get("template") for entry in source}
-        source = named.get("default")
-    return source if isinstance(source, str) else ""
+def _first(sources: list[Any], name: str) -> str:
+    """The first template of this name: a source is the default one, or a list of named ones."""
+    for source in sources:
+        named = {_DEFAULT_TEMPLATE: source}
+        if isinstance(source, list):
+            named = {entry.get("name"): entry.get("template") for entry in source}
+        template = named.get(name)
+        if template and isinstance(template, str):
+            return template
+    return ""
 
 
 def _token_text(token: Any) -> str:

@@ -12,7 +12,7 @@ from datetime import datetime
 from typing import Any, NoReturn
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from jinja2.ext import Extension
 from jinja2.ext import loopcontrols as LoopControls
 from jinja2.parser import Parser
@@ -28,7 +28,7 @@ Message = Mapping[str, Any]
 _FIRST_PART = "messages[0]['content'][0]['text']"
 _FIRST_TEXT = "messages[0]['content']"
 _END_MARK = "\ufdd0end of content\ufdd0"  # of a message to be continued; a noncharacter
-_RESERVED = frozenset({"messages", "bos_token", "eos_token", "add_generation_prompt", "tools"})
+_RESERVED = frozenset({"messages", "bos_token", "eos_token", "add_generation_prompt"})
 
 
 class _GenerationBlocks(Extension):
@@ -48,6 +48,7 @@ class ChatTemplate:
         """Raises TemplateError where there is no template or it does not compile."""
         if not source:
             raise TemplateError()
+        self.source = source
         self._bos_token = bos_token
         self._eos_token = eos_token
         environment = ImmutableSandboxedEnvironment(
@@ -57,21 +58,30 @@ class ChatTemplate:
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = _strftime_now
         try:
-            self._template = environment.from_string(source.replace(_FIRST_PART, _FIRST_TEXT))
+            tree = environment.parse(source.replace(_FIRST_PART, _FIRST_TEXT))
+            self.variables = frozenset(meta.find_undeclared_variables(tree))  # that it reads
+            self._template = environment.from_string(tree)
         except jinja2.TemplateError as error:
             raise TemplateError(f"the model's template does not compile: {error}") from None
 
-    def render(self, messages: Sequence[Message], extra: Mapping[str, Any] | None = None) -> str:
+    def render(
+        self,
+        messages: Sequence[Message],
+        extra: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> str:
         """The prompt text. A last message by the assistant is left open, to be continued.
 
-        `extra`: more variables for the template. Raises TemplateError.
+        `extra`: more variables for the template. `tools`: as templates know them. Raises
+        TemplateError.
         """
+        extra = {**(extra or {}), "tools": tools or None}
         last = messages[-1] if messages else {}
-        if last.get("role") != "assistant" or not last.get("content"):
-            return self._render(messages, extra or {}, add_generation_prompt=True)
+        if last.get("role") != "assistant" or last.get("tool_calls") or not last.get("content"):
+            return self._render(messages, extra, add_generation_prompt=True)
         # The content alone may be found in the template's own text behind it.
         marked = {**last, "content": f"{last['content']}{_END_MARK}"}
-        text = self._render([*messages[:-1], marked], extra or {}, add_generation_prompt=False)
+        text = self._render([*messages[:-1], marked], extra, add_generation_prompt=False)
         begun, mark, _ = text.rpartition(_END_MARK)
         if not mark:
             raise TemplateError(
@@ -90,7 +100,6 @@ class ChatTemplate:
                 "bos_token": self._bos_token,
                 "eos_token": self._eos_token,
                 "add_generation_prompt": add_generation_prompt,
-                "tools": None,
             }
             return self._template.render(variables)
         except jinja2.UndefinedError as error:

@@ -20,6 +20,8 @@ class GatewayConfig:
     max_client_batch_size: int = 4  # prompts in one /v1/completions call
     vllm_stream_nul: bool = False  # streams in vLLM's shape end their objects with NUL
     strict: bool = False  # unknown request fields are refused, not only told
+    tool_call_parser: str = "auto"  # a key of parsers.choice.TOOL_PARSERS, or "auto"
+    reasoning_parser: str = "auto"  # "off", "auto" or "deepseek_r1"
     compute_type: str = "cpu"  # the response header x-compute-type
     keep_alive_seconds: float = 15.0  # silence on an event stream before a comment line
     router_timeout: float = 60.0  # how long requests wait for a router that is gone

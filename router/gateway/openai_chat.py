@@ -1,4 +1,4 @@
-"""POST /v1/chat/completions. Tools and response formats are refused, naming the field."""
+"""POST /v1/chat/completions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 
 from headgate.proto import router_pb2
 from headgate.router.errors import ValidationError
-from headgate.router.gateway.chat import ChatTemplate
+from headgate.router.gateway.chat_deltas import ParsedDeltas, parsed_message
+from headgate.router.gateway.chat_messages import flatten
 from headgate.router.gateway.exchange import JSON_HEADERS, Exchange
 from headgate.router.gateway.generation import Answer, collect, timing_headers
 from headgate.router.gateway.openai_common import (
@@ -24,23 +25,24 @@ from headgate.router.gateway.openai_common import (
     to_parameters,
     usage,
 )
-from headgate.router.gateway.openai_schemas import ChatMessage, ChatRequest
+from headgate.router.gateway.openai_schemas import ChatRequest
+from headgate.router.gateway.parsers.deltas import Parser
+from headgate.router.gateway.served_chat import ServedChat, ServedChats
 from headgate.router.gateway.services import Services
 from headgate.router.gateway.sse import json_string
+from headgate.router.gateway.tools import Tool, ToolUse, function_of, tool_use
 
 _FIELD_NAMES = {**FIELD_NAMES, "inputs": "messages", "top_n_tokens": "top_logprobs"}
-_UNSERVED_IN_MESSAGES = ("tool_calls", "function_call", "audio")
 _LONG_CHAT = 65_536  # characters; longer ones are rendered off the event loop
 _MESSAGE_COST = 100  # characters that take as long to render as a message by itself
 
 
 class ChatRoute:
-    """The route, with the model's template compiled once."""
+    """The route."""
 
     def __init__(self, services: Services) -> None:
         self._services = services
-        self._template: ChatTemplate | None = None
-        self._template_key: tuple[str, str, str] | None = None
+        self._chats = ServedChats(services.config)
 
     async def __call__(self, exchange: Exchange) -> None:
         exchange.field_names = _FIELD_NAMES
@@ -50,8 +52,13 @@ class ChatRoute:
         _refuse(body)
         top_n = _alternatives(body)
         parameters = to_parameters(body, max_tokens=_max_tokens(body), top_n=top_n)
+        chat, use = self._chats.of(info), _tool_use(body)
+        prompt = await self._prompt(chat, body, use)
+        parser = chat.parser(use, prompt)
+        if chat.needs_special_tokens(use):
+            parameters.skip_special_tokens = False
         request = router_pb2.GenerateRequest(
-            text=await self._prompt(body, info),
+            text=prompt,
             add_special_tokens=False,
             parameters=parameters,
             request_id=exchange.request_id,
@@ -59,38 +66,30 @@ class ChatRoute:
         reply = Reply.of(info, "chatcmpl")
         if body.stream:
             events = _Chunks(reply, logprobs=top_n is not None)
+            formatter = events if parser is None else events.parsed(parser)
             wanted = body.stream_options is not None and body.stream_options.include_usage
             usage_event = events.usage_event() if wanted else None
             stream = OpenAIStream(self._services, exchange, usage_event)
-            await stream.run([request], [events])
+            await stream.run([request], [formatter])
             return
         (answer,) = await collect(self._services, exchange, [request])
         headers = timing_headers(self._services, exchange, [answer], compute_time=True)
         await exchange.respond(
-            _document(reply, answer, logprobs=top_n is not None), headers=JSON_HEADERS + headers
+            _document(reply, answer, parser, logprobs=top_n is not None),
+            headers=JSON_HEADERS + headers,
         )
 
-    async def _prompt(self, body: ChatRequest, info: router_pb2.InfoResponse) -> str:
-        messages = [_flatten(message, index) for index, message in enumerate(body.messages)]
-        key = (info.chat_template, info.bos_token, info.eos_token)
-        if self._template is None or key != self._template_key:
-            self._template, self._template_key = ChatTemplate(*key), key
+    async def _prompt(self, chat: ServedChat, body: ChatRequest, use: ToolUse) -> str:
+        messages = flatten(body.messages)
+        arguments = (messages, use, body.chat_template_kwargs, body.tool_prompt)
         if sum(_MESSAGE_COST + len(message["content"]) for message in messages) > _LONG_CHAT:
-            return await asyncio.to_thread(
-                self._template.render, messages, body.chat_template_kwargs
-            )
-        return self._template.render(messages, body.chat_template_kwargs)
+            return await asyncio.to_thread(chat.prompt, *arguments)
+        return chat.prompt(*arguments)
 
 
 def _refuse(body: ChatRequest) -> None:
     refuse_unserved(body)
     check_response_format(body.response_format)
-    if not body.messages:
-        raise ValidationError("`messages` cannot be empty", field="messages")
-    if body.tools and body.tool_choice != "none":
-        raise ValidationError("`tools` is not supported", field="tools")
-    if body.tool_choice not in (None, "none", "auto"):
-        raise ValidationError("`tool_choice` is not supported", field="tool_choice")
     if body.functions:
         raise ValidationError("`functions` is not supported", field="functions")
     if body.function_call not in (None, "none", "auto"):
@@ -99,6 +98,25 @@ def _refuse(body: ChatRequest) -> None:
         raise ValidationError("`audio` is not supported", field="audio")
     if any(modality != "text" for modality in body.modalities or ()):
         raise ValidationError("`modalities` other than text is not supported", field="modalities")
+
+
+def _tool_use(body: ChatRequest) -> ToolUse:
+    tools = [_tool(value, f"tools[{index}]") for index, value in enumerate(body.tools or ())]
+    use = tool_use(tools, body.tool_choice, parallel=body.parallel_tool_calls is not False)
+    if use.required:
+        raise ValidationError(
+            "`tool_choice` other than auto and none is not supported", field="tool_choice"
+        )
+    return use
+
+
+def _tool(value: Any, where: str) -> Tool:
+    kind = value.get("type") if isinstance(value, dict) else None
+    if kind != "function":
+        raise ValidationError(
+            f"`{where}`: tools of type `{str(kind)[:64]}` are not supported", field=where
+        )
+    return function_of(value.get("function"), f"{where}.function")
 
 
 def _alternatives(body: ChatRequest) -> int | None:
@@ -117,54 +135,30 @@ def _max_tokens(body: ChatRequest) -> int | None:
     return body.max_tokens
 
 
-def _flatten(message: ChatMessage, index: int) -> dict[str, Any]:
-    """A message for the template: its text parts joined, nothing but role, content and name."""
-    where = f"messages[{index}]"
-    for name in _UNSERVED_IN_MESSAGES:
-        if getattr(message, name):
-            raise ValidationError(f"`{where}.{name}` is not supported", field=f"{where}.{name}")
-    if message.content is None:
-        raise ValidationError(f"missing field `{where}.content`", field=f"{where}.content")
-    flat: dict[str, Any] = {"role": message.role}
-    if isinstance(message.content, str):
-        flat["content"] = message.content
-    else:
-        flat["content"] = "".join(
-            _part_text(part, f"{where}.content[{at}]") for at, part in enumerate(message.content)
-        )
-    if message.name:
-        flat["name"] = message.name
-    return flat
-
-
-def _part_text(part: dict[str, Any], where: str) -> str:
-    kind = part.get("type")
-    if kind != "text":
-        raise ValidationError(
-            f"`{where}`: parts of type `{str(kind)[:64]}` are not supported", field=where
-        )
-    text = part.get("text")
-    if not isinstance(text, str):
-        raise ValidationError(f"missing field `{where}.text`", field=f"{where}.text")
-    return text
-
-
 # ------------------------------------------------------------------- shapes
 
 
-def _document(reply: Reply, answer: Answer, *, logprobs: bool) -> bytes:
+def _document(reply: Reply, answer: Answer, parser: Parser | None, *, logprobs: bool) -> bytes:
+    if parser is None:
+        text = json_string(answer.finished.generated_text)
+        message, reason = (
+            b'{"role":"assistant","content":%s}' % text,
+            finish_reason(answer.finished),
+        )
+    else:
+        message, reason = parsed_message(parser, answer.finished)
     return (
         b'{"object":"chat.completion","id":%s,"created":%s,"model":%s,"system_fingerprint":%s,'
-        b'"choices":[{"index":0,"message":{"role":"assistant","content":%s},"logprobs":%s,'
+        b'"choices":[{"index":0,"message":%s,"logprobs":%s,'
         b'"finish_reason":%s}],"usage":%s}'
     ) % (
         reply.id,
         reply.created,
         reply.model,
         reply.fingerprint,
-        json_string(answer.finished.generated_text),
+        message,
         _logprobs(answer.tokens) if logprobs else b"null",
-        finish_reason(answer.finished),
+        reason,
         usage((answer.finished,)),
     )
 
@@ -199,6 +193,11 @@ class _Chunks:
         ) % (reply.id, reply.created, reply.model, reply.fingerprint)
         self._before = self._head + b'{"index":0,"delta":{"role":"assistant","content":'
         self._after = b',"finish_reason":null}],"usage":null}\n\n'
+
+    def parsed(self, parser: Parser) -> ParsedDeltas:
+        """The same stream for an answer that is parsed."""
+        before = self._head + b'{"index":0,"delta":'
+        return ParsedDeltas(parser, before, _logprobs if self._logprobs else None)
 
     def usage_event(self) -> tuple[bytes, bytes]:
         return self._head + b'],"usage":', b"}\n\n"

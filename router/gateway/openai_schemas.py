@@ -56,6 +56,7 @@ class ChatMessage(msgspec.Struct):
     function_call: Any = None
     audio: Any = None
     tool_call_id: str | None = None
+    reasoning_content: str | None = None  # of an earlier answer, for templates that show it
 
 
 class ChatRequest(CommonFields, kw_only=True):
@@ -68,7 +69,7 @@ class ChatRequest(CommonFields, kw_only=True):
     tools: list[Any] | None = None
     tool_choice: Any = None
     tool_prompt: str | None = None
-    parallel_tool_calls: bool | None = None  # of no effect while tools are refused
+    parallel_tool_calls: bool | None = None
     functions: list[Any] | None = None
     function_call: Any = None
     response_format: dict[str, Any] | None = None

@@ -78,7 +78,7 @@ class EventWriter:
 
     def write(self, data: bytes) -> None:
         """Takes whole events. They go out at the next flush."""
-        if not self._closing:
+        if data and not self._closing:
             self._buffer.append(data)
             self._size += len(data)
 

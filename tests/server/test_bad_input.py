@@ -53,7 +53,7 @@ OPENAI_ROWS = [
     ({"temperature": -0.5}, 422, "temperature"),
     ({"max_tokens": 0}, 422, "max_"),
     ({"n": 2}, 422, "n"),
-    ({"tools": [{"type": "function", "function": {"name": "f"}}]}, 422, "tools"),
+    ({"tools": [{"type": "function", "function": {"name": "f g"}}]}, 422, "tools"),
     ({"response_format": {"type": "json_object"}}, 422, "response_format"),
     ({"logit_bias": {"5": 1.0}}, 422, "logit_bias"),
     ({"model": "somebody/else"}, 404, "somebody/else"),

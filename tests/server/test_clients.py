@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -54,6 +55,48 @@ def test_openai_chat_stream(client: openai.OpenAI) -> None:
     assert "Tokyo" in text
     assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "stop"
     assert [bool(c.usage) for c in chunks] == [False] * (len(chunks) - 1) + [True]
+
+
+WEATHER = {
+    "name": "get_weather",
+    "description": "The weather in a city.",
+    "parameters": {
+        "type": "object",
+        "properties": {"city": {"type": "string"}},
+        "required": ["city"],
+    },
+}
+
+
+def test_openai_tools(client: openai.OpenAI) -> None:
+    """The model is small: earlier turns show it how to call."""
+    messages: list[dict[str, object]] = []
+    for city in ("Oslo", "Rome", "Lima"):
+        function = {"name": "get_weather", "arguments": json.dumps({"city": city})}
+        call = {"id": f"call_{city}", "type": "function", "function": function}
+        messages += [
+            {"role": "user", "content": f"Weather in {city}?"},
+            {"role": "assistant", "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": call["id"], "content": "rain"},
+            {"role": "assistant", "content": f"It rains in {city}."},
+        ]
+    ask: dict[str, object] = {
+        "model": "tgi",
+        "messages": [*messages, {"role": "user", "content": "Weather in Paris?"}],
+        "tools": [{"type": "function", "function": WEATHER}],
+        "temperature": 0,
+        "max_tokens": 48,
+    }
+    whole = client.chat.completions.create(**ask).choices[0]  # type: ignore[call-overload]
+    (made,) = whole.message.tool_calls
+    assert whole.finish_reason == "tool_calls" and made.id
+    assert made.function.name == "get_weather"
+    assert json.loads(made.function.arguments) == {"city": "Paris"}
+    with client.chat.completions.stream(**ask) as stream:  # type: ignore[arg-type]
+        streamed = stream.get_final_completion().choices[0]
+    assert streamed.finish_reason == "tool_calls"
+    (made,) = streamed.message.tool_calls
+    assert json.loads(made.function.arguments) == {"city": "Paris"}
 
 
 def test_openai_completions(client: openai.OpenAI) -> None:

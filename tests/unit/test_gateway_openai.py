@@ -286,7 +286,7 @@ CHAT_REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"grammar": {"type": "json"}}, "grammar"),
     ({"adapter_id": "a"}, "adapter_id"),
     ({"watermark": True}, "watermark"),
-    ({"tools": [{"type": "function"}]}, "tools"),
+    ({"tools": [{"type": "function"}]}, "tools[0].function"),
     ({"tool_choice": "required"}, "tool_choice"),
     ({"functions": [{}]}, "functions"),
     ({"response_format": {"type": "json_object"}}, "response_format"),
@@ -310,7 +310,7 @@ CHAT_REFUSALS: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"messages": [{"role": "assistant", "tool_calls": [{"id": "0"}]}]},
-        "messages[0].tool_calls",
+        "messages[0].tool_calls[0].function",
     ),
     (
         {"messages": [{"role": "assistant", "content": "", "function_call": {"name": "f"}}]},
@@ -368,7 +368,11 @@ async def test_the_routers_field_names_are_translated() -> None:
 
 async def test_tools_with_choice_none_are_plain_chat() -> None:
     async with RunningGateway() as running:
-        body = {**ASK, "tools": [{"type": "function"}], "tool_choice": "none"}
+        body = {
+            **ASK,
+            "tools": [{"type": "function", "function": {"name": "f"}}],
+            "tool_choice": "none",
+        }
         assert (await running.http.post("/v1/chat/completions", json=body)).status_code == 200
 
 
