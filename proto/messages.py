@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 
@@ -25,6 +25,7 @@ class RowEnd(IntEnum):
     LENGTH = 1
     EOS = 2
     STOP_TOKEN = 3
+    FAILED = 4  # no token could be chosen
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +50,7 @@ class RowSampling:
     top_n_tokens: int = 0
     prompt_logprobs: bool = False
     prompt_top_n_tokens: int = 0
+    grammar: str = ""  # llguidance's form of what the output must be; "": anything
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +131,7 @@ class StepResult:
     refused: str = ""  # why the group refused the plan; empty: it ran
     forward_ns: int = 0
     total_ns: int = 0
+    failures: Mapping[int, str] = field(default_factory=dict)  # by row id: why it ended FAILED
 
 
 # ------------------------------------------------------------------ packing
@@ -292,6 +295,7 @@ def encode_result(result: StepResult) -> shard_pb2.StepResult:
         prompt_logprobs=[_encode_prompt_logprobs(entry) for entry in result.prompt_logprobs],
         forward_ns=result.forward_ns,
         total_ns=result.total_ns,
+        failures=result.failures,
     )
 
 
@@ -308,6 +312,7 @@ def decode_result(message: shard_pb2.StepResult) -> StepResult:
         refused=message.refused,
         forward_ns=message.forward_ns,
         total_ns=message.total_ns,
+        failures=dict(message.failures),
     )
 
 

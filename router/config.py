@@ -33,6 +33,7 @@ class RouterConfig:
     max_top_n_tokens: int = 5
     max_batch_size: int = 0  # 0: no limit
     max_client_batch_size: int = 4
+    grammar_support: bool = True  # False: grammars are refused
     validation_workers: int = 2  # threads that tokenise
     block_size: int = 16
     kv_overcommit: float = 0.1

@@ -335,6 +335,9 @@ class Engine:
         live = self._live.get(output.request.id)
         if live is None:
             return
+        if output.failure:
+            self.fail(live, GenerationError(output.failure))
+            return
         try:
             outcome = self._outputs.process(output)
             if outcome is not None:

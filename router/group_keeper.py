@@ -112,6 +112,7 @@ class GroupKeeper:
     async def _fail(self, message: str) -> None:
         self._leave_group()
         self._status.set(FAILED, message)
+        self._validator.give_up()
         self._engine.fail_all(UnavailableError(message))
         await asyncio.sleep(FLUSH_TIME)
         self._control.send("failed_delivered")
@@ -148,7 +149,7 @@ class GroupKeeper:
             if not self._fatal.done():
                 self._fatal.set_exception(error)
             return
-        self._validator.vocab_size = facts.vocab_size
+        self._validator.hear(facts.vocab_size, facts.eos_token_ids)
         self._outputs.eos_token_ids = frozenset(facts.eos_token_ids)
         self._status.max_batch_total_tokens = facts.num_blocks * config.block_size
         self._engine.attach(group, facts.num_blocks)

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from headgate.proto import router_pb2
 from headgate.router.errors import OverloadedError
+from headgate.router.grammar import Grammar
 from headgate.router.metrics import RequestTimes
 from headgate.router.output_processor import Answer
 from headgate.router.request import Request
@@ -144,6 +145,8 @@ class LiveRequest:
 
 def _shown(value: Any) -> Any:
     """Numbers that travelled as float32 without the digits that this added; only so much text."""
+    if isinstance(value, Grammar):
+        return str(value)
     if isinstance(value, tuple):
         return [_shown(entry) for entry in value[:_MAX_SHOWN]]
     if isinstance(value, str):

@@ -185,6 +185,8 @@ class OutputProcessor:
     def end_of(self, valid: ValidRequest, ids: Sequence[int]) -> RowEnd:
         """How a shard would end a row with these output ids; NONE: it would go on."""
         sampling = valid.sampling
+        if sampling.grammar and ids and ids[-1] in self.eos_token_ids:
+            return RowEnd.EOS
         if ids and len(ids) > sampling.min_new_tokens:
             if ids[-1] in self.eos_token_ids and not sampling.ignore_eos:
                 return RowEnd.EOS

@@ -17,19 +17,23 @@ class RowOutput:
     """One request's part of a step's result."""
 
     request: Request
-    token_id: int | None  # None: only prompt logprobs
+    token_id: int | None  # None: only prompt logprobs, or a failure
     logprob: float = 0.0
     top: TopTokens | None = None
     end: RowEnd = RowEnd.NONE
+    failure: str = ""  # why a row ended FAILED; then there is no token
     prompt_logprobs: PromptLogprobs | None = None  # each position once, whatever was recomputed
 
     def take_token(self, result: StepResult, place: int) -> None:
         """Appends the sampled token to the request; the router holds the limit on length too."""
         request = self.request
+        self.end = result.ends[place]
+        if self.end is RowEnd.FAILED:
+            self.failure = result.failures.get(request.id, "no token could be chosen")
+            return
         self.token_id = result.token_ids[place]
         self.logprob = result.logprobs[place]
         self.top = result.top[place] if result.top else None
-        self.end = result.ends[place]
         request.output_ids.append(self.token_id)
         if not self.end and len(request.output_ids) >= request.sampling.max_new_tokens:
             self.end = RowEnd.LENGTH

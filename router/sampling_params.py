@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 
 from headgate.proto import router_pb2
 from headgate.router.errors import ValidationError
+from headgate.router.grammar import Grammar
 
 MIN_TEMPERATURE = 1e-6  # anything lower is as good as greedy and would overflow float32 logits
 MAX_SEED = 2**64 - 1
@@ -45,6 +46,7 @@ class SamplingParams:
     best_of: int | None = None
     watermark: bool | None = None
     n: int | None = None
+    grammar: Grammar | None = None
 
     @classmethod
     def from_proto(cls, message: router_pb2.Parameters) -> SamplingParams:
@@ -52,6 +54,8 @@ class SamplingParams:
         for name in _REPEATED:
             if name in given:
                 given[name] = tuple(given[name])
+        if "grammar" in given:
+            given["grammar"] = Grammar.from_proto(given["grammar"])
         return cls(**given)
 
     def to_proto(self) -> router_pb2.Parameters:
@@ -64,6 +68,8 @@ class SamplingParams:
             try:
                 if field.name in _REPEATED:
                     getattr(message, field.name).extend(value)
+                elif isinstance(value, Grammar):
+                    message.grammar.CopyFrom(value.to_proto())
                 else:
                     setattr(message, field.name, value)
             except (TypeError, ValueError) as error:

@@ -6,14 +6,17 @@ ValidationError. It does not decide whether there is room for the request.
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from headgate.proto import router_pb2
 from headgate.proto.messages import RowSampling
 from headgate.router.config import RouterConfig
-from headgate.router.errors import ValidationError
+from headgate.router.errors import UnavailableError, ValidationError
+from headgate.router.grammar_compiler import GrammarCompiler
 from headgate.router.sampling_params import MIN_TEMPERATURE, ParameterLimits, SamplingParams
 from headgate.router.tokenizer import Tokenizer
 
@@ -53,7 +56,19 @@ class Validator:
         self._config = config
         self._tokenizer = tokenizer
         self._limits = ParameterLimits(config.max_stop_sequences, config.max_top_n_tokens)
+        self._compiler = GrammarCompiler(config.model_path)
         self.vocab_size = tokenizer.vocab_size
+        self._eos_token_ids: tuple[int, ...] | None = None
+        self._heard = asyncio.Event()
+
+    def hear(self, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
+        """What the shards tell of their model."""
+        self.vocab_size, self._eos_token_ids = vocab_size, tuple(eos_token_ids)
+        self._heard.set()
+
+    def give_up(self) -> None:
+        """There will be no shards."""
+        self._heard.set()
 
     async def validate(
         self,
@@ -72,6 +87,7 @@ class Validator:
             prompt_ids = prompt_ids[-parameters.truncate :]
         max_new_tokens = self._check_lengths(len(prompt_ids), parameters)
         self._check_ids(parameters)
+        grammar = await self._compile(parameters)
         text = message.text if message.WhichOneof("prompt") == "text" else None
         seed = self._seed(parameters, delivered)
         return ValidRequest(
@@ -79,7 +95,7 @@ class Validator:
             prompt_ids=prompt_ids,
             prompt_characters=len(text) if text is not None else 0,
             prompt_text=text,
-            sampling=self._row_sampling(parameters, max_new_tokens, seed),
+            sampling=replace(self._row_sampling(parameters, max_new_tokens, seed), grammar=grammar),
             seed=seed,
             parameters=parameters,
             stop=parameters.stop,
@@ -157,6 +173,23 @@ class Validator:
                 f"`{field}` holds token {max(ids)}, the vocabulary ends at {self.vocab_size - 1}",
                 field=field,
             )
+
+    async def _compile(self, parameters: SamplingParams) -> str:
+        """The grammar as shards take it; empty where there is none."""
+        if parameters.grammar is None:
+            return ""
+        if not self._config.grammar_support:
+            raise ValidationError("grammar is not supported", field="grammar")
+        await self._heard.wait()  # a router started anew gets its requests before its shards
+        if self._eos_token_ids is None:
+            raise UnavailableError()
+        return await self._compiler.compile(
+            parameters.grammar, self.vocab_size, self._eos_token_ids
+        )
+
+    async def close(self) -> None:
+        """Ends what compiles grammars."""
+        await self._compiler.close()
 
     # --------------------------------------------------------------- the result
 

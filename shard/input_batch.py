@@ -13,7 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from headgate.proto.messages import Fork, NewRow, RowEnd, RowSampling, StepPlan
+from headgate.shard.sampling.grammar import NO_MASKS, ConstrainedRow, Masks, RowGrammar
 from headgate.shard.sampling.params import (
+    NO_TOKEN,
     PARAMS_DTYPE,
     History,
     IntArray,
@@ -80,7 +82,9 @@ class InputBatch:
         self.num_blocks = np.zeros(capacity, np.int64)
         self.params = np.zeros(capacity, PARAMS_DTYPE)
         self.ended = np.zeros(capacity, np.bool_)  # by this shard: dead in later plans
+        self.constrained = np.zeros(capacity, np.bool_)  # the row has a grammar
         self.stop_ids: list[frozenset[int]] = [frozenset()] * capacity
+        self.grammars: list[RowGrammar | None] = [None] * capacity
         self._free.extend(range(capacity - 1, -1, -1))
 
     def __len__(self) -> int:
@@ -123,6 +127,7 @@ class InputBatch:
     def _remove(self, row_id: int) -> None:
         slot = self._slots.pop(row_id, None)
         if slot is not None:
+            self.grammars[slot] = None
             self._free.append(slot)
 
     def _new_slot(self, row_id: int) -> int:
@@ -140,11 +145,12 @@ class InputBatch:
         columns = [name for name, value in vars(self).items() if isinstance(value, np.ndarray)]
         columns.remove("_eos")
         old = {name: getattr(self, name) for name in columns}
-        stop_ids, capacity = self.stop_ids, len(self.ids)
+        stop_ids, grammars, capacity = self.stop_ids, self.grammars, len(self.ids)
         self._allocate(2 * capacity)
         for name in columns:
             getattr(self, name)[:capacity] = old[name]
         self.stop_ids[:capacity] = stop_ids
+        self.grammars[:capacity] = grammars
         self._free = list(range(2 * capacity - 1, capacity - 1, -1))
 
     def _add(self, row: NewRow) -> None:
@@ -160,6 +166,8 @@ class InputBatch:
         self.num_computed[slot] = row.num_computed_tokens
         self.params[slot] = params_record(sampling)
         self.stop_ids[slot] = frozenset(sampling.stop_token_ids)
+        self.constrained[slot] = bool(sampling.grammar)
+        self.grammars[slot] = RowGrammar(sampling.grammar) if sampling.grammar else None
         self._append_blocks(slot, row.block_ids)
 
     def _check_new_row(self, row: NewRow, known: int) -> None:
@@ -193,6 +201,10 @@ class InputBatch:
         self.ended[child] = self.ended[parent]
         self.token_ids[child] = self.token_ids[parent]
         self.stop_ids[child] = self.stop_ids[parent]
+        self.constrained[child] = self.constrained[parent]
+        grammar = self.grammars[parent]
+        num_output = int(self.num_tokens[child] - self.num_prompt[child])
+        self.grammars[child] = grammar.fork(num_output) if grammar is not None else None
         self.params[child]["sample_index"] = fork.sample_index
         self._append_blocks(child, fork.block_ids)
 
@@ -237,13 +249,16 @@ class InputBatch:
     # ------------------------------------------------------------ a step's outcome
 
     def advance(self, scheduled: ScheduledRows, tokens: IntArray) -> npt.NDArray[np.uint8]:
-        """Takes one token for each row that samples; returns their RowEnds.
+        """Takes one token for each row that samples, or NO_TOKEN; returns their RowEnds.
 
         A row may end here, by EOS before a stop token before length. The decision needs only the
-        tokens, so every rank comes to the same.
+        tokens, so every rank comes to the same. EOS always ends a row with a grammar, which allows
+        it only where nothing else is left if the row is to ignore it.
         """
         self.num_computed[scheduled.slots] += scheduled.counts
         slots = scheduled.slots[scheduled.samples]
+        failed = tokens == NO_TOKEN
+        tokens = np.where(failed, 0, tokens)
         self.token_ids[slots, self.num_tokens[slots]] = tokens
         self.num_tokens[slots] += 1
         params = self.params[slots]
@@ -252,14 +267,26 @@ class InputBatch:
         for index, slot in enumerate(slots.tolist()):
             if self.stop_ids[slot] and int(tokens[index]) in self.stop_ids[slot]:
                 ends[index] = RowEnd.STOP_TOKEN
-        ends[np.isin(tokens, self._eos) & ~params["ignore_eos"]] = RowEnd.EOS
+        heeds_eos = self.constrained[slots] | ~params["ignore_eos"]
+        ends[np.isin(tokens, self._eos) & heeds_eos] = RowEnd.EOS
+        ends[failed] = RowEnd.FAILED
         self.ended[slots] = ends != RowEnd.NONE
         return ends
 
     # ------------------------------------------------------------ reading
 
-    def sampled_rows(self, slots: IntArray) -> SampledRows:
-        """What the sampler has to know of the rows in `slots`."""
+    def constrained_rows(self, slots: IntArray) -> list[ConstrainedRow]:
+        """Those of `slots` that have a grammar."""
+        found = []
+        for slot in slots[self.constrained[slots]].tolist():
+            grammar = self.grammars[slot]
+            assert grammar is not None
+            output = self.token_ids[slot, self.num_prompt[slot] : self.num_tokens[slot]]
+            found.append(ConstrainedRow(slot, grammar, output))
+        return found
+
+    def sampled_rows(self, slots: IntArray, masks: Masks = NO_MASKS) -> SampledRows:
+        """What the sampler has to know of the rows in `slots`; `masks`: what grammars say."""
         params = self.params[slots]
         positions = self.num_tokens[slots] - self.num_prompt[slots]
         histories = {
@@ -269,16 +296,25 @@ class InputBatch:
             )
             for row in np.flatnonzero(has_penalty(params)).tolist()
         }
+        early = positions < params["min_new_tokens"]
+        endless = self.constrained[slots] & params["ignore_eos"]
         banned = {
-            row: self._ending_tokens(slots[row])
-            for row in np.flatnonzero(positions < params["min_new_tokens"]).tolist()
+            row: self._ending_tokens(slots[row], early=bool(early[row]))
+            for row in np.flatnonzero(early | endless).tolist()
         }
-        return SampledRows(params, positions, histories, banned)
+        allowed = {
+            row: masks.allowed[slot]
+            for row, slot in enumerate(slots.tolist())
+            if slot in masks.allowed
+        }
+        return SampledRows(params, positions, histories, banned, allowed)
 
-    def _ending_tokens(self, slot: int) -> IntArray:
-        """What would end a row before its length does."""
-        ids = {token for token in self.stop_ids[slot] if token < self.limits.vocab_size}
-        if not self.params["ignore_eos"][slot]:
+    def _ending_tokens(self, slot: int, early: bool) -> IntArray:
+        """What would end a row before its length does; unless it is early, without stop tokens."""
+        ids: set[int] = set()
+        if early:
+            ids.update(token for token in self.stop_ids[slot] if token < self.limits.vocab_size)
+        if self.constrained[slot] or not self.params["ignore_eos"][slot]:
             ids.update(self._eos.tolist())
         return np.array(sorted(ids), np.int64)
 

@@ -22,8 +22,9 @@ from headgate.shard.kv_cache import KVCache, KVCacheLayout
 from headgate.shard.memory import is_out_of_memory
 from headgate.shard.models.base import CausalLM
 from headgate.shard.runner import Heartbeat, RunnerFacts
+from headgate.shard.sampling.grammar import NO_MASKS, GrammarMasks, Masks
 from headgate.shard.sampling.logprobs import NO_TOP, token_logprobs
-from headgate.shard.sampling.params import IntArray
+from headgate.shard.sampling.params import NO_TOKEN, IntArray
 from headgate.shard.sampling.sampler import sample
 from headgate.shard.step_inputs import PromptChunk, StepInputs, build_inputs
 from headgate.shard.vote import plan_tag, vote
@@ -53,6 +54,12 @@ class ModelRunner:
             num_kv_heads=model.num_local_kv_heads,
             head_dim=model.head_dim,
             dtype=config.kv_dtype,
+        )
+        self._grammars = GrammarMasks(
+            config.model_path,
+            model.config.vocab_size,
+            model.config.eos_token_ids,
+            config.num_threads,
         )
         self._kv_cache: KVCache | None = None
         self._batch: InputBatch | None = None
@@ -201,6 +208,8 @@ class ModelRunner:
         self._kv_cache.copy_blocks(plan.copies)
         if inputs is None:
             return answer
+        slots = scheduled.slots[scheduled.samples]
+        finish_masks = self._begin_masks(plan, slots)
         hidden = self.model.forward(
             inputs.input_ids, inputs.positions, self._kv_cache, inputs.attention
         )
@@ -209,26 +218,44 @@ class ModelRunner:
             for chunk in inputs.prompt_chunks
             if (entry := self._prompt_logprobs(hidden, chunk)) is not None
         )
-        slots = scheduled.slots[scheduled.samples]
         row_ids = self._batch.ids[slots].tolist()
-        tokens, logprobs, top = self._sample(hidden, inputs.sample_tokens, slots)
+        masks = finish_masks()
+        tokens, logprobs, top = self._sample(hidden, inputs.sample_tokens, slots, masks)
         ends = self._batch.advance(scheduled, tokens)
         if self.group.rank:
             return answer
         return replace(
             answer,
             rows=row_ids,
-            token_ids=tokens.tolist(),
+            token_ids=np.maximum(tokens, 0).tolist(),
             logprobs=logprobs,
             ends=[RowEnd(end) for end in ends.tolist()],
             top=top,
             prompt_logprobs=prompt_logprobs,
+            failures={
+                row: masks.failures[slot]
+                for row, slot in zip(row_ids, slots.tolist(), strict=True)
+                if slot in masks.failures
+            },
         )
 
+    def _begin_masks(self, plan: StepPlan, slots: IntArray) -> Callable[[], Masks]:
+        """Has the masks of the rows that sample computed while the forward pass runs."""
+        if self.group.rank:
+            return lambda: NO_MASKS
+        assert self._batch is not None
+        for row in plan.new_rows:
+            if row.sampling.grammar:
+                self._grammars.prepare(row.sampling.grammar)
+        return self._grammars.begin(self._batch.constrained_rows(slots))
+
     def _sample(
-        self, hidden: torch.Tensor, sample_tokens: torch.Tensor, slots: IntArray
+        self, hidden: torch.Tensor, sample_tokens: torch.Tensor, slots: IntArray, masks: Masks
     ) -> tuple[IntArray, list[float], list[TopTokens]]:
-        """Each row's token on all ranks; logprobs and alternatives on rank 0. slots: int64[S]."""
+        """Each row's token on all ranks; logprobs and alternatives on rank 0. slots: int64[S].
+
+        A row that its grammar cannot go on with gets NO_TOKEN.
+        """
         assert self._batch is not None
         tokens = np.zeros(len(slots), np.int64)
         logprobs = [0.0] * len(slots)
@@ -239,8 +266,10 @@ class ModelRunner:
             self.heartbeat.beat()
             if logits is None:
                 continue
-            tokens[part] = sample(logits, self._batch.sampled_rows(slots[part]))
+            tokens[part] = sample(logits, self._batch.sampled_rows(slots[part], masks))
             self._add_logprobs(logits, tokens[part], slots[part], (start, logprobs, top))
+        if masks.failures:
+            tokens[np.isin(slots, list(masks.failures))] = NO_TOKEN
         if top:
             top.extend([NO_TOP] * (len(slots) - len(top)))
         if self.group.world_size > 1 and len(slots):

@@ -13,6 +13,8 @@ from headgate.proto.messages import RowSampling
 
 IntArray = npt.NDArray[np.int64]
 
+NO_TOKEN = -1  # in place of a token: none could be chosen
+
 # One record per row; `params["temperature"]` is a column. stop_token_ids vary in length and are
 # kept beside it.
 PARAMS_DTYPE = np.dtype(
@@ -64,6 +66,8 @@ class SampledRows:
     output_positions: IntArray  # [R]: tokens generated so far, i.e. the position of the next one
     histories: Mapping[int, History] = field(default_factory=dict)  # of rows with a penalty
     banned: Mapping[int, IntArray] = field(default_factory=dict)  # tokens a row may not take
+    # bool[vocab]: tokens a row's grammar leaves. Where all of them are banned, bans don't count.
+    allowed: Mapping[int, npt.NDArray[np.bool_]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.params)

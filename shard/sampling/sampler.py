@@ -1,7 +1,7 @@
 """Chooses each row's next token: greedy, or by the Gumbel-max rule with the row's own noise.
 
 token = argmax(score + noise), where score is the log-probability (but for a constant of the row)
-after penalties, temperature and filters, in this order. Runs on rank 0 only.
+after penalties, the row's grammar, temperature and filters, in this order. Runs on rank 0 only.
 
 Greedy rows without penalties are one argmax over the batch. The others are taken one by one: their
 arithmetic is over thousands of tokens at a time, so the loop itself costs little, and no row can
@@ -30,7 +30,7 @@ def sample(logits: torch.Tensor, rows: SampledRows) -> IntArray:
     """
     tokens = argmax(logits)
     special = rows.params["temperature"] > 0
-    special[[*rows.histories, *rows.banned]] = True
+    special[[*rows.histories, *rows.banned, *rows.allowed]] = True
     indices = np.flatnonzero(special)
     if not len(indices):
         return tokens
@@ -56,12 +56,14 @@ def _fetch(logits: torch.Tensor, indices: IntArray) -> dict[int, npt.NDArray[np.
 def _choose(scores: npt.NDArray[np.float32], rows: SampledRows, index: int) -> int:
     """The token of one row. scores: float32[vocab], its logits, left as they are."""
     params = rows.params[index]
-    if index in rows.histories or index in rows.banned:
+    if index in rows.histories:
         scores = scores.copy()
-        if index in rows.histories:
-            apply_penalties(scores, rows.histories[index], params)
-        if index in rows.banned:
-            scores[rows.banned[index]] = -np.inf
+        apply_penalties(scores, rows.histories[index], params)
+    if index in rows.allowed:
+        scores = np.where(_allowed(rows, index), scores, np.float32(-np.inf))
+    elif index in rows.banned:
+        scores = scores.copy()
+        scores[rows.banned[index]] = -np.inf
     best = int(scores.argmax())
     # Of a broken model's infinite or undefined logits, too, some token is taken.
     if not params["temperature"] or not np.isfinite(scores[best]):
@@ -74,6 +76,17 @@ def _choose(scores: npt.NDArray[np.float32], rows: SampledRows, index: int) -> i
         candidates.ids,
     )
     return int(candidates.ids[(candidates.scores + noise).argmax()])
+
+
+def _allowed(rows: SampledRows, index: int) -> npt.NDArray[np.bool_]:
+    """Mask of the tokens that the row's grammar leaves, without banned ones if there are others."""
+    allowed = rows.allowed[index]
+    if index in rows.banned:
+        others = allowed.copy()
+        others[rows.banned[index]] = False
+        if others.any():
+            return others
+    return allowed
 
 
 def _candidates(scores: npt.NDArray[np.float32], best: int, params: np.void) -> Candidates:

@@ -1,0 +1,175 @@
+"""Grammars of rows: which tokens may come next, as masks that are computed beside the forward pass.
+
+The sampling rank alone follows grammars. A matcher is no more than a row's output tokens read by
+its grammar, so that it can be made anew from them at any time: after a preemption, in a forked row,
+in a shard that took over.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from llguidance import LLExecutor, LLMatcher, LLTokenizer
+
+logger = logging.getLogger(__name__)
+
+BoolArray = npt.NDArray[np.bool_]
+TokenArray = npt.NDArray[np.integer]
+
+_MAX_COMPILED = 64  # grammars kept for rows to come
+_NO_TOKEN_LEFT = "the grammar leaves no token to choose"
+
+
+class RowGrammar:
+    """A row's grammar, and on the sampling rank how far its output has been read."""
+
+    __slots__ = ("_matcher", "_num_read", "source")
+
+    def __init__(self, source: str) -> None:
+        """`source`: llguidance's form, as a plan brings it."""
+        self.source = source
+        self._matcher: LLMatcher | None = None
+        self._num_read = 0  # output tokens
+
+    def fork(self, num_output: int) -> RowGrammar:
+        """The grammar of a row that shares the first `num_output` tokens of the output."""
+        child = RowGrammar(self.source)
+        if self._matcher is not None:
+            surplus = self._num_read - num_output
+            matcher = self._matcher.deep_copy()
+            if surplus <= 0 or matcher.rollback(surplus):
+                child._matcher, child._num_read = matcher, min(self._num_read, num_output)
+        return child
+
+    def read(self, output: TokenArray, new_matcher: Callable[[str], LLMatcher]) -> LLMatcher:
+        """The matcher after `output`, all of the row's so far. Raises GrammarError."""
+        if self._matcher is None:
+            self._matcher = new_matcher(self.source)
+        if self._num_read < len(output):
+            self._matcher.consume_tokens(output[self._num_read :].tolist())
+            self._num_read = len(output)
+        return self._matcher
+
+
+@dataclass(frozen=True, slots=True)
+class ConstrainedRow:
+    """A row with a grammar that is about to get a token."""
+
+    slot: int
+    grammar: RowGrammar
+    output: TokenArray  # tokens generated so far
+
+
+@dataclass(frozen=True, slots=True)
+class Masks:
+    """What grammars say about a step's rows. Keys are slots."""
+
+    allowed: dict[int, BoolArray] = field(default_factory=dict)  # [vocab]
+    failures: dict[int, str] = field(default_factory=dict)  # rows that cannot go on, and why
+
+
+NO_MASKS = Masks()
+
+
+class GrammarMasks:
+    """Compiles grammars and computes masks, in threads of its own.
+
+    llguidance and the vocabulary are loaded when the first grammar comes.
+    """
+
+    def __init__(
+        self, model_path: str, vocab_size: int, eos_token_ids: Sequence[int], num_threads: int
+    ) -> None:
+        self._model_path = model_path
+        self._vocab_size = vocab_size
+        self._eos_token_ids = tuple(eos_token_ids)
+        self._num_threads = num_threads
+        self._compiler = ThreadPoolExecutor(1, thread_name_prefix="grammar-compiler")
+        self._filler = ThreadPoolExecutor(1, thread_name_prefix="grammar-masks")
+        self._compiled: OrderedDict[str, Future[LLMatcher]] = OrderedDict()
+        self._tokenizer: LLTokenizer | None = None
+        self._executor: LLExecutor | None = None
+
+    def prepare(self, source: str) -> Future[LLMatcher]:
+        """Begins to compile a grammar that will be needed soon."""
+        future = self._compiled.get(source)
+        if future is None:
+            future = self._compiled[source] = self._compiler.submit(self._compile, source)
+            if len(self._compiled) > _MAX_COMPILED:
+                self._compiled.popitem(last=False)
+        else:
+            self._compiled.move_to_end(source)
+        return future
+
+    def begin(self, rows: Sequence[ConstrainedRow]) -> Callable[[], Masks]:
+        """Begins to compute the rows' masks; what it returns waits for them.
+
+        Until then the rows' tokens and grammars must be left alone.
+        """
+        if not rows:
+            return lambda: NO_MASKS
+        futures = {row.grammar.source: self.prepare(row.grammar.source) for row in rows}
+        return self._filler.submit(self._fill, rows, futures).result
+
+    def _compile(self, source: str) -> LLMatcher:
+        from headgate.grammar_engine import load_tokenizer, new_matcher
+
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(
+                self._model_path, self._vocab_size, self._eos_token_ids
+            )
+        return new_matcher(self._tokenizer, source)
+
+    def _fill(self, rows: Sequence[ConstrainedRow], futures: dict[str, Future[LLMatcher]]) -> Masks:
+        from headgate.grammar_engine import GrammarError, error_of
+
+        masks = Masks()
+        matchers: list[tuple[ConstrainedRow, LLMatcher]] = []
+        for row in rows:
+            try:
+                matcher = row.grammar.read(
+                    row.output, lambda source: futures[source].result().deep_copy()
+                )
+            except GrammarError as error:
+                masks.failures[row.slot] = str(error)
+            except Exception:  # of this row only
+                logger.exception("the grammar of a row cannot be followed")
+                masks.failures[row.slot] = "the grammar cannot be followed"
+            else:
+                matchers.append((row, matcher))
+        words = self._bit_masks([matcher for _, matcher in matchers])
+        for (row, matcher), bits in zip(matchers, words, strict=True):
+            allowed = np.unpackbits(bits, count=self._vocab_size, bitorder="little").view(np.bool_)
+            if matcher.is_error():
+                masks.failures[row.slot] = error_of(matcher)
+            elif not allowed.any():
+                masks.failures[row.slot] = _NO_TOKEN_LEFT
+            else:
+                masks.allowed[row.slot] = allowed
+        return masks
+
+    def _bit_masks(self, matchers: Sequence[LLMatcher]) -> npt.NDArray[np.uint8]:
+        """One bit per token, lowest first: uint8[len(matchers), vocab / 8, rounded up to words]."""
+        from llguidance import LLExecutor
+
+        words = np.zeros((len(matchers), -(-self._vocab_size // 32)), np.uint32)
+        row_bytes = words.shape[1] * words.itemsize
+        if len(matchers) == 1:
+            matchers[0].unsafe_compute_mask_ptr(words.ctypes.data, row_bytes)
+        elif matchers:
+            if self._executor is None:
+                self._executor = LLExecutor(self._num_threads)
+            places = [(matcher, index) for index, matcher in enumerate(matchers)]
+            self._executor.unsafe_compute_mask_ptr(
+                places, words.ctypes.data, row_bytes, len(matchers)
+            )
+        return words.view(np.uint8)
