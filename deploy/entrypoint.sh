@@ -7,6 +7,10 @@
 # goes on as that one: Docker lets every user open port 80 (net.ipv4.ip_unprivileged_port_start=0),
 # elsewhere give a PORT above 1023.
 set -eu
+# SageMaker starts every image with the one word `serve` and asks on port 8080.
+if [ "$#" = 1 ] && [ "$1" = serve ]; then
+    set -- --port "${SAGEMAKER_BIND_TO_PORT:-8080}"
+fi
 if [ "$(id -u)" != 0 ]; then
     [ -w "${HOME:-/}" ] || export HOME=/tmp
     exec text-generation-launcher "$@"

@@ -128,6 +128,11 @@ class Client:
         response = self._call(self.stub.Tokenize, request)
         return [Span(span.id, span.text, span.start, span.stop) for span in response.tokens]
 
+    def cancel(self, request_id: str) -> int:
+        """Ends the requests with this id; their callers get RequestCancelledError."""
+        request = router_pb2.CancelRequest(request_id=request_id)
+        return int(self._call(self.stub.Cancel, request).cancelled)
+
     def info(self) -> router_pb2.InfoResponse:
         """What is served, and with which limits."""
         return self._call(self.stub.Info, router_pb2.InfoRequest())

@@ -66,6 +66,8 @@ class LauncherConfig:
     block_size: int
     kv_overcommit: float
     disable_prefix_caching: bool
+    watermark_gamma: float
+    watermark_delta: float
     hostname: str
     port: int
     grpc_port: int | None
@@ -82,6 +84,8 @@ class LauncherConfig:
     log_prompts: bool
     env: bool
     compute_type: str  # the variable COMPUTE_TYPE; "": made from the hardware
+    predict_route: str  # the variable AIP_PREDICT_ROUTE
+    health_route: str  # the variable AIP_HEALTH_ROUTE
     warnings: tuple[str, ...]  # one line each, said once at start
 
 
@@ -127,8 +131,18 @@ def resolve_config(
     return LauncherConfig(
         **values,
         compute_type=environment.get("COMPUTE_TYPE", ""),
+        predict_route=_route(environment, "AIP_PREDICT_ROUTE"),
+        health_route=_route(environment, "AIP_HEALTH_ROUTE"),
         warnings=tuple(dict.fromkeys(warnings)),
     )
+
+
+def _route(environment: Mapping[str, str], name: str) -> str:
+    """A path that Vertex AI wants served, or empty. Raises LaunchError."""
+    path = environment.get(name, "").strip()
+    if path and (not path.startswith("/") or "{" in path):
+        raise LaunchError(f"{name} must be a path that begins with /, not {path!r}.")
+    return path
 
 
 def _from_command_line(flag: Flag, raw: str | bool | list[str] | None) -> _Given | None:
@@ -152,7 +166,7 @@ def _from_environment(
 ) -> _Given | None:
     if not flag.env:
         return None
-    for name in (flag.env, *flag.env_aliases):
+    for name in (*flag.env_before, flag.env, *flag.env_aliases):
         text = environment.get(name, "").strip()
         if not text or _is_trap(flag, name, text):
             continue

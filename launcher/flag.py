@@ -58,6 +58,7 @@ class Flag:
     refused_values: tuple[str, ...] = ()  # values of a working flag that cannot be served
     env_name: str = ""  # where it differs from the name in upper case
     env_aliases: tuple[str, ...] = ()  # other variables, read after the flag's own
+    env_before: tuple[str, ...] = ()  # a platform's variables, read before it
     has_env: bool = True
     own: bool = False  # Headgate's own, not one of TGI's
 

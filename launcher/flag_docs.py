@@ -68,7 +68,10 @@ def filled(page: str) -> str:
 
 def _flag_row(flag: Flag) -> str:
     name = f"`--{flag.name}`" + (f", `-{flag.short}`" if flag.short else "")
-    env = ", ".join(f"`{name}`" for name in (flag.env, *flag.env_aliases) if name) or "none"
+    env = (
+        ", ".join(f"`{name}`" for name in (*flag.env_before, flag.env, *flag.env_aliases) if name)
+        or "none"
+    )
     text = flag.help
     if flag.choices:
         text += f" One of: {', '.join(flag.choices)}."

@@ -401,22 +401,31 @@ LIMITS = (
     Flag(
         "watermark-gamma",
         Kind.NUMBER,
-        "Accepted for TGI's command lines.",
-        policy=Policy.NO_OP,
-        note="this version refuses requests for watermarks",
+        "Share of the vocabulary that a watermark favours.",
+        default=0.5,
+        minimum=0.01,
+        maximum=1,
     ),
     Flag(
         "watermark-delta",
         Kind.NUMBER,
-        "Accepted for TGI's command lines.",
-        policy=Policy.NO_OP,
-        note="this version refuses requests for watermarks",
+        "By how much a watermark raises the logits of favoured tokens.",
+        default=2.0,
+        minimum=-100,
+        maximum=100,
     ),
 )
 
 NETWORK = (
     Flag("hostname", Kind.TEXT, "Address the HTTP port listens on.", default="0.0.0.0"),
-    Flag("port", Kind.PORT, "HTTP port; 0 takes a free one.", default=3000, short="p"),
+    Flag(
+        "port",
+        Kind.PORT,
+        "HTTP port; 0 takes a free one.",
+        default=3000,
+        short="p",
+        env_before=("AIP_HTTP_PORT",),
+    ),
     Flag(
         "grpc-port",
         Kind.PORT,

@@ -31,6 +31,8 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("HF_HUB_OFFLINE", "1: take hub models from the cache only."),
     Variable("HF_HUB_USER_AGENT_ORIGIN", "Passed to the hub in the user agent."),
     Variable("COMPUTE_TYPE", "The text of the `x-compute-type` response header."),
+    Variable("AIP_PREDICT_ROUTE", "Vertex AI's: a second path of `/vertex`."),
+    Variable("AIP_HEALTH_ROUTE", "Vertex AI's: a second path of `/health`."),
     Variable("PREFIX_CACHING", "0: as --disable-prefix-caching."),
     Variable("CUDA_VISIBLE_DEVICES", "The GPUs to use; empty: run on the CPU."),
     Variable(

@@ -43,6 +43,8 @@ class RowSampling:
     presence_penalty: float = 0.0
     seed: int = 0
     sample_index: int = 0
+    watermark_gamma: float = 0.0  # share of the vocabulary that is favoured; 0: no watermark
+    watermark_delta: float = 0.0  # added to its logits
     min_new_tokens: int = 0
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()

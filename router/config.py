@@ -37,6 +37,8 @@ class RouterConfig:
     validation_workers: int = 2  # threads that tokenise
     block_size: int = 16
     kv_overcommit: float = 0.1
+    watermark_gamma: float = 0.5
+    watermark_delta: float = 2.0
     prefix_caching: bool = True
     heartbeat_timeout: float = 10.0
     log_prompts: bool = False

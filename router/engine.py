@@ -20,6 +20,7 @@ from headgate.router.errors import (
     DrainingError,
     GenerationError,
     InternalError,
+    RequestCancelledError,
     RouterError,
     UnavailableError,
     ValidationError,
@@ -139,6 +140,17 @@ class Engine:
         """The client left: memory is freed at once, nothing more is sent. Idempotent."""
         if not live.ended:
             self._drop(live, "dropped")
+
+    def cancel_by_name(self, name: str) -> int:
+        """Ends the requests with this request or call id with an error; how many there were."""
+        named = [
+            live
+            for live in self._live.values()
+            if name in (live.valid.request_id, live.valid.call_id)
+        ]
+        for live in named:
+            self.fail(live, RequestCancelledError())
+        return len(named)
 
     def fail(self, live: LiveRequest, error: RouterError) -> None:
         """Ends the request with an error event. Idempotent."""

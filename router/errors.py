@@ -106,6 +106,12 @@ class NotFoundError(RouterError):
     default_message = "Not found"
 
 
+class AdapterNotFoundError(NotFoundError):
+    """`adapter_id` names an adapter that is not loaded."""
+
+    error_type = "adapter_not_found"
+
+
 class MethodNotAllowedError(RouterError):
     """The route exists, but not for this HTTP method."""
 
@@ -162,6 +168,15 @@ class SlowClientError(RouterError):
     default_message = "The stream was read too slowly"
 
 
+class RequestCancelledError(RouterError):
+    """Somebody ended the request by its id."""
+
+    error_type = "cancelled"
+    http_status = 499
+    grpc_code = grpc.StatusCode.CANCELLED
+    default_message = "The request was cancelled"
+
+
 class ReplacedError(RouterError):
     """A gateway opened a second stream, which took this one's place."""
 
@@ -209,9 +224,11 @@ ERROR_TYPES: dict[str, type[RouterError]] = {
         UnsupportedMediaTypeError,
         UnauthorizedError,
         NotFoundError,
+        AdapterNotFoundError,
         MethodNotAllowedError,
         TemplateError,
         OverloadedError,
+        RequestCancelledError,
         GenerationError,
         IncompleteGenerationError,
         SlowClientError,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from headgate.proto import router_pb2
 from headgate.router.engine import Engine
-from headgate.router.errors import InternalError, RouterError
+from headgate.router.errors import InternalError, RequestCancelledError, RouterError
 from headgate.router.live_requests import LiveRequest, Sink
 from headgate.router.metrics import Metrics
 from headgate.router.validation import Validator
@@ -28,11 +28,20 @@ class Submission:
     delivered: router_pb2.Delivered | None = None
 
 
+@dataclass(slots=True, eq=False)
+class _Arriving:
+    """A request that is being validated."""
+
+    names: tuple[str, str]  # request and call id
+    cancelled: bool = False
+
+
 class Intake:
     def __init__(self, engine: Engine, validator: Validator, metrics: Metrics) -> None:
         self._engine = engine
         self._validator = validator
         self._metrics = metrics
+        self._arriving: set[_Arriving] = set()
 
     async def submit(self, submission: Submission, sink: Sink) -> LiveRequest:
         """Raises RouterError; cancelling the wait frees the place. Later events go to `sink`."""
@@ -56,16 +65,28 @@ class Intake:
         self._metrics.received()
         self._metrics.failed(error_type)
 
+    def cancel(self, name: str) -> int:
+        """Ends the requests with this request or call id; how many there were."""
+        arriving = [one for one in self._arriving if name in one.names and not one.cancelled]
+        for one in arriving:
+            one.cancelled = True
+        return len(arriving) + self._engine.cancel_by_name(name)
+
     async def _submit(self, submission: Submission, sink: Sink, arrival: float) -> LiveRequest:
         permit = self._engine.admit(submission.resubmitted)
+        request = submission.request
+        arriving = _Arriving((request.request_id, request.call_id))
+        self._arriving.add(arriving)
         try:
-            valid = await self._validator.validate(
-                submission.request, arrival, submission.delivered
-            )
+            valid = await self._validator.validate(request, arrival, submission.delivered)
+            if arriving.cancelled:
+                raise RequestCancelledError()
             return self._engine.submit(valid, sink, permit)
         except BaseException:
             permit.release()
             raise
+        finally:
+            self._arriving.discard(arriving)
 
     def _refuse(self, request: router_pb2.GenerateRequest, error: RouterError) -> None:
         self._metrics.failed(error.error_type)

@@ -20,6 +20,7 @@ ERRORS = (  # `err` of tgi_request_failure; the first six are TGI's
     "incomplete",
     "generation",
     "dropped",
+    "cancelled",
     "draining",
     "unavailable",
     "other",
@@ -36,6 +37,7 @@ _ERROR_OF_TYPE = {
     "generation": "generation",
     "dropped": "dropped",
     "slow_client": "dropped",
+    "cancelled": "cancelled",
     "draining": "draining",
     "unavailable": "unavailable",
 }

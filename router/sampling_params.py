@@ -98,11 +98,8 @@ class SamplingParams:
                 raise ValidationError(message, field=name)
         self._check_stop(limits)
         self._check_alternatives(limits)
-        for name, served in (("n", self.n in (None, 1)), ("watermark", not self.watermark)):
-            if not served:
-                raise ValidationError(
-                    f"`{name}` = {getattr(self, name)} is not supported yet", field=name
-                )
+        if self.n not in (None, 1):
+            raise ValidationError(f"`n` = {self.n} is not supported yet", field="n")
 
     def _check_best_of(self) -> None:
         if self.best_of is None or self.best_of <= 1:

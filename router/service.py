@@ -154,6 +154,15 @@ class RouterService(router_pb2_grpc.RouterServicer):
         # A long text has a million of them: too much for the loop that feeds the shards.
         return await asyncio.to_thread(_tokenize_response, spans)
 
+    async def Cancel(
+        self, request: router_pb2.CancelRequest, context: Context
+    ) -> router_pb2.CancelResponse:
+        if not request.request_id:
+            await abort(
+                context, ValidationError("`request_id` cannot be empty", field="request_id")
+            )
+        return router_pb2.CancelResponse(cancelled=self._intake.cancel(request.request_id))
+
     async def Info(
         self, request: router_pb2.InfoRequest, context: Context
     ) -> router_pb2.InfoResponse:

@@ -15,11 +15,12 @@ from dataclasses import dataclass, replace
 from headgate.proto import router_pb2
 from headgate.proto.messages import RowSampling
 from headgate.router.config import RouterConfig
-from headgate.router.errors import UnavailableError, ValidationError
+from headgate.router.errors import AdapterNotFoundError, UnavailableError, ValidationError
 from headgate.router.grammar_compiler import GrammarCompiler
 from headgate.router.sampling_params import MIN_TEMPERATURE, ParameterLimits, SamplingParams
 from headgate.router.tokenizer import Tokenizer
 
+_MAX_SHOWN = 128  # characters of a client's own word in a message
 SEED_BITS = 63  # of a drawn seed: fits a signed 64-bit integer of any client
 
 
@@ -36,6 +37,7 @@ class ValidRequest:
     """A request that can be served as it stands."""
 
     request_id: str  # the client's name for it
+    call_id: str  # of the call it is a part of, or empty
     prompt_ids: list[int]
     prompt_characters: int
     prompt_text: str | None  # None: it came as token ids
@@ -92,6 +94,7 @@ class Validator:
         seed = self._seed(parameters, delivered)
         return ValidRequest(
             request_id=message.request_id or secrets.token_hex(8),
+            call_id=message.call_id,
             prompt_ids=prompt_ids,
             prompt_characters=len(text) if text is not None else 0,
             prompt_text=text,
@@ -109,8 +112,9 @@ class Validator:
 
     def _check_prompt(self, message: router_pb2.GenerateRequest) -> None:
         if message.adapter_id:
-            raise ValidationError(
-                f"`adapter_id` = {message.adapter_id!r} is not supported yet", field="adapter_id"
+            raise AdapterNotFoundError(
+                f"`adapter_id`: there is no adapter `{message.adapter_id[:_MAX_SHOWN]}`",
+                field="adapter_id",
             )
         kind = message.WhichOneof("prompt")
         if kind is None or not (message.text if kind == "text" else message.token_ids.ids):
@@ -221,6 +225,8 @@ class Validator:
             repetition_penalty=1.0 if p.repetition_penalty is None else p.repetition_penalty,
             frequency_penalty=p.frequency_penalty or 0.0,
             presence_penalty=p.presence_penalty or 0.0,
+            watermark_gamma=self._config.watermark_gamma if p.watermark else 0.0,
+            watermark_delta=self._config.watermark_delta if p.watermark else 0.0,
             seed=seed or 0,
             min_new_tokens=p.min_new_tokens or 0,
             ignore_eos=bool(p.ignore_eos),

@@ -22,7 +22,7 @@ from headgate.shard.sampling.params import (
     SampledRows,
     params_record,
 )
-from headgate.shard.sampling.penalties import has_penalty
+from headgate.shard.sampling.penalties import needs_history
 
 
 class PlanError(ValueError):
@@ -294,7 +294,7 @@ class InputBatch:
                 self.token_ids[slots[row], : self.num_tokens[slots[row]]],
                 int(self.num_prompt[slots[row]]),
             )
-            for row in np.flatnonzero(has_penalty(params)).tolist()
+            for row in np.flatnonzero(needs_history(params)).tolist()
         }
         early = positions < params["min_new_tokens"]
         endless = self.constrained[slots] & params["ignore_eos"]
@@ -329,11 +329,14 @@ def _sampling_problem(sampling: RowSampling, vocab_size: int) -> str:
         sampling.repetition_penalty,
         sampling.frequency_penalty,
         sampling.presence_penalty,
+        sampling.watermark_delta,
     )
     if not np.isfinite(floats).all():
         return "has a sampling parameter that is not a number"
     if sampling.repetition_penalty <= 0:
         return f"has repetition_penalty {sampling.repetition_penalty}"
+    if not 0 <= sampling.watermark_gamma <= 1:
+        return f"has watermark_gamma {sampling.watermark_gamma}"
     if max(sampling.top_n_tokens, sampling.prompt_top_n_tokens) > vocab_size:
         return f"asks for more alternatives than the {vocab_size} tokens there are"
     return ""

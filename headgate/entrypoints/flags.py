@@ -54,10 +54,7 @@ _NO_EFFECT: tuple[tuple[str, str], ...] = (
     ("allowed-methods allowed-headers", "browsers may use all methods and headers of the routes"),
     ("enable-server-load-tracking show-hidden-metrics-for-version", "see /metrics"),
     ("disable-fastapi-docs", "there is no FastAPI"),
-    (
-        "enable-auto-tool-choice tool-call-parser reasoning-parser",
-        "tools need no flag",
-    ),
+    ("enable-auto-tool-choice", "tools need no flag"),
 )
 _SWITCH_NAMES = (
     "trust-remote-code skip-tokenizer-init enable-lora enforce-eager disable-log-stats "
@@ -111,6 +108,8 @@ _OF_THE_SERVER = (
     VllmFlag("api-key", Policy.WORKS, "--api-key", several=True),
     VllmFlag("allowed-origins", Policy.WORKS, "--cors-allow-origin", ('["*"]',)),
     VllmFlag("dtype", Policy.WORKS, "--dtype", ("auto",)),
+    VllmFlag("tool-call-parser", Policy.WORKS, "--tool-call-parser"),
+    VllmFlag("reasoning-parser", Policy.WORKS, "--reasoning-parser"),
     VllmFlag("enable-prefix-caching", Policy.WORKS, "--disable-prefix-caching", switch=True),
 )
 

@@ -1,19 +1,17 @@
-"""Routes about the server: health, info, models, metrics, tokenize."""
+"""Routes about the server and its requests: health, info, models, metrics, cancel."""
 
 from __future__ import annotations
-
-import asyncio
 
 import orjson
 
 from headgate.proto import router_pb2
+from headgate.router.errors import NotFoundError, ValidationError
 from headgate.router.gateway.errors import HealthcheckError, ModelNotFoundError
-from headgate.router.gateway.exchange import JSON_HEADERS, Exchange
+from headgate.router.gateway.exchange import JSON_HEADERS, MAX_REQUEST_ID, Exchange
 from headgate.router.gateway.openai_common import served_name
 from headgate.router.gateway.server_state import State
 from headgate.router.gateway.services import Services
-from headgate.router.gateway.tgi import tokens_document
-from headgate.router.gateway.tgi_schemas import GenerateRequest
+from headgate.router.gateway.tgi_schemas import CancelRequest
 
 _METRICS_HEADERS = [(b"content-type", b"text/plain; version=0.0.4; charset=utf-8")]
 # Router settings shown by /info beside the fields that TGI has.
@@ -96,11 +94,16 @@ class AdminRoutes:
         """The router's registry: the same from every gateway."""
         await exchange.respond(await self._services.client.metrics(), headers=_METRICS_HEADERS)
 
-    async def tokenize(self, exchange: Exchange) -> None:
-        body = await exchange.read_json(GenerateRequest, self._services.config.payload_limit)
-        spans = await exchange.until(self._services.client.tokenize(body.inputs))
-        # A long text's answer has a million entries: too much for the event loop.
-        await exchange.respond(await asyncio.to_thread(tokens_document, spans))
+    async def cancel(self, exchange: Exchange) -> None:
+        """Ends running or waiting requests by the id in their `x-request-id`."""
+        body = await exchange.read_json(CancelRequest, self._services.config.payload_limit)
+        if not body.request_id:
+            raise ValidationError("`request_id` cannot be empty", field="request_id")
+        cancelled = await exchange.until(self._services.client.cancel_by_id(body.request_id))
+        if not cancelled:
+            shown = body.request_id[:MAX_REQUEST_ID]
+            raise NotFoundError(f"No request `{shown}` is running or waiting", field="request_id")
+        await exchange.respond(b'{"cancelled":%d}' % cancelled)
 
 
 def _model(info: router_pb2.InfoResponse) -> dict[str, object]:

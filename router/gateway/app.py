@@ -32,17 +32,21 @@ from headgate.router.gateway.errors import (
     retry_after_header,
     tgi_error,
 )
-from headgate.router.gateway.exchange import JSON_HEADERS, Exchange, Headers
+from headgate.router.gateway.exchange import JSON_HEADERS, MAX_REQUEST_ID, Exchange, Headers
 from headgate.router.gateway.openai_chat import ChatRoute
 from headgate.router.gateway.openai_completions import CompletionsRoute
 from headgate.router.gateway.services import Services
 from headgate.router.gateway.tgi import TgiRoutes
+from headgate.router.gateway.tokenize import TokenizeRoutes
+from headgate.router.gateway.vertex import VertexRoute
 from headgate.router.gateway.vllm import VllmRoute
 
 logger = logging.getLogger(__name__)
 
-_MAX_REQUEST_ID = 128
-_COUNTED = ("/", "/generate", "/generate_stream", "/v1/chat/completions", "/v1/completions")
+_COUNTED = (
+    "/", "/generate", "/generate_stream", "/v1/chat/completions", "/v1/completions",
+    "/invocations", "/vertex",
+)  # fmt: skip
 _EXPOSED_HEADERS = (
     "x-request-id", "x-headgate-warnings", "x-compute-type", "x-compute-time",
     "x-compute-characters", "x-total-time", "x-validation-time", "x-queue-time",
@@ -70,15 +74,23 @@ class Gateway:
 
     def _make_routes(self) -> list[Route]:
         tgi, admin = TgiRoutes(self.services), AdminRoutes(self.services)
+        chat, completions = ChatRoute(self.services), CompletionsRoute(self.services)
+        tokenize = TokenizeRoutes(self.services, chat)
+        limit = self._config.payload_limit
         inference: dict[str, Handler] = {
             "/generate": ByKeys(
-                self._config.payload_limit,
-                {"inputs": tgi.generate, "prompt": VllmRoute(self.services)},
+                limit, {"inputs": tgi.generate, "prompt": VllmRoute(self.services)}
             ),
             "/generate_stream": tgi.generate_stream,
-            "/v1/chat/completions": ChatRoute(self.services),
-            "/v1/completions": CompletionsRoute(self.services),
-            "/tokenize": admin.tokenize,
+            "/v1/chat/completions": chat,
+            "/v1/completions": completions,
+            "/invocations": ByKeys(
+                limit, {"inputs": tgi.root, "messages": chat, "prompt": completions}
+            ),
+            "/vertex": VertexRoute(self.services, chat),
+            "/tokenize": tokenize.tokenize,
+            "/chat_tokenize": tokenize.chat_tokenize,
+            "/cancel": admin.cancel,
         }
         free: dict[str, Handler] = {
             "/health": admin.health,
@@ -90,6 +102,11 @@ class Gateway:
             "/v1/models": admin.models,
             "/v1/models/{model:path}": admin.model,
         }
+        # Vertex AI says where it sends its requests.
+        if self._config.predict_route:
+            inference.setdefault(self._config.predict_route, inference["/vertex"])
+        if self._config.health_route:
+            free.setdefault(self._config.health_route, admin.health)
         return [
             Route("/", _ByMethod(self, get=admin.health, post=tgi.root), methods=["GET", "POST"]),
             *(
@@ -252,7 +269,7 @@ def _digest(key: bytes) -> bytes:
 def _request_id(scope: Scope) -> str:
     """The client's `x-request-id` if it is short and printable, else a new one."""
     for name, value in scope["headers"]:
-        if name == b"x-request-id" and 0 < len(value) <= _MAX_REQUEST_ID:
+        if name == b"x-request-id" and 0 < len(value) <= MAX_REQUEST_ID:
             text: str = value.decode("latin-1")
             if text.isascii() and text.isprintable():
                 return text

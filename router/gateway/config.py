@@ -28,5 +28,7 @@ class GatewayConfig:
     slow_client_timeout: float = 60.0  # how long a client may take no byte of its stream
     write_buffer_limit: int = 65_536  # bytes held for one client before the router is told to pause
     shutdown_timeout: float = 90.0  # how long open responses may go on after SIGTERM
+    predict_route: str = ""  # a second path of /vertex; empty: none
+    health_route: str = ""  # a second path of /health; empty: none
     hostname: str = "0.0.0.0"  # for log lines only: the socket is inherited
     port: int = 0  # for log lines only

@@ -29,6 +29,7 @@ S = TypeVar("S", bound=msgspec.Struct)
 Headers = list[tuple[bytes, bytes]]
 
 JSON_HEADERS: Headers = [(b"content-type", b"application/json")]
+MAX_REQUEST_ID = 128  # characters
 _MAX_WARNED_FIELDS = 16
 _MAX_SHOWN_NAME = 64
 _UNREAD = object()
@@ -66,9 +67,13 @@ class Exchange:
 
         Raises PayloadTooLargeError, MalformedError, UnsupportedMediaTypeError, ValidationError.
         """
-        raw = await self.read_raw(limit)
-        parsed = convert(raw, cls)
-        self._note_unknown(unknown_fields(raw, cls))
+        return self.convert(await self.read_raw(limit), cls)
+
+    def convert(self, raw: Any, cls: type[S], where: str = "") -> S:
+        """A part of the body as a `cls`, as `read_json`. `where`: the path of the part."""
+        prefix = f"{where}." if where else ""
+        parsed = convert(raw, cls, prefix)
+        self._note_unknown(unknown_fields(raw, cls, prefix))
         return parsed
 
     async def read_raw(self, limit: int) -> Any:
@@ -188,8 +193,8 @@ def _mark_seen(future: asyncio.Future[Any]) -> None:
 # ------------------------------------------------------------------ decoding
 
 
-def convert(raw: Any, cls: type[S]) -> S:
-    """JSON values as a `cls`. Raises ValidationError that names the field at fault."""
+def convert(raw: Any, cls: type[S], prefix: str = "") -> S:
+    """JSON values as a `cls`. Raises ValidationError that names the field, after `prefix`."""
     try:
         return msgspec.convert(raw, cls)
     except msgspec.ValidationError as error:
@@ -197,8 +202,9 @@ def convert(raw: Any, cls: type[S]) -> S:
         path = path.rstrip("`").removeprefix(".")
         _, found, name = text.partition("missing required field `")
         if found:
-            field = f"{path}.{name.rstrip('`')}".removeprefix(".")
+            field = prefix + f"{path}.{name.rstrip('`')}".removeprefix(".")
             raise ValidationError(f"missing field `{field}`", field=field) from None
+        path = (prefix + path).rstrip(".")
         where = f"`{path}`: " if path else ""
         raise ValidationError(where + text[:1].lower() + text[1:], field=path) from None
 

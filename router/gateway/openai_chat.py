@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from headgate.proto import router_pb2
@@ -37,8 +38,16 @@ _LONG_CHAT = 65_536  # characters; longer ones are rendered off the event loop
 _MESSAGE_COST = 100  # characters that take as long to render as a message by itself
 
 
+@dataclass(frozen=True, slots=True)
+class ChatCall:
+    """A chat as the router's request, and what reads its answer."""
+
+    request: router_pb2.GenerateRequest
+    parser: Parser | None  # None: the answer is plain text
+
+
 class ChatRoute:
-    """The route."""
+    """The route; /vertex and /chat_tokenize prepare chats with it too."""
 
     def __init__(self, services: Services) -> None:
         self._services = services
@@ -48,36 +57,47 @@ class ChatRoute:
         exchange.field_names = _FIELD_NAMES
         body = await exchange.read_json(ChatRequest, self._services.config.payload_limit)
         info = self._services.serving_info()
+        call = await self.prepare(body, info, exchange.request_id)
+        top_n = _alternatives(body)
+        reply = Reply.of(info, "chatcmpl")
+        if body.stream:
+            events = _Chunks(reply, logprobs=top_n is not None)
+            formatter = events if call.parser is None else events.parsed(call.parser)
+            wanted = body.stream_options is not None and body.stream_options.include_usage
+            usage_event = events.usage_event() if wanted else None
+            stream = OpenAIStream(self._services, exchange, usage_event)
+            await stream.run([call.request], [formatter])
+            return
+        (answer,) = await collect(self._services, exchange, [call.request])
+        headers = timing_headers(self._services, exchange, [answer], compute_time=True)
+        await exchange.respond(
+            _document(reply, answer, call.parser, logprobs=top_n is not None),
+            headers=JSON_HEADERS + headers,
+        )
+
+    async def prepare(
+        self, body: ChatRequest, info: router_pb2.InfoResponse, request_id: str
+    ) -> ChatCall:
+        """Raises ModelNotFoundError, ValidationError, TemplateError."""
         check_model(body.model, info)
         _refuse(body)
-        top_n = _alternatives(body)
-        parameters = to_parameters(body, max_tokens=_max_tokens(body), top_n=top_n)
+        parameters = to_parameters(body, max_tokens=_max_tokens(body), top_n=_alternatives(body))
         chat, use = self._chats.of(info), _tool_use(body)
         prompt = await self._prompt(chat, body, use)
-        parser = chat.parser(use, prompt)
         if chat.needs_special_tokens(use):
             parameters.skip_special_tokens = False
         request = router_pb2.GenerateRequest(
             text=prompt,
             add_special_tokens=False,
             parameters=parameters,
-            request_id=exchange.request_id,
+            request_id=request_id,
+            adapter_id=body.adapter_id or "",
         )
-        reply = Reply.of(info, "chatcmpl")
-        if body.stream:
-            events = _Chunks(reply, logprobs=top_n is not None)
-            formatter = events if parser is None else events.parsed(parser)
-            wanted = body.stream_options is not None and body.stream_options.include_usage
-            usage_event = events.usage_event() if wanted else None
-            stream = OpenAIStream(self._services, exchange, usage_event)
-            await stream.run([request], [formatter])
-            return
-        (answer,) = await collect(self._services, exchange, [request])
-        headers = timing_headers(self._services, exchange, [answer], compute_time=True)
-        await exchange.respond(
-            _document(reply, answer, parser, logprobs=top_n is not None),
-            headers=JSON_HEADERS + headers,
-        )
+        return ChatCall(request, chat.parser(use, prompt))
+
+    async def prompt(self, body: ChatRequest, info: router_pb2.InfoResponse) -> str:
+        """The chat as the template writes it. Raises ValidationError, TemplateError."""
+        return await self._prompt(self._chats.of(info), body, _tool_use(body))
 
     async def _prompt(self, chat: ServedChat, body: ChatRequest, use: ToolUse) -> str:
         messages = flatten(body.messages)

@@ -29,7 +29,7 @@ _GREEDY_BELOW = 1e-5  # a temperature that float32 logits cannot tell from 0
 FIELD_NAMES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}
 _MAX_SHOWN = 128  # characters of a client's own word in a message
 _SINGLE_ANSWER = ("n", "best_of")
-_UNSERVED = ("logit_bias", "adapter_id", "watermark", "grammar")
+_UNSERVED = ("logit_bias", "grammar")
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +107,7 @@ def to_parameters(
         repetition_penalty=body.repetition_penalty,
         frequency_penalty=body.frequency_penalty,
         presence_penalty=body.presence_penalty,
+        watermark=body.watermark,
         max_new_tokens=max_tokens,
         min_new_tokens=body.min_tokens,
         ignore_eos=body.ignore_eos,

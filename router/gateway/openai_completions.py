@@ -133,6 +133,8 @@ def _requests(
             parameters=parameters,
             add_special_tokens=body.add_special_tokens,
             request_id=request_id if len(prompts) == 1 else f"{request_id}-{index}",
+            call_id=request_id if len(prompts) > 1 else "",
+            adapter_id=body.adapter_id or "",
         )
         if isinstance(prompt, str):
             request.text = prompt

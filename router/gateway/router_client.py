@@ -13,8 +13,8 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Protocol
 
 import grpc
 
@@ -171,32 +171,36 @@ class RouterClient:
         """Has the router count a request that this gateway refused."""
         self._post(router_pb2.ClientMessage(failure=router_pb2.Failure(error_type=error_type)))
 
-    async def tokenize(self, text: str) -> Sequence[router_pb2.TokenSpan]:
+    async def tokenize(
+        self, text: str, *, add_special_tokens: bool = True
+    ) -> Sequence[router_pb2.TokenSpan]:
         """Raises RouterError."""
-        try:
-            request = router_pb2.TokenizeRequest(text=text)
-            answer = await self._connected().Tokenize(
-                request, timeout=_UNARY_TIMEOUT, metadata=self._metadata
-            )
-        except grpc.RpcError as error:
-            raise from_rpc_error(error) from None
+        request = router_pb2.TokenizeRequest(text=text, add_special_tokens=add_special_tokens)
+        answer = await self._ask(self._connected().Tokenize, request)
         return answer.tokens
 
     async def metrics(self) -> bytes:
         """The router's registry in Prometheus' text format. Raises RouterError."""
-        try:
-            request = router_pb2.MetricsRequest()
-            answer = await self._connected().Metrics(
-                request, timeout=_UNARY_TIMEOUT, metadata=self._metadata
-            )
-        except grpc.RpcError as error:
-            raise from_rpc_error(error) from None
+        answer = await self._ask(self._connected().Metrics, router_pb2.MetricsRequest())
         return answer.text
+
+    async def cancel_by_id(self, request_id: str) -> int:
+        """Ends requests of any gateway; how many there were. Raises RouterError."""
+        request = router_pb2.CancelRequest(request_id=request_id)
+        answer = await self._ask(self._connected().Cancel, request)
+        return int(answer.cancelled)
 
     def _connected(self) -> router_pb2_grpc.RouterStub:
         if self._stub is None:
             raise UnavailableError("The router is not there yet", retry_after=2.0)
         return self._stub
+
+    async def _ask(self, method: Callable[..., Awaitable[Any]], request: Any) -> Any:
+        """A unary call. Raises RouterError."""
+        try:
+            return await method(request, timeout=_UNARY_TIMEOUT, metadata=self._metadata)
+        except grpc.RpcError as error:
+            raise from_rpc_error(error) from None
 
     # --------------------------------------------------------------- sending
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import orjson
-
 from headgate.proto import router_pb2
 from headgate.router.errors import RouterError, ValidationError
 from headgate.router.gateway.errors import tgi_error
@@ -29,6 +27,7 @@ _SAME_NAME = (
     "temperature", "repetition_penalty", "frequency_penalty", "presence_penalty", "top_k",
     "top_p", "typical_p", "min_p", "max_new_tokens", "min_new_tokens", "stop", "stop_token_ids",
     "truncate", "seed", "top_n_tokens",
+    "watermark",
 )  # fmt: skip
 
 
@@ -100,16 +99,18 @@ def to_request(body: GenerateRequest, request_id: str) -> router_pb2.GenerateReq
         prompt_logprobs=wish or None,
     )
     return router_pb2.GenerateRequest(
-        text=body.inputs, parameters=parameters, request_id=request_id
+        text=body.inputs,
+        parameters=parameters,
+        request_id=request_id,
+        adapter_id=given.adapter_id or "",
     )
 
 
 def _refuse_unserved(given: GenerateParameters) -> None:
     if given.best_of is not None and given.best_of > 1:
         raise ValidationError("`best_of` > 1 is not supported", field="best_of")
-    for name in ("watermark", "grammar", "adapter_id"):
-        if getattr(given, name):
-            raise ValidationError(f"`{name}` is not supported", field=name)
+    if given.grammar:
+        raise ValidationError("`grammar` is not supported", field="grammar")
 
 
 def _wants_full_text(parameters: GenerateParameters, default: bool) -> bool:
@@ -250,13 +251,3 @@ class _Events:
             whole,
             details,
         )
-
-
-def tokens_document(spans: Sequence[router_pb2.TokenSpan]) -> bytes:
-    """The answer of /tokenize."""
-    return orjson.dumps(
-        [
-            {"id": span.id, "text": span.text, "start": span.start, "stop": span.stop}
-            for span in spans
-        ]
-    )

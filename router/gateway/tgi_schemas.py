@@ -49,3 +49,15 @@ class GenerateRequest(msgspec.Struct):
     inputs: str
     parameters: GenerateParameters | None = None
     stream: bool | None = None  # read by / only
+
+
+class VertexRequest(msgspec.Struct):
+    """Body of /vertex: bodies of /generate or of chat."""
+
+    instances: list[dict[str, Any]]
+
+
+class CancelRequest(msgspec.Struct):
+    """Body of /cancel."""
+
+    request_id: str

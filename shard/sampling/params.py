@@ -27,6 +27,8 @@ PARAMS_DTYPE = np.dtype(
         ("repetition_penalty", np.float32),
         ("frequency_penalty", np.float32),
         ("presence_penalty", np.float32),
+        ("watermark_gamma", np.float32),
+        ("watermark_delta", np.float32),
         ("seed", np.uint64),
         ("sample_index", np.int64),
         ("max_new_tokens", np.int64),
@@ -64,7 +66,7 @@ class SampledRows:
 
     params: npt.NDArray[np.void]  # PARAMS_DTYPE[R]
     output_positions: IntArray  # [R]: tokens generated so far, i.e. the position of the next one
-    histories: Mapping[int, History] = field(default_factory=dict)  # of rows with a penalty
+    histories: Mapping[int, History] = field(default_factory=dict)  # of rows that need it
     banned: Mapping[int, IntArray] = field(default_factory=dict)  # tokens a row may not take
     # bool[vocab]: tokens a row's grammar leaves. Where all of them are banned, bans don't count.
     allowed: Mapping[int, npt.NDArray[np.bool_]] = field(default_factory=dict)

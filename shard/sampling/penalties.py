@@ -8,10 +8,11 @@ import numpy.typing as npt
 from headgate.shard.sampling.params import History
 
 
-def has_penalty(params: npt.NDArray[np.void]) -> npt.NDArray[np.bool_]:
-    """bool[R]: rows with a repetition, frequency or presence penalty. params: PARAMS_DTYPE[R]."""
+def needs_history(params: npt.NDArray[np.void]) -> npt.NDArray[np.bool_]:
+    """bool[R]: rows with a penalty or a watermark. params: PARAMS_DTYPE[R]."""
     return (
-        (params["repetition_penalty"] != 1)
+        (params["watermark_gamma"] != 0)
+        | (params["repetition_penalty"] != 1)
         | (params["frequency_penalty"] != 0)
         | (params["presence_penalty"] != 0)
     )

@@ -1,11 +1,12 @@
 """Chooses each row's next token: greedy, or by the Gumbel-max rule with the row's own noise.
 
 token = argmax(score + noise), where score is the log-probability (but for a constant of the row)
-after penalties, the row's grammar, temperature and filters, in this order. Runs on rank 0 only.
+after watermark, penalties, the row's grammar, temperature and filters, in this order. Runs on
+rank 0 only.
 
-Greedy rows without penalties are one argmax over the batch. The others are taken one by one: their
-arithmetic is over thousands of tokens at a time, so the loop itself costs little, and no row can
-have an influence on another.
+Greedy rows without watermark and penalties are one argmax over the batch. The others are taken one
+by one: their arithmetic is over thousands of tokens at a time, so the loop itself costs little, and
+no row can have an influence on another.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from headgate.shard.sampling.filters import Candidates, apply_filters, floor_of_
 from headgate.shard.sampling.params import IntArray, SampledRows
 from headgate.shard.sampling.penalties import apply_penalties
 from headgate.shard.sampling.philox import NOISE_MAX, NOISE_MIN, gumbel_noise_at
+from headgate.shard.sampling.watermark import apply_watermark
 
 # A score this far below the best cannot win: the noise spans no more.
 _HOPELESS = NOISE_MAX - NOISE_MIN
@@ -58,7 +60,9 @@ def _choose(scores: npt.NDArray[np.float32], rows: SampledRows, index: int) -> i
     params = rows.params[index]
     if index in rows.histories:
         scores = scores.copy()
-        apply_penalties(scores, rows.histories[index], params)
+        history = rows.histories[index]
+        apply_watermark(scores, int(history.token_ids[-1]), params)
+        apply_penalties(scores, history, params)
     if index in rows.allowed:
         scores = np.where(_allowed(rows, index), scores, np.float32(-np.inf))
     elif index in rows.banned:

@@ -30,9 +30,7 @@ VALIDATION_ROWS = [
     (_native(top_n_tokens=99), "top_n_tokens"),
     (_native(truncate=0), "truncate"),
     (_native(best_of=2), "best_of"),
-    (_native(watermark=True), "watermark"),
     (_native(grammar={"type": "regex", "value": "a+"}), "grammar"),
-    (_native(adapter_id="nobody"), "adapter_id"),
     ({"inputs": "word " * 9000}, "inputs"),
 ]
 

@@ -145,6 +145,19 @@ class FakeRouter(router_pb2_grpc.RouterServicer):
             start += len(word) + 1
         return pb.TokenizeResponse(tokens=spans)
 
+    async def Cancel(
+        self, request: pb.CancelRequest, context: grpc.aio.ServicerContext
+    ) -> pb.CancelResponse:
+        """Ends what has that id and has not been answered."""
+        named = [
+            submit
+            for submit in self.submits
+            if request.request_id in (submit.request.request_id, submit.request.call_id)
+        ]
+        for submit in named:
+            self.last.send(submit, error("cancelled", 499, "The request was cancelled"))
+        return pb.CancelResponse(cancelled=len(named))
+
     async def Metrics(
         self, request: pb.MetricsRequest, context: grpc.aio.ServicerContext
     ) -> pb.MetricsResponse:

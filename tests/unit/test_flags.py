@@ -101,6 +101,14 @@ def test_command_line_over_environment_over_default() -> None:
     assert resolve("", PORT="", MODEL_ID=" ", NUM_SHARD="").port == 3000
 
 
+def test_platforms_name_the_port_and_routes() -> None:
+    vertex = {"AIP_HTTP_PORT": "8080", "PORT": "80", "AIP_PREDICT_ROUTE": "/predict"}
+    config = resolve("", **vertex)
+    assert (config.port, config.predict_route, config.health_route) == (8080, "/predict", "")
+    assert resolve("--port 1", **vertex).port == 1
+    assert "AIP_HEALTH_ROUTE" in refusal("", AIP_HEALTH_ROUTE="health")
+
+
 def test_every_flag_that_works_reads_its_variable() -> None:
     samples = {
         "text": "x",
@@ -173,7 +181,6 @@ def test_rope_flags_complete_each_other() -> None:
         "--cuda-graphs 1,2",
         "--trust-remote-code",
         "--prometheus-port 9001",
-        "--watermark-gamma 0.5",
         "--otlp-service-name tgi",
     ],
 )

@@ -13,7 +13,12 @@ from headgate.router.gateway.app import _EXPOSED_HEADERS, Gateway
 from headgate.router.gateway.config import GatewayConfig
 from headgate.router.gateway.errors import GATEWAY_ERROR_TYPES
 from headgate.router.gateway.openai_schemas import ChatRequest, CompletionRequest
-from headgate.router.gateway.tgi_schemas import GenerateParameters, GenerateRequest
+from headgate.router.gateway.tgi_schemas import (
+    CancelRequest,
+    GenerateParameters,
+    GenerateRequest,
+    VertexRequest,
+)
 from headgate.router.gateway.vllm_schemas import VllmGenerateRequest
 
 PAGE = (Path(__file__).parents[2] / "docs" / "api.md").read_text()
@@ -68,6 +73,11 @@ def test_request_fields() -> None:
     assert chat == fields_of(ChatRequest)
     shared = fields_of(ChatRequest) & fields_of(CompletionRequest) - {"logprobs", "response_format"}
     assert text | shared == fields_of(CompletionRequest)
+
+
+def test_fields_of_the_smaller_bodies() -> None:
+    assert first_cells(section("POST /vertex")) == fields_of(VertexRequest)
+    assert first_cells(section("POST /cancel")) == fields_of(CancelRequest)
 
 
 def test_headers() -> None:

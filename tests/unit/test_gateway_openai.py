@@ -284,8 +284,6 @@ CHAT_REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"best_of": 2}, "best_of"),
     ({"logit_bias": {"5": 1}}, "logit_bias"),
     ({"grammar": {"type": "json"}}, "grammar"),
-    ({"adapter_id": "a"}, "adapter_id"),
-    ({"watermark": True}, "watermark"),
     ({"tools": [{"type": "function"}]}, "tools[0].function"),
     ({"tool_choice": "required"}, "tool_choice"),
     ({"functions": [{}]}, "functions"),

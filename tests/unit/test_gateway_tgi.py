@@ -199,15 +199,14 @@ async def test_all_parameters_reach_the_router() -> None:
                 repetition_penalty=1.25, frequency_penalty=0.5, presence_penalty=-1.5,
                 seed=2**64 - 1, max_new_tokens=10, min_new_tokens=2, ignore_eos=True,
                 stop=["x", "y"], stop_token_ids=[3], truncate=5, top_n_tokens=2,
+                watermark=False,
             ),
         )  # fmt: skip
 
 
 REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"best_of": 2}, "best_of"),
-    ({"watermark": True}, "watermark"),
     ({"grammar": {"type": "regex", "value": "a"}}, "grammar"),
-    ({"adapter_id": "mine"}, "adapter_id"),
     ({"top_k": 0}, "top_k"),
     ({"top_k": -1}, "top_k"),
     ({"seed": 2**64}, "seed"),

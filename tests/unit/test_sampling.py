@@ -14,7 +14,7 @@ from headgate.proto.messages import RowSampling, TopTokens
 from headgate.shard.sampling.filters import Candidates, apply_filters, floor_of_best
 from headgate.shard.sampling.logprobs import best_tokens, token_logprobs
 from headgate.shard.sampling.params import History, SampledRows, params_array
-from headgate.shard.sampling.penalties import apply_penalties, has_penalty
+from headgate.shard.sampling.penalties import apply_penalties, needs_history
 from headgate.shard.sampling.philox import gumbel_noise_at
 from headgate.shard.sampling.sampler import sample
 
@@ -42,7 +42,7 @@ def sampled_rows(rows: Sequence[Row]) -> SampledRows:
         params=params,
         output_positions=np.array([len(entry.output) for entry in rows], np.int64),
         histories={
-            index: history(rows[index]) for index in np.flatnonzero(has_penalty(params)).tolist()
+            index: history(rows[index]) for index in np.flatnonzero(needs_history(params)).tolist()
         },
         banned={index: np.array(entry.banned) for index, entry in enumerate(rows) if entry.banned},
     )

@@ -136,6 +136,51 @@ async def test_leaving_frees_everything_at_once(tmp_path: Path) -> None:
         assert router.metric('tgi_request_failure{err="dropped"}') == 2
 
 
+async def test_cancelling_by_id(tmp_path: Path) -> None:
+    async with running_router(tmp_path, behaviour=Behaviour(step_seconds=0.01)) as router:
+        alone = request([1], max_new_tokens=150)
+        alone.request_id = "one"
+        parts = [request([index], max_new_tokens=150) for index in (2, 3)]
+        for index, part in enumerate(parts):
+            part.request_id, part.call_id = f"call-{index}", "call"
+        running = [router.stub.Generate(message) for message in (alone, *parts)]
+        await until(lambda: router.metric("tgi_generated_tokens") > 3)
+        for name, count in (("call", 2), ("one", 1), ("one", 0), ("nobody", 0)):
+            answer = await router.stub.Cancel(router_pb2.CancelRequest(request_id=name))
+            assert answer.cancelled == count
+        for call in running:
+            assert isinstance(await refused(call), errors.RequestCancelledError)
+        assert isinstance(
+            await refused(router.stub.Cancel(router_pb2.CancelRequest())), errors.ValidationError
+        )
+        assert router.metric('tgi_request_failure{err="cancelled"}') == 3
+        router.assert_idle()
+
+
+async def test_cancelling_while_the_prompt_is_tokenised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running_router(tmp_path) as router:
+        message = request([1], max_new_tokens=5)
+        message.request_id = "slow"
+        validate = router.parts.validator.validate
+        entered, go_on = asyncio.Event(), asyncio.Event()
+
+        async def slowly(*arguments: Any) -> Any:
+            entered.set()
+            await go_on.wait()
+            return await validate(*arguments)
+
+        monkeypatch.setattr(router.parts.validator, "validate", slowly)
+        call = asyncio.ensure_future(refused(router.stub.Generate(message)))
+        await entered.wait()
+        answer = await router.stub.Cancel(router_pb2.CancelRequest(request_id="slow"))
+        go_on.set()
+        assert answer.cancelled == 1
+        assert isinstance(await call, errors.RequestCancelledError)
+        router.assert_idle()
+
+
 async def test_too_many_at_once_are_refused_and_the_others_unharmed(tmp_path: Path) -> None:
     async with running_router(tmp_path, max_concurrent_requests=3) as router:
         router.behaviour.gate.clear()

@@ -11,7 +11,7 @@ import pytest
 
 from headgate.proto import router_pb2
 from headgate.router.config import RouterConfig
-from headgate.router.errors import ValidationError
+from headgate.router.errors import AdapterNotFoundError, ValidationError
 from headgate.router.sampling_params import MIN_TEMPERATURE, SamplingParams
 from headgate.router.tokenizer import Tokenizer
 from headgate.router.validation import Validator, ValidRequest
@@ -87,7 +87,6 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
         "`prompt_top_n_tokens` must be >= 0 and <= 5. Given: 6",
     ),
     ({"n": 2}, "n", "`n` = 2 is not supported yet"),
-    ({"watermark": True}, "watermark", "`watermark` = True is not supported yet"),
     ({"text": ""}, "inputs", "`inputs` cannot be empty"),
     ({"text": None}, "inputs", "`inputs` cannot be empty"),
     (
@@ -127,12 +126,20 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
         "inputs",
         "`inputs` cannot be empty",
     ),
-    (
-        {"request": {"adapter_id": "x"}},
-        "adapter_id",
-        "`adapter_id` = 'x' is not supported yet",
-    ),
 ]
+
+
+def test_an_adapter_that_is_not_loaded_is_not_found(validator: Validator) -> None:
+    with pytest.raises(AdapterNotFoundError) as caught:
+        validate(validator, request={"adapter_id": "x"})
+    assert (caught.value.field, caught.value.http_status) == ("adapter_id", 404)
+    assert caught.value.message == "`adapter_id`: there is no adapter `x`"
+
+
+def test_watermarks_take_their_strength_from_the_server(validator: Validator) -> None:
+    marked = validate(validator, watermark=True).sampling
+    assert (marked.watermark_gamma, marked.watermark_delta) == (0.5, 2.0)
+    assert validate(validator, watermark=False).sampling.watermark_gamma == 0
 
 
 @pytest.mark.parametrize(("given", "field", "message"), REFUSED)
