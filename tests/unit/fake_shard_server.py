@@ -276,7 +276,9 @@ async def running_router(
     await launcher.listen()
     config = router_config(directory, num_shards=num_shards, **changes)
     tokenizer = Tokenizer(backend or made.byte_level(), workers=1)
-    parts = Parts.build(config, tokenizer, ChatFiles("{{ messages }}", "<s>", "</s>"))
+    parts = Parts.build(
+        config, tokenizer, ChatFiles("{{ messages }}", bos_token="<s>", eos_token="</s>")
+    )
     server = RouterServer(parts)
     await server.start()
     control = await ControlClient.connect(config.control_address)
