@@ -35,6 +35,7 @@ from headgate.router.gateway.errors import (
 from headgate.router.gateway.exchange import JSON_HEADERS, MAX_REQUEST_ID, Exchange, Headers
 from headgate.router.gateway.openai_chat import ChatRoute
 from headgate.router.gateway.openai_completions import CompletionsRoute
+from headgate.router.gateway.responses import ResponsesRoute
 from headgate.router.gateway.services import Services
 from headgate.router.gateway.tgi import TgiRoutes
 from headgate.router.gateway.tokenize import TokenizeRoutes
@@ -44,7 +45,7 @@ from headgate.router.gateway.vllm import VllmRoute
 logger = logging.getLogger(__name__)
 
 _COUNTED = (
-    "/", "/generate", "/generate_stream", "/v1/chat/completions", "/v1/completions",
+    "/", "/generate", "/generate_stream", "/v1/chat/completions", "/v1/completions", "/v1/responses",
     "/invocations", "/vertex",
 )  # fmt: skip
 _EXPOSED_HEADERS = (
@@ -84,6 +85,7 @@ class Gateway:
             "/generate_stream": tgi.generate_stream,
             "/v1/chat/completions": chat,
             "/v1/completions": completions,
+            "/v1/responses": ResponsesRoute(self.services),
             "/invocations": ByKeys(
                 limit, {"inputs": tgi.root, "messages": chat, "prompt": completions}
             ),

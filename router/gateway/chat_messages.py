@@ -76,6 +76,6 @@ def call_for_template(id_: Any, name: str, arguments: Any) -> dict[str, Any]:
     if isinstance(arguments, str):
         with contextlib.suppress(ValueError):  # then it is shown to the model as it once wrote it
             arguments = json.loads(arguments)
-    function = {"name": name, "arguments": {} if arguments is None else arguments}
+    function = {"name": name, "arguments": {} if arguments in (None, "") else arguments}
     call: dict[str, Any] = {"type": "function", "function": function}
     return {"id": id_, **call} if isinstance(id_, str) else call

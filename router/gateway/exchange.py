@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import msgspec
@@ -128,6 +128,15 @@ class Exchange:
             "unknown fields ignored",
             extra={"fields": {"request_id": self.request_id, "route": self.path, "names": shown}},
         )
+
+    def warn_ignored(self, field: str, values: Sequence[str]) -> None:
+        """Says that these values of a known field have no effect; with --strict it is refused."""
+        if not values:
+            return
+        shown = ", ".join(_shown(value) for value in values[:_MAX_WARNED_FIELDS])
+        if self._strict:
+            raise ValidationError(f"`{field}` = {shown} is not supported", field=field)
+        self.warnings.append(f"{field} ignored: {shown}")
 
     # ----------------------------------------------------------- disconnects
 

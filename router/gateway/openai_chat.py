@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from headgate.proto import router_pb2
 from headgate.router.errors import ValidationError
@@ -21,9 +19,9 @@ from headgate.router.gateway.openai_common import (
     check_model,
     check_response_format,
     finish_reason,
-    logprob_of,
     refuse_unserved,
     to_parameters,
+    token_logprobs,
     usage,
 )
 from headgate.router.gateway.openai_schemas import ChatRequest
@@ -31,11 +29,9 @@ from headgate.router.gateway.parsers.deltas import Parser
 from headgate.router.gateway.served_chat import ServedChat, ServedChats
 from headgate.router.gateway.services import Services
 from headgate.router.gateway.sse import json_string
-from headgate.router.gateway.tools import Tool, ToolUse, function_of, tool_use
+from headgate.router.gateway.tools import ToolUse, tools_of
 
 _FIELD_NAMES = {**FIELD_NAMES, "inputs": "messages", "top_n_tokens": "top_logprobs"}
-_LONG_CHAT = 65_536  # characters; longer ones are rendered off the event loop
-_MESSAGE_COST = 100  # characters that take as long to render as a message by itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +78,7 @@ class ChatRoute:
         check_model(body.model, info)
         _refuse(body)
         parameters = to_parameters(body, max_tokens=_max_tokens(body), top_n=_alternatives(body))
-        chat, use = self._chats.of(info), _tool_use(body)
+        chat, use = self._chats.of(info), tools_of(body, nested=True)
         prompt = await self._prompt(chat, body, use)
         if chat.needs_special_tokens(use):
             parameters.skip_special_tokens = False
@@ -97,14 +93,11 @@ class ChatRoute:
 
     async def prompt(self, body: ChatRequest, info: router_pb2.InfoResponse) -> str:
         """The chat as the template writes it. Raises ValidationError, TemplateError."""
-        return await self._prompt(self._chats.of(info), body, _tool_use(body))
+        return await self._prompt(self._chats.of(info), body, tools_of(body, nested=True))
 
     async def _prompt(self, chat: ServedChat, body: ChatRequest, use: ToolUse) -> str:
         messages = flatten(body.messages)
-        arguments = (messages, use, body.chat_template_kwargs, body.tool_prompt)
-        if sum(_MESSAGE_COST + len(message["content"]) for message in messages) > _LONG_CHAT:
-            return await asyncio.to_thread(chat.prompt, *arguments)
-        return chat.prompt(*arguments)
+        return await chat.prompt(messages, use, body.chat_template_kwargs, body.tool_prompt)
 
 
 def _refuse(body: ChatRequest) -> None:
@@ -118,25 +111,6 @@ def _refuse(body: ChatRequest) -> None:
         raise ValidationError("`audio` is not supported", field="audio")
     if any(modality != "text" for modality in body.modalities or ()):
         raise ValidationError("`modalities` other than text is not supported", field="modalities")
-
-
-def _tool_use(body: ChatRequest) -> ToolUse:
-    tools = [_tool(value, f"tools[{index}]") for index, value in enumerate(body.tools or ())]
-    use = tool_use(tools, body.tool_choice, parallel=body.parallel_tool_calls is not False)
-    if use.required:
-        raise ValidationError(
-            "`tool_choice` other than auto and none is not supported", field="tool_choice"
-        )
-    return use
-
-
-def _tool(value: Any, where: str) -> Tool:
-    kind = value.get("type") if isinstance(value, dict) else None
-    if kind != "function":
-        raise ValidationError(
-            f"`{where}`: tools of type `{str(kind)[:64]}` are not supported", field=where
-        )
-    return function_of(value.get("function"), f"{where}.function")
 
 
 def _alternatives(body: ChatRequest) -> int | None:
@@ -184,22 +158,7 @@ def _document(reply: Reply, answer: Answer, parser: Parser | None, *, logprobs: 
 
 
 def _logprobs(tokens: Sequence[router_pb2.Token]) -> bytes:
-    return b'{"content":[%s]}' % b",".join(map(_token_logprobs, tokens))
-
-
-def _token_logprobs(token: router_pb2.Token) -> bytes:
-    return b'{%s,"top_logprobs":[%s]}' % (
-        _token_logprob(token),
-        b",".join(b"{%s}" % _token_logprob(other) for other in token.top),
-    )
-
-
-def _token_logprob(token: router_pb2.Token) -> bytes:
-    return b'"token":%s,"logprob":%s,"bytes":[%s]' % (
-        json_string(token.text),
-        logprob_of(token),
-        b",".join(b"%d" % byte for byte in token.text.encode()),
-    )
+    return b'{"content":[%s]}' % b",".join(map(token_logprobs, tokens))
 
 
 class _Chunks:

@@ -13,7 +13,7 @@ from headgate.router.errors import RouterError, ValidationError
 from headgate.router.gateway.errors import ModelNotFoundError, openai_error
 from headgate.router.gateway.exchange import Exchange
 from headgate.router.gateway.generation import AnswerStream
-from headgate.router.gateway.openai_schemas import CommonFields
+from headgate.router.gateway.openai_schemas import CommonFields, SamplingFields
 from headgate.router.gateway.services import Services
 from headgate.router.gateway.sse import DONE, event, json_number, json_string
 from headgate.router.gateway.tgi_schemas import MAX_UINT32, MAX_UINT64
@@ -85,7 +85,11 @@ def check_response_format(value: dict[str, Any] | None) -> None:
 
 
 def to_parameters(
-    body: CommonFields, *, max_tokens: int | None, top_n: int | None, prompt_logprobs: bool = False
+    body: SamplingFields,
+    *,
+    max_tokens: int | None,
+    top_n: int | None,
+    prompt_logprobs: bool = False,
 ) -> router_pb2.Parameters:
     """The router's parameters. `top_n`: alternatives per token; None: no logprobs at all."""
     if body.temperature is not None and body.temperature < 0.0:
@@ -172,6 +176,22 @@ def finish_reason(finished: router_pb2.Finished) -> bytes:
 
 def logprob_of(token: router_pb2.Token) -> bytes:
     return json_number(token.logprob) if token.HasField("logprob") else b"null"
+
+
+def token_logprobs(token: router_pb2.Token) -> bytes:
+    """OpenAI's object for one token of a chat."""
+    return b'{%s,"top_logprobs":[%s]}' % (
+        _token_logprob(token),
+        b",".join(b"{%s}" % _token_logprob(other) for other in token.top),
+    )
+
+
+def _token_logprob(token: router_pb2.Token) -> bytes:
+    return b'"token":%s,"logprob":%s,"bytes":[%s]' % (
+        json_string(token.text),
+        logprob_of(token),
+        b",".join(b"%d" % byte for byte in token.text.encode()),
+    )
 
 
 class OpenAIStream(AnswerStream):

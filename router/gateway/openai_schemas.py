@@ -13,22 +13,15 @@ class StreamOptions(msgspec.Struct):
     include_usage: bool | None = None
 
 
-class CommonFields(msgspec.Struct, kw_only=True):
-    """What chat and text completions share. null is as if absent, for every field."""
+class SamplingFields(msgspec.Struct, kw_only=True):
+    """How tokens are chosen and what ends an answer. null is as if absent, for every field."""
 
-    model: str | None = None
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
-    logit_bias: Any = None
-    max_tokens: UInt32 | None = None
-    n: UInt32 | None = None
     seed: int | None = None
     stop: str | list[str] | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
     temperature: float | None = None
     top_p: float | None = None
-    user: str | None = None  # accepted, of no effect: nothing here is kept per user
     # vLLM's and TGI's own:
     top_k: int | None = None
     min_p: float | None = None
@@ -39,6 +32,19 @@ class CommonFields(msgspec.Struct, kw_only=True):
     stop_token_ids: list[UInt32] | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
+
+
+class CommonFields(SamplingFields, kw_only=True):
+    """What chat and text completions share."""
+
+    model: str | None = None
+    logit_bias: Any = None
+    max_tokens: UInt32 | None = None
+    n: UInt32 | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None  # accepted, of no effect: nothing here is kept per user
+    # vLLM's and TGI's own:
     top_n: UInt32 | None = None  # alternatives per token; asks for logprobs too
     best_of: UInt32 | None = None
     adapter_id: str | None = None

@@ -5,6 +5,7 @@ Messages come flattened (chat_messages.py); what leaves is a prompt, and a parse
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from headgate.router.gateway.parsers.reasoning import ReasoningParser
 from headgate.router.gateway.parsers.tool_parser import CallFormat, ToolParser
 from headgate.router.gateway.tools import ToolUse
 
+_LONG_CHAT = 65_536  # characters; longer ones are rendered off the event loop
+_MESSAGE_COST = 100  # characters that take as long to render as a message by itself
 _INSTRUCTION = (
     "You can call the functions listed below. To call one, write nothing but the call, with a JSON "
     "object as its arguments, in this form:"
@@ -56,7 +59,7 @@ class ServedChat:
             config.reasoning_parser,
         )
 
-    def prompt(
+    async def prompt(
         self,
         messages: Sequence[Message],
         use: ToolUse,
@@ -67,6 +70,18 @@ class ServedChat:
 
         `extra`: more variables for the template. `instruction`: the client's own words about tools.
         """
+        if sum(_MESSAGE_COST + len(message["content"]) for message in messages) > _LONG_CHAT:
+            return await asyncio.to_thread(self.render, messages, use, extra, instruction)
+        return self.render(messages, use, extra, instruction)
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        use: ToolUse,
+        extra: Mapping[str, Any] | None = None,
+        instruction: str | None = None,
+    ) -> str:
+        """As `prompt`, in the caller's thread."""
         messages = [self._with_known_role(message) for message in messages]
         template = self.template
         if use.tools or any(message.get("tool_calls") for message in messages):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from headgate.router.errors import ValidationError
 
@@ -42,6 +42,39 @@ class ToolUse:
     callable_names: frozenset[str] = frozenset()  # all of them, or what `tool_choice` leaves
     required: bool = False  # the answer must be a call
     parallel: bool = True  # it may be several
+
+
+class ToolFields(Protocol):
+    """The fields of a body that are about tools."""
+
+    tools: list[Any] | None
+    tool_choice: Any
+    parallel_tool_calls: bool | None
+
+
+def tools_of(body: ToolFields, *, nested: bool) -> ToolUse:
+    """A body's tools. Raises ValidationError.
+
+    `nested`: a tool's function is an object of its own, as in chats, not in responses.
+    """
+    tools = []
+    for index, value in enumerate(body.tools or ()):
+        where = f"tools[{index}]"
+        kind = value.get("type") if isinstance(value, dict) else None
+        if kind != "function":
+            raise ValidationError(
+                f"`{where}`: tools of type `{str(kind)[:64]}` are not supported", field=where
+            )
+        if nested:
+            tools.append(function_of(value.get("function"), f"{where}.function"))
+        else:
+            tools.append(function_of(value, where))
+    use = tool_use(tools, body.tool_choice, parallel=body.parallel_tool_calls is not False)
+    if use.required:
+        raise ValidationError(
+            "`tool_choice` other than auto and none is not supported", field="tool_choice"
+        )
+    return use
 
 
 def function_of(value: Any, where: str) -> Tool:

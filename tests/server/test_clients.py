@@ -99,6 +99,22 @@ def test_openai_tools(client: openai.OpenAI) -> None:
     assert json.loads(made.function.arguments) == {"city": "Paris"}
 
 
+def test_openai_responses(client: openai.OpenAI) -> None:
+    ask: dict[str, object] = {
+        "model": "tgi", "input": QUESTION, "temperature": 0, "max_output_tokens": 32,
+    }  # fmt: skip
+    whole = client.responses.create(**ask)  # type: ignore[call-overload]
+    assert "Tokyo" in whole.output_text
+    assert whole.status == "completed" and whole.usage.total_tokens > whole.usage.input_tokens
+    with client.responses.stream(**ask) as events:  # type: ignore[arg-type]
+        parts = [event.delta for event in events if event.type == "response.output_text.delta"]
+        streamed = events.get_final_response()
+    assert "".join(parts) == streamed.output_text == whole.output_text
+    short = client.responses.create(**{**ask, "max_output_tokens": 2})  # type: ignore[call-overload]
+    assert short.status == "incomplete"
+    assert short.incomplete_details.reason == "max_output_tokens"
+
+
 def test_openai_completions(client: openai.OpenAI) -> None:
     whole = client.completions.create(
         model="tgi", prompt="The capital of France is", temperature=0, max_tokens=8

@@ -12,7 +12,8 @@ from headgate.router.errors import ERROR_TYPES
 from headgate.router.gateway.app import _EXPOSED_HEADERS, Gateway
 from headgate.router.gateway.config import GatewayConfig
 from headgate.router.gateway.errors import GATEWAY_ERROR_TYPES
-from headgate.router.gateway.openai_schemas import ChatRequest, CompletionRequest
+from headgate.router.gateway.openai_schemas import ChatRequest, CompletionRequest, SamplingFields
+from headgate.router.gateway.responses_schemas import ResponsesRequest
 from headgate.router.gateway.tgi_schemas import (
     CancelRequest,
     GenerateParameters,
@@ -73,6 +74,8 @@ def test_request_fields() -> None:
     assert chat == fields_of(ChatRequest)
     shared = fields_of(ChatRequest) & fields_of(CompletionRequest) - {"logprobs", "response_format"}
     assert text | shared == fields_of(CompletionRequest)
+    responses = first_cells(section("POST /v1/responses"))
+    assert responses | fields_of(SamplingFields) == fields_of(ResponsesRequest)
 
 
 def test_fields_of_the_smaller_bodies() -> None:

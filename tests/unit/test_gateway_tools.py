@@ -252,23 +252,23 @@ async def test_a_template_that_does_not() -> None:
 
 def test_where_the_tool_prompt_goes() -> None:
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Rain?"}]
-    text = served(fake.TEMPLATE).prompt(messages, USE)
+    text = served(fake.TEMPLATE).render(messages, USE)
     assert text.startswith("<|system|>Be brief.\n\nYou can call")
-    assert "\nSay it.\nFunctions:\n" in "\n" + served(fake.TEMPLATE).prompt(
+    assert "\nSay it.\nFunctions:\n" in "\n" + served(fake.TEMPLATE).render(
         messages[1:], USE, None, "Say it."
     ).removeprefix("<|system|>")
     no_system = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}"
-    text = served(no_system + fake.TEMPLATE).prompt(messages[1:], USE)
+    text = served(no_system + fake.TEMPLATE).render(messages[1:], USE)
     assert text.startswith("<|user|>You can call") and "\n\nRain?<|end|>" in text
-    text = served(TOOL_TEMPLATE).prompt(messages, USE, None, "Say it.")
+    text = served(TOOL_TEMPLATE).render(messages, USE, None, "Say it.")
     assert "Rain?\n---\nSay it.\n" in text
 
 
 def test_a_template_of_its_own_for_tools() -> None:
     chat = served("plain {{ messages[0].content }}", "tools {{ tools[0].function.name }}")
     messages = [{"role": "user", "content": "Hi"}]
-    assert chat.prompt(messages, USE) == "tools get_weather"
-    assert chat.prompt(messages, ToolUse()) == "plain Hi"
+    assert chat.render(messages, USE) == "tools get_weather"
+    assert chat.render(messages, ToolUse()) == "plain Hi"
 
 
 def test_named_templates_are_found(tmp_path: Any) -> None:
@@ -286,9 +286,9 @@ def test_named_templates_are_found(tmp_path: Any) -> None:
 
 def test_developers_are_system_to_most_templates() -> None:
     messages = [{"role": "developer", "content": "x"}]
-    assert served(fake.TEMPLATE).prompt(messages, ToolUse()).startswith("<|system|>x")
+    assert served(fake.TEMPLATE).render(messages, ToolUse()).startswith("<|system|>x")
     knows = "{# developer #}" + fake.TEMPLATE
-    assert served(knows).prompt(messages, ToolUse()).startswith("<|developer|>x")
+    assert served(knows).render(messages, ToolUse()).startswith("<|developer|>x")
 
 
 # ------------------------------------------------------------------ requests
