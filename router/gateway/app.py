@@ -45,8 +45,8 @@ from headgate.router.gateway.vllm import VllmRoute
 logger = logging.getLogger(__name__)
 
 _COUNTED = (
-    "/", "/generate", "/generate_stream", "/v1/chat/completions", "/v1/completions", "/v1/responses",
-    "/invocations", "/vertex",
+    "/", "/generate", "/generate_stream", "/v1/chat/completions", "/v1/completions",
+    "/v1/responses", "/invocations", "/vertex",
 )  # fmt: skip
 _EXPOSED_HEADERS = (
     "x-request-id", "x-headgate-warnings", "x-compute-type", "x-compute-time",

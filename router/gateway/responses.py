@@ -67,6 +67,7 @@ class ResponsesRoute:
             add_special_tokens=False,
             parameters=parameters,
             request_id=exchange.request_id,
+            adapter_id=body.adapter_id or "",
         )
         growing = _GrowingResponse(
             _constants(body, info), chat.parser(use, prompt) or PlainParser(), top_n is not None

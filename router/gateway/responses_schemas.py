@@ -61,4 +61,6 @@ class ResponsesRequest(SamplingFields, kw_only=True):
     prompt_cache_retention: str | None = None
     prompt_cache_options: Any = None
     service_tier: str | None = None
-    chat_template_kwargs: dict[str, Any] | None = None  # vLLM's
+    # vLLM's and TGI's own:
+    chat_template_kwargs: dict[str, Any] | None = None
+    adapter_id: str | None = None
