@@ -32,6 +32,7 @@ class SamplingFields(msgspec.Struct, kw_only=True):
     stop_token_ids: list[UInt32] | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
+    watermark: bool | None = None
 
 
 class CommonFields(SamplingFields, kw_only=True):
@@ -48,7 +49,6 @@ class CommonFields(SamplingFields, kw_only=True):
     top_n: UInt32 | None = None  # alternatives per token; asks for logprobs too
     best_of: UInt32 | None = None
     adapter_id: str | None = None
-    watermark: bool | None = None
     grammar: Any = None
 
 
