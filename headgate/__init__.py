@@ -16,14 +16,17 @@ if TYPE_CHECKING:
     from headgate.outputs import CompletionOutput, RequestOutput
     from headgate.prompts import TextPrompt, TokensPrompt
     from headgate.sampling_params import SamplingParams
+    from headgate.structured_outputs import GuidedDecodingParams, StructuredOutputsParams
 
 __version__ = "0.1.0"
 __all__ = [
     "LLM",
     "Client",
     "CompletionOutput",
+    "GuidedDecodingParams",
     "RequestOutput",
     "SamplingParams",
+    "StructuredOutputsParams",
     "TextPrompt",
     "TokensPrompt",
     "__version__",
@@ -32,9 +35,11 @@ __all__ = [
 _HOMES = {
     "Client": "headgate.client",
     "CompletionOutput": "headgate.outputs",
+    "GuidedDecodingParams": "headgate.structured_outputs",
     "LLM": "headgate.llm",
     "RequestOutput": "headgate.outputs",
     "SamplingParams": "headgate.sampling_params",
+    "StructuredOutputsParams": "headgate.structured_outputs",
     "TextPrompt": "headgate.prompts",
     "TokensPrompt": "headgate.prompts",
 }

@@ -13,6 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from headgate.router import sampling_params as router
+from headgate.router.grammar import Grammar
+from headgate.structured_outputs import GuidedDecodingParams, StructuredOutputsParams
+
+__all__ = ["GuidedDecodingParams", "SamplingParams", "StructuredOutputsParams"]
 
 GREEDY_BELOW = 1e-5  # a temperature that is as good as 0
 LOWEST_TEMPERATURE = 0.01  # lower ones are raised to it
@@ -31,8 +35,6 @@ _UNSERVED: dict[str, tuple[Any, ...]] = {
     "allowed_token_ids": (None,),
     "bad_words": (None, [], ()),
     "logits_processors": (None, [], ()),
-    "structured_outputs": (None,),
-    "guided_decoding": (None,),
     "logprob_token_ids": (None, [], ()),
     "thinking_token_budget": (None,),
     "repetition_detection": (None,),
@@ -77,8 +79,8 @@ class SamplingParams:
     allowed_token_ids: Sequence[int] | None = None
     bad_words: Sequence[str] | None = None
     logits_processors: Sequence[Any] | None = None
-    structured_outputs: Any = None
-    guided_decoding: Any = None
+    structured_outputs: StructuredOutputsParams | dict[str, Any] | None = None
+    guided_decoding: StructuredOutputsParams | dict[str, Any] | None = None  # its older name
     logprob_token_ids: Sequence[int] | None = None
     thinking_token_budget: int | None = None
     repetition_detection: Any = None
@@ -131,6 +133,7 @@ class SamplingParams:
                 raise ValueError(f"`{name}` = -1, the whole vocabulary, is not supported")
             self._whole(name, 0)
         self._check_stop()
+        self._grammar()
 
     def to_router(self) -> router.SamplingParams:
         """The router's parameters for this. Raises ValueError."""
@@ -162,7 +165,21 @@ class SamplingParams:
             top_n_tokens=self.logprobs or None,
             prompt_logprobs=self.prompt_logprobs is not None or None,
             prompt_top_n_tokens=self.prompt_logprobs or None,
+            grammar=self._grammar(),
         )
+
+    def _grammar(self) -> Grammar | None:
+        given = [
+            n for n in ("structured_outputs", "guided_decoding") if getattr(self, n) is not None
+        ]
+        if not given:
+            return None
+        if len(given) > 1:
+            raise ValueError("`guided_decoding` is `structured_outputs` under its older name")
+        try:
+            return StructuredOutputsParams.of(getattr(self, given[0])).to_grammar()
+        except ValueError as error:
+            raise ValueError(f"`{given[0]}`: {error}") from error
 
     def _check_stop(self) -> None:
         assert self.stop is not None and self.stop_token_ids is not None

@@ -83,6 +83,7 @@ def router_config(
         "watermark_gamma": config.watermark_gamma,
         "watermark_delta": config.watermark_delta,
         "prefix_caching": not config.disable_prefix_caching,
+        "grammar_support": not config.disable_grammar_support,
         "heartbeat_timeout": config.heartbeat_timeout,
         "log_prompts": config.log_prompts,
     }

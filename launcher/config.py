@@ -66,6 +66,7 @@ class LauncherConfig:
     block_size: int
     kv_overcommit: float
     disable_prefix_caching: bool
+    disable_grammar_support: bool
     watermark_gamma: float
     watermark_delta: float
     hostname: str

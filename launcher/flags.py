@@ -392,11 +392,8 @@ LIMITS = (
     Flag(
         "disable-grammar-support",
         Kind.SWITCH,
-        "Accepted for TGI's command lines.",
+        "Refuse requests for structured output.",
         default=False,
-        policy=Policy.NO_OP,
-        note="this version refuses grammars in any case",
-        neutral=(False,),
     ),
     Flag(
         "watermark-gamma",

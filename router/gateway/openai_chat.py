@@ -11,13 +11,13 @@ from headgate.router.gateway.chat_deltas import ParsedDeltas, parsed_message
 from headgate.router.gateway.chat_messages import flatten
 from headgate.router.gateway.exchange import JSON_HEADERS, Exchange
 from headgate.router.gateway.generation import Answer, collect, timing_headers
+from headgate.router.gateway.grammar_fields import grammar_of, with_grammar_field
 from headgate.router.gateway.openai_common import (
     FIELD_NAMES,
     OpenAIStream,
     Reply,
     alternatives,
     check_model,
-    check_response_format,
     finish_reason,
     refuse_unserved,
     to_parameters,
@@ -52,6 +52,7 @@ class ChatRoute:
     async def __call__(self, exchange: Exchange) -> None:
         exchange.field_names = _FIELD_NAMES
         body = await exchange.read_json(ChatRequest, self._services.config.payload_limit)
+        exchange.field_names = with_grammar_field(_FIELD_NAMES, body)
         info = self._services.serving_info()
         call = await self.prepare(body, info, exchange.request_id)
         top_n = _alternatives(body)
@@ -77,7 +78,12 @@ class ChatRoute:
         """Raises ModelNotFoundError, ValidationError, TemplateError."""
         check_model(body.model, info)
         _refuse(body)
-        parameters = to_parameters(body, max_tokens=_max_tokens(body), top_n=_alternatives(body))
+        parameters = to_parameters(
+            body,
+            max_tokens=_max_tokens(body),
+            top_n=_alternatives(body),
+            grammar=grammar_of(body),
+        )
         chat, use = self._chats.of(info), tools_of(body, nested=True)
         prompt = await self._prompt(chat, body, use)
         if chat.needs_special_tokens(use):
@@ -102,7 +108,6 @@ class ChatRoute:
 
 def _refuse(body: ChatRequest) -> None:
     refuse_unserved(body)
-    check_response_format(body.response_format)
     if body.functions:
         raise ValidationError("`functions` is not supported", field="functions")
     if body.function_call not in (None, "none", "auto"):

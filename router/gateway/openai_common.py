@@ -29,7 +29,7 @@ _GREEDY_BELOW = 1e-5  # a temperature that float32 logits cannot tell from 0
 FIELD_NAMES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}
 _MAX_SHOWN = 128  # characters of a client's own word in a message
 _SINGLE_ANSWER = ("n", "best_of")
-_UNSERVED = ("logit_bias", "grammar")
+_UNSERVED = ("logit_bias",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,19 +77,13 @@ def refuse_unserved(body: CommonFields) -> None:
             raise ValidationError(f"`{name}` is not supported", field=name)
 
 
-def check_response_format(value: dict[str, Any] | None) -> None:
-    if value and value.get("type") != "text":
-        raise ValidationError(
-            "`response_format` other than text is not supported", field="response_format"
-        )
-
-
 def to_parameters(
     body: SamplingFields,
     *,
     max_tokens: int | None,
     top_n: int | None,
     prompt_logprobs: bool = False,
+    grammar: router_pb2.Grammar | None = None,
 ) -> router_pb2.Parameters:
     """The router's parameters. `top_n`: alternatives per token; None: no logprobs at all."""
     if body.temperature is not None and body.temperature < 0.0:
@@ -123,6 +117,7 @@ def to_parameters(
         top_n_tokens=top_n or None,
         prompt_logprobs=prompt_logprobs or None,
         prompt_top_n_tokens=(top_n or None) if prompt_logprobs else None,
+        grammar=grammar,
     )
 
 

@@ -9,13 +9,13 @@ from headgate.proto import router_pb2
 from headgate.router.errors import ValidationError
 from headgate.router.gateway.exchange import JSON_HEADERS, Exchange
 from headgate.router.gateway.generation import Answer, collect, timing_headers
+from headgate.router.gateway.grammar_fields import grammar_of, with_grammar_field
 from headgate.router.gateway.openai_common import (
     FIELD_NAMES,
     OpenAIStream,
     Reply,
     alternatives,
     check_model,
-    check_response_format,
     finish_reason,
     logprob_of,
     refuse_unserved,
@@ -42,10 +42,10 @@ class CompletionsRoute:
         exchange.field_names = _FIELD_NAMES
         config = self._services.config
         body = await exchange.read_json(CompletionRequest, config.payload_limit)
+        exchange.field_names = with_grammar_field(_FIELD_NAMES, body)
         info = self._services.serving_info()
         check_model(body.model, info)
         refuse_unserved(body)
-        check_response_format(body.response_format)
         if body.suffix:
             raise ValidationError("`suffix` is not supported", field="suffix")
         prompts = parse_prompts(body.prompt, config.max_client_batch_size)
@@ -123,11 +123,16 @@ def _requests(
     body: CompletionRequest, prompts: Sequence[Prompt], top_n: int | None, request_id: str
 ) -> list[router_pb2.GenerateRequest]:
     requests = []
+    grammar = grammar_of(body)
     for index, prompt in enumerate(prompts):
         # Only the router can say an id's text, and it does so with the prompt's logprobs.
         wants_prefill = bool(body.echo) and (top_n is not None or not isinstance(prompt, str))
         parameters = to_parameters(
-            body, max_tokens=body.max_tokens, top_n=top_n, prompt_logprobs=wants_prefill
+            body,
+            max_tokens=body.max_tokens,
+            top_n=top_n,
+            grammar=grammar,
+            prompt_logprobs=wants_prefill,
         )
         request = router_pb2.GenerateRequest(
             parameters=parameters,

@@ -49,7 +49,15 @@ class CommonFields(SamplingFields, kw_only=True):
     top_n: UInt32 | None = None  # alternatives per token; asks for logprobs too
     best_of: UInt32 | None = None
     adapter_id: str | None = None
-    grammar: Any = None
+    # What the answer must be; at most one of these.
+    response_format: dict[str, Any] | None = None
+    grammar: Any = None  # TGI's
+    structured_outputs: dict[str, Any] | None = None  # vLLM's, and those before it:
+    guided_json: Any = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    guided_json_object: bool | None = None
 
 
 class ChatMessage(msgspec.Struct):
@@ -78,7 +86,6 @@ class ChatRequest(CommonFields, kw_only=True):
     parallel_tool_calls: bool | None = None
     functions: list[Any] | None = None
     function_call: Any = None
-    response_format: dict[str, Any] | None = None
     modalities: list[str] | None = None
     audio: Any = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -92,4 +99,3 @@ class CompletionRequest(CommonFields, kw_only=True):
     echo: bool | None = None
     logprobs: UInt32 | None = None
     add_special_tokens: bool | None = None
-    response_format: dict[str, Any] | None = None

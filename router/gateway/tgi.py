@@ -9,6 +9,7 @@ from headgate.router.errors import RouterError, ValidationError
 from headgate.router.gateway.errors import tgi_error
 from headgate.router.gateway.exchange import JSON_HEADERS, Exchange
 from headgate.router.gateway.generation import Answer, AnswerStream, collect, timing_headers
+from headgate.router.gateway.grammar_fields import tgi_grammar
 from headgate.router.gateway.services import Services
 from headgate.router.gateway.sse import event, json_number, json_string
 from headgate.router.gateway.tgi_schemas import (
@@ -97,6 +98,7 @@ def to_request(body: GenerateRequest, request_id: str) -> router_pb2.GenerateReq
         do_sample=do_sample,
         ignore_eos=given.ignore_eos_token,
         prompt_logprobs=wish or None,
+        grammar=tgi_grammar(given.grammar),
     )
     return router_pb2.GenerateRequest(
         text=body.inputs,
@@ -109,8 +111,6 @@ def to_request(body: GenerateRequest, request_id: str) -> router_pb2.GenerateReq
 def _refuse_unserved(given: GenerateParameters) -> None:
     if given.best_of is not None and given.best_of > 1:
         raise ValidationError("`best_of` > 1 is not supported", field="best_of")
-    if given.grammar:
-        raise ValidationError("`grammar` is not supported", field="grammar")
 
 
 def _wants_full_text(parameters: GenerateParameters, default: bool) -> bool:

@@ -30,7 +30,8 @@ VALIDATION_ROWS = [
     (_native(top_n_tokens=99), "top_n_tokens"),
     (_native(truncate=0), "truncate"),
     (_native(best_of=2), "best_of"),
-    (_native(grammar={"type": "regex", "value": "a+"}), "grammar"),
+    (_native(grammar={"type": "regex", "value": "a["}), "grammar"),
+    (_native(grammar={"type": "json", "value": {"not": {}}}), "not"),
     ({"inputs": "word " * 9000}, "inputs"),
 ]
 
@@ -52,7 +53,8 @@ OPENAI_ROWS = [
     ({"max_tokens": 0}, 422, "max_"),
     ({"n": 2}, 422, "n"),
     ({"tools": [{"type": "function", "function": {"name": "f g"}}]}, 422, "tools"),
-    ({"response_format": {"type": "json_object"}}, 422, "response_format"),
+    ({"response_format": {"type": "yaml"}}, 422, "response_format"),
+    ({"guided_json": {"type": "array", "contains": {}}}, 422, "contains"),
     ({"logit_bias": {"5": 1.0}}, 422, "logit_bias"),
     ({"model": "somebody/else"}, 404, "somebody/else"),
     ({"messages": []}, 422, "messages"),

@@ -65,13 +65,15 @@ def test_defaults(loaded: Any) -> None:
 def test_flags_reach_the_children(loaded: Any) -> None:
     shard, router, gateway = loaded(
         "--num-shard 3 --kernels reference --max-batch-size 5 --rope-factor 2 --block-size 8 "
-        "--disable-prefix-caching --kv-overcommit 0.5 --heartbeat-timeout 3 --api-key k "
+        "--disable-grammar-support --disable-prefix-caching --kv-overcommit 0.5 "
+        "--heartbeat-timeout 3 --api-key k "
         "--served-model-name s --cors-allow-origin https://a --strict --payload-limit 10 "
         "--log-prompts --threads-per-shard 1 --master-addr 127.0.0.1"
     )
     assert len(shard.addresses) == 3 and shard.num_threads == 1 and shard.kernels == "reference"
     assert (shard.rope_scaling, shard.rope_factor, shard.block_size) == ("linear", 2, 8)
     assert shard.max_total_tokens == router.max_total_tokens == 128
+    assert not router.grammar_support and not router.prefix_caching
     assert (router.kv_overcommit, router.heartbeat_timeout, router.max_batch_size) == (0.5, 3, 5)
     assert not router.prefix_caching and router.log_prompts and router.served_model_name == "s"
     assert router.api_key == gateway.api_key == "k"

@@ -72,7 +72,7 @@ def test_request_fields() -> None:
     chat = first_cells(section("POST /v1/chat/completions"))
     text = first_cells(section("POST /v1/completions"))
     assert chat == fields_of(ChatRequest)
-    shared = fields_of(ChatRequest) & fields_of(CompletionRequest) - {"logprobs", "response_format"}
+    shared = fields_of(ChatRequest) & fields_of(CompletionRequest) - {"logprobs"}
     assert text | shared == fields_of(CompletionRequest)
     responses = first_cells(section("POST /v1/responses"))
     assert responses | fields_of(SamplingFields) == fields_of(ResponsesRequest)

@@ -287,7 +287,13 @@ CHAT_REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"tools": [{"type": "function"}]}, "tools[0].function"),
     ({"tool_choice": "required"}, "tool_choice"),
     ({"functions": [{}]}, "functions"),
-    ({"response_format": {"type": "json_object"}}, "response_format"),
+    ({"response_format": {"type": "xml"}}, "response_format"),
+    ({"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}, "response_format"),
+    ({"response_format": {"type": "json_object"}, "guided_regex": "a"}, "guided_regex"),
+    ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs"),
+    ({"structured_outputs": {"regexp": "a"}}, "structured_outputs"),
+    ({"guided_choice": [1]}, "guided_choice[0]"),
+    ({"guided_json": 5}, "guided_json"),
     ({"audio": {"voice": "x"}}, "audio"),
     ({"modalities": ["text", "audio"]}, "modalities"),
     ({"top_logprobs": 2}, "top_logprobs"),
@@ -342,7 +348,7 @@ async def test_refusals_of_completions() -> None:
         for more, field in (
             ({"suffix": "x"}, "suffix"),
             ({"n": 3}, "n"),
-            ({"response_format": {"type": "json_object"}}, "response_format"),
+            ({"response_format": {"type": "xml"}}, "response_format"),
             ({"logprobs": True}, "logprobs"),
             ({"max_tokens": -1}, "max_tokens"),
         ):

@@ -206,7 +206,11 @@ async def test_all_parameters_reach_the_router() -> None:
 
 REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"best_of": 2}, "best_of"),
-    ({"grammar": {"type": "regex", "value": "a"}}, "grammar"),
+    ({"grammar": {"type": "yaml", "value": "a"}}, "grammar"),
+    ({"grammar": {"type": "json", "value": 5}}, "grammar"),
+    ({"grammar": {"type": "json", "value": "{"}}, "grammar"),
+    ({"grammar": {"type": "json_schema", "value": {"name": "x"}}}, "grammar"),
+    ({"grammar": "a+"}, "grammar"),
     ({"top_k": 0}, "top_k"),
     ({"top_k": -1}, "top_k"),
     ({"seed": 2**64}, "seed"),
