@@ -77,9 +77,12 @@ def embedding(
     return _table["embedding"](ids, weight, first_id, dtype)
 
 
-def pack_linear(weight: torch.Tensor, dtype: torch.dtype) -> Any:
-    """What `linear` takes as its weight: the tensor itself, or the back end's packed form of it."""
-    return _table["pack_linear"](weight, dtype)
+def pack_linear(weight: torch.Tensor, dtype: torch.dtype, quantize: str = "") -> Any:
+    """What `linear` takes as its weight: the tensor itself, or the back end's packed form of it.
+
+    `quantize`: a kind of headgate.kernels.quantised, or "" to keep values of `dtype`.
+    """
+    return _table["pack_linear"](weight, dtype, quantize)
 
 
 def linear(x: torch.Tensor, weight: Any, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -17,6 +17,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
+from headgate.kernels import quantised
+from headgate.kernels.quantised import QuantisedTensor
+
 if TYPE_CHECKING:  # kernels import nothing of shard; the step's metadata is read by its fields only
     from headgate.shard.attention_metadata import AttentionMetadata
 
@@ -35,14 +38,27 @@ def embedding(
     return rows.masked_fill_(~inside.unsqueeze(-1), 0)
 
 
-def pack_linear(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """weight[O, I], whose values `dtype` can hold, in the form that `linear` likes best."""
-    return weight
+def pack_linear(
+    weight: torch.Tensor, dtype: torch.dtype, quantize: str = ""
+) -> torch.Tensor | QuantisedTensor:
+    """weight[O, I] in the form that `linear` likes best: quantised, where `quantize` names a kind.
+
+    Otherwise `dtype` can hold its values, which are kept.
+    """
+    return quantised.quantise(weight, quantised.KINDS[quantize]) if quantize else weight
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """x[T, I] times the transpose of weight[O, I], plus bias[O]: [T, O]."""
-    return F.linear(x, weight, bias)
+def linear(
+    x: torch.Tensor, weight: torch.Tensor | QuantisedTensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """x[T, I] times the transpose of weight[O, I], plus bias[O]: [T, O].
+
+    What a product with a quantised weight is, is said in headgate.kernels.quantised.
+    """
+    if not isinstance(weight, QuantisedTensor):
+        return F.linear(x, weight, bias)
+    out = quantised.linear(x, weight)
+    return out if bias is None else out + bias
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

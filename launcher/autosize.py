@@ -37,6 +37,12 @@ SHM_FOR_NCCL = 256 * MIB
 NO_LIMIT = 1 << 60
 
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+# Of a quantised weight: its value, and its share of the group's scale (and minimum).
+_QUANTISED_BYTES = {
+    "int8": 1 + 2 / 64,
+    "int8-weight-only": 1 + 2 / 32,
+    "int4": 1 / 2 + 4 / 32,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +52,7 @@ class Sizes:
     device: str  # "cpu" or "cuda"
     num_shard: int
     dtype: str
+    quantize: str  # a kind, or "" for weights in `dtype`
     kv_cache_dtype: str
     threads_per_shard: int
     max_input_tokens: int
@@ -73,6 +80,7 @@ class Shape:
     num_shard: int
     threads: int  # per shard
     dtype: str
+    quantize: str
     kv_cache_dtype: str
     step_tokens: int
     batch_size: int
@@ -100,6 +108,7 @@ def work_out_sizes(model: ModelFacts, config: LauncherConfig, hardware: Hardware
         device=shape.device,
         num_shard=shape.num_shard,
         dtype=shape.dtype,
+        quantize=shape.quantize,
         kv_cache_dtype=shape.kv_cache_dtype,
         threads_per_shard=shape.threads,
         max_input_tokens=config.max_input_tokens or total - 1,
@@ -121,6 +130,11 @@ def choose_shape(model: ModelFacts, config: LauncherConfig, hardware: Hardware) 
     device = "cuda" if hardware.gpus and not on_cpu else "cpu"
     num_shard = choose_num_shard(model, config, hardware, device)
     dtype = choose_dtype(model, config, hardware.gpus if device == "cuda" else ())
+    if config.quantize and device == "cuda":
+        raise LaunchError(
+            f"--quantize {config.quantize} is not available on GPUs in this version; --kernels cpu "
+            "serves on the CPU."
+        )
     threads = config.threads_per_shard or max(1, hardware.cores // num_shard)
     step_tokens = config.max_batch_prefill_tokens or _step_tokens(
         model, device, min(hardware.cores, threads * num_shard)
@@ -132,6 +146,7 @@ def choose_shape(model: ModelFacts, config: LauncherConfig, hardware: Hardware) 
         num_shard=num_shard,
         threads=threads,
         dtype=dtype,
+        quantize=config.quantize or "",
         kv_cache_dtype=config.kv_cache_dtype or (dtype if device == "cuda" else "float32"),
         step_tokens=step_tokens,
         batch_size=min(config.max_batch_size or config.max_concurrent_requests, step_tokens),
@@ -194,7 +209,7 @@ class _Demand:
         )
         # A CPU computes in float32 and keeps no second copy: dtype only rounds the values.
         item = 4 if shape.device == "cpu" else _ITEM_BYTES[shape.dtype]
-        self.weight_bytes = model.parameters * item
+        self.weight_bytes = _weight_bytes(model, shape, item)
         self.activation_bytes = num_shard * _activation_bytes(model, shape, item)
         self.overhead_bytes = (
             num_shard * SHARD_OVERHEAD
@@ -202,6 +217,18 @@ class _Demand:
             + config.gateway_workers * GATEWAY_OVERHEAD
             + self.activation_bytes
         )
+
+
+def _weight_bytes(model: ModelFacts, shape: Shape, item: int) -> int:
+    if not shape.quantize:
+        return model.parameters * item
+    # The table that ids are looked up in stays as it is. The vocabulary's projection, a copy of it
+    # where they are tied, is int8 also beside int4 layers.
+    table = model.embedding_parameters
+    layers = max(0, model.parameters - table * (1 if model.tied_embeddings else 2))
+    head = _QUANTISED_BYTES["int8" if shape.quantize == "int4" else shape.quantize]
+    quantised = layers * _QUANTISED_BYTES[shape.quantize] + table * head
+    return table * _ITEM_BYTES[shape.dtype] + int(quantised)
 
 
 def _activation_bytes(model: ModelFacts, shape: Shape, item: int) -> int:
@@ -355,6 +382,7 @@ def describe(sizes: Sizes, model: ModelFacts, hardware: Hardware) -> list[tuple[
         ("model", f"{model.architecture}, {_millions(model.parameters)} parameters"),
         ("shards", split),
         ("dtype", sizes.dtype + (", float32 arithmetic" if sizes.device == "cpu" else "")),
+        ("quantisation", sizes.quantize or "none"),
         ("longest request", f"{sizes.max_total_tokens} tokens (prompt {sizes.max_input_tokens})"),
         ("tokens per step", str(sizes.max_batch_prefill_tokens)),
         ("sequences at a time", str(sizes.max_batch_size)),

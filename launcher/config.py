@@ -37,6 +37,7 @@ class LauncherConfig:
     reasoning_parser: str
     model_module: str
     dtype: str | None
+    quantize: str | None
     kv_cache_dtype: str | None
     rope_scaling: str | None
     rope_factor: float | None
@@ -199,7 +200,10 @@ def _has_effect(flag: Flag, found: _Given, warnings: list[str]) -> bool:
     """Applies the flag's policy. Raises LaunchError for what is refused."""
     value = found.value
     if value in flag.refused_values:
-        raise LaunchError(f"{found.source} {value} is not available in this version.")
+        there = ", ".join(c for c in flag.choices if c not in flag.refused_values)
+        raise LaunchError(
+            f"{found.source} {value} is not available in this version; there is {there}."
+        )
     if flag.policy in (Policy.WORKS, Policy.ALIAS):
         return True
     if value is None or value in flag.neutral:

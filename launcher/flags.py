@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from headgate.launcher.flag import Flag, Kind, Policy
 
-_QUANTIZE = (
+_QUANTIZE = ("int8", "int8-weight-only", "int4")  # those of headgate.kernels.quantised
+_OTHER_QUANTIZE = (  # TGI's
     "awq",
     "bitsandbytes",
     "bitsandbytes-fp4",
@@ -89,10 +90,9 @@ MODEL = (
     Flag(
         "quantize",
         Kind.TEXT,
-        "The weights' quantisation.",
-        choices=_QUANTIZE,
-        policy=Policy.REFUSED,
-        note="no quantisation is available in this version",
+        "Quantise the weights on load (CPU): see quantization.md.",
+        choices=_QUANTIZE + _OTHER_QUANTIZE,
+        refused_values=_OTHER_QUANTIZE,
         env_aliases=("HF_MODEL_QUANTIZE",),
     ),
     Flag(

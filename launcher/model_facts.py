@@ -48,6 +48,7 @@ class ModelFacts:
     max_position_embeddings: int  # 0: config.json does not say
     dtype: str  # of the checkpoint: "bfloat16", "float16", "float32", "" if it does not say
     parameters: int  # all weights, embeddings included
+    tied_embeddings: bool = False  # the vocabulary's projection has no weights of its own
 
     def kv_heads_on(self, rank: int, num_shard: int) -> int:
         """Key/value heads that a rank holds; with more ranks than heads each has a copy of one."""
@@ -59,8 +60,12 @@ class ModelFacts:
     @property
     def computed_per_token(self) -> int:
         """Weights multiplied with for each token of a step: all but embedding and vocabulary."""
-        embedding = self.vocab_size * self.hidden_size
-        return max(self.parameters - embedding, self.parameters // 4)
+        return max(self.parameters - self.embedding_parameters, self.parameters // 4)
+
+    @property
+    def embedding_parameters(self) -> int:
+        """Weights of the table that token ids are looked up in."""
+        return self.vocab_size * self.hidden_size
 
 
 def read_model_facts(directory: Path, *, weights: str = "", own_module: bool = False) -> ModelFacts:
@@ -156,6 +161,7 @@ def make_facts(config: Mapping[str, Any], weights: WeightFiles, directory: Path)
         ),
         dtype=types.get(weights.dtype, named if named in types.values() else ""),
         parameters=weights.parameters,
+        tied_embeddings=bool(config.get("tie_word_embeddings", False)),
     )
 
 

@@ -132,6 +132,7 @@ def _load(config: ShardConfig, identity: ShardIdentity) -> Runner:
     fields = {
         "weight_bytes": model.weight_bytes,
         "dtype": config.dtype,
+        "quantize": config.quantize or None,
         "kernels": kernels,
         "threads": torch.get_num_threads(),
         "seconds": round(time.monotonic() - started, 2),

@@ -31,7 +31,7 @@ class ShardConfig:
     addresses: tuple[str, ...]  # one per rank; "{epoch}" in it is replaced
     model_module: str = ""  # Python file that registers another architecture
     kernels: str = ""  # "": the best for the device
-    quantize: str = ""
+    quantize: str = ""  # a kind of headgate.kernels.quantised; "": none
     block_size: int = 16  # positions per KV block
     num_blocks: int = 0  # 0: as many as fit, found out at warm-up (cuda)
     kv_cache_dtype: str = "float32"

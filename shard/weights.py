@@ -48,10 +48,22 @@ class Weights:
     back end in use wants for `ops.linear`: the C++ kernels keep them in `dtype`, packed; torch
     would widen them again at every call, so for it they are float32 copies, made once, here. So the
     back end must be chosen (`ops.use`) before. `nbytes` counts the memory of all handed out.
+
+    `quantize`: the kind (of headgate.kernels.quantised) that matrices are quantised to, each rank's
+    slice with scales of its own; embeddings, norms and biases are not. "": not at all. With int4
+    the vocabulary's projection is int8: four bits there cost more than in all layers together.
     """
 
-    def __init__(self, path: str | Path, *, dtype: torch.dtype, device: str | torch.device) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        dtype: torch.dtype,
+        device: str | torch.device,
+        quantize: str = "",
+    ) -> None:
         self.dtype = dtype
+        self.quantize = quantize
         self.device = torch.device(device)
         self.compute_dtype = torch.float32 if self.device.type == "cpu" else dtype
         self.nbytes = 0
@@ -70,9 +82,9 @@ class Weights:
         """Rows to look up, in the stored dtype: an embedding."""
         return self._count(self._read_rows(name, shape, [rows]))
 
-    def rows(self, name: str, shape: Sequence[int], rows: range) -> Matrix:
-        """Part of a matrix's first dimension: a column-parallel layer."""
-        return self._count(self._pack(self._read_rows(name, shape, [rows])))
+    def head(self, name: str, shape: Sequence[int], rows: range) -> Matrix:
+        """Part of the vocabulary's projection: a matrix's first dimension."""
+        return self._count(self._pack_head(self._read_rows(name, shape, [rows])))
 
     def columns(self, name: str, shape: Sequence[int], columns: range) -> Matrix:
         """Part of a matrix's second dimension: a row-parallel layer."""
@@ -80,8 +92,9 @@ class Weights:
         return self._count(self._pack(self._read(name, shape, lambda view: view[:, cut])))
 
     def tied(self, table: torch.Tensor) -> Matrix:
-        """An embedding's `table` as a matrix; the same tensor where the back end takes that."""
-        matrix = self._pack(table)
+        """An embedding's `table` as the vocabulary's projection too; the same tensor where the back
+        end takes that."""
+        matrix = self._pack_head(table)
         return matrix if matrix is table else self._count(matrix)
 
     def fused_rows(self, prefix: str, fused: Fused, width: int) -> Matrix:
@@ -160,8 +173,14 @@ class Weights:
         # A copy always: slices are views of the mapped file, which must not be held open by them.
         return tensor.to(self.device, self.dtype, copy=True).contiguous()
 
-    def _pack(self, tensor: torch.Tensor) -> Matrix:
-        return ops.pack_linear(tensor.to(self.compute_dtype), self.dtype)
+    def _pack(self, tensor: torch.Tensor, quantize: str | None = None) -> Matrix:
+        kind = self.quantize if quantize is None else quantize
+        if not kind:  # otherwise it is widened piece by piece
+            tensor = tensor.to(self.compute_dtype)
+        return ops.pack_linear(tensor, self.dtype, kind)
+
+    def _pack_head(self, tensor: torch.Tensor) -> Matrix:
+        return self._pack(tensor, "int8" if self.quantize == "int4" else self.quantize)
 
     def _count(self, kept: Matrix) -> Matrix:
         self.nbytes += kept.nbytes

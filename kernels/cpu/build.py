@@ -103,16 +103,18 @@ def _compile(compiler: str, target: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="headgate-build-") as scratch:
         objects = Path(scratch)
         commands: list[tuple[str, ...]] = []
-        for source in ("interface", "thread_pool", "shared_sum"):
+        for source in ("interface", "quantised_interface", "thread_pool", "shared_sum"):
             target_object = str(objects / f"{source}.o")
             commands.append(("-c", str(SOURCES / f"{source}.cpp"), "-o", target_object))
         for name, flags in _INSTRUCTION_SETS.items():
             if flags and platform.machine() not in ("x86_64", "AMD64"):
                 continue
-            names = (f"-DHG_TABLE=kernels_{name}", f"-DHG_NAME={name}")
-            target_object = str(objects / f"{name}.o")
-            source_file = str(SOURCES / "kernels.cpp")
-            commands.append((*flags, *names, "-c", source_file, "-o", target_object))
+            vnni = ("-mavx512vnni",) if name == "avx512" else ()
+            for source, more in (("kernels", ()), ("quantised", vnni)):
+                names = (f"-DHG_TABLE={source}_{name}", f"-DHG_NAME={name}")
+                target_object = str(objects / f"{source}_{name}.o")
+                source_file = str(SOURCES / f"{source}.cpp")
+                commands.append((*flags, *more, *names, "-c", source_file, "-o", target_object))
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
             list(pool.map(lambda command: _run(compiler, *_FLAGS, *command), commands))
         # Linked under a name of its own, then renamed: no process ever loads half a library.

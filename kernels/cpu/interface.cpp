@@ -7,8 +7,7 @@
 #include <memory>
 #include <vector>
 
-#include "kernels.h"
-#include "thread_pool.h"
+#include "dispatch.h"
 
 namespace headgate {
 namespace {
@@ -50,27 +49,11 @@ float* scratch(int slot, int64_t floats) {
   return memory[slot].get();
 }
 
-// Nanoseconds of work below which an operation is not shared among threads.
-constexpr int64_t kWorthSharing = 5000;
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Rows that one tile takes when each costs about `cost` nanoseconds: enough that claiming it is cheap.
 int64_t rows_per_tile(int64_t rows, int64_t cost) {
   const int64_t least = divide_up(kWorthSharing / 2, cost < 1 ? 1 : cost);
   const int64_t even = divide_up(rows, int64_t(num_threads()) * 4);
   return least > even ? least : even;
-}
-
-// Runs all tiles, on the calling thread alone where the whole (in nanoseconds, a rough guess) would be
-// done before another thread has woken up.
-template <class Job>
-void run(void (*function)(const void*, int64_t), const Job& job, int64_t tiles, int64_t cost) {
-  if (cost < kWorthSharing) {
-    for (int64_t tile = 0; tile < tiles; ++tile) function(&job, tile);
-  } else {
-    run_tiles(function, &job, tiles);
-  }
 }
 
 // What attention on one call is cut into.
@@ -123,6 +106,9 @@ void plan_attention(const AttentionJob& job, Items& items) {
 }
 
 }  // namespace
+
+const Kernels& active_kernels() { return *kernels; }
+
 }  // namespace headgate
 
 using namespace headgate;

@@ -15,6 +15,8 @@ import torch
 from headgate.kernels import reference
 from headgate.kernels.cpu import library
 from headgate.kernels.cpu.packed import DTYPES, PackedWeight
+from headgate.kernels.cpu.quantised import QuantisedWeight
+from headgate.kernels.quantised import QuantisedTensor
 
 if TYPE_CHECKING:
     from headgate.shard.attention_metadata import AttentionMetadata
@@ -40,10 +42,12 @@ def _as_matrix(x: torch.Tensor) -> torch.Tensor:
 
 
 def linear(
-    x: torch.Tensor, weight: torch.Tensor | PackedWeight, bias: torch.Tensor | None
+    x: torch.Tensor,
+    weight: torch.Tensor | QuantisedTensor | PackedWeight | QuantisedWeight,
+    bias: torch.Tensor | None,
 ) -> torch.Tensor:
     """As the reference; with packed weights the same bits for any number of rows."""
-    if not isinstance(weight, PackedWeight):
+    if not isinstance(weight, (PackedWeight, QuantisedWeight)):
         return reference.linear(x, weight, bias)
     if not _is_rows(x) or x.shape[-1] != weight.inner:
         raise ValueError(
@@ -53,13 +57,13 @@ def linear(
         raise ValueError(f"linear's bias must be float32[{weight.columns}]")
     rows = _as_matrix(x)
     out = torch.empty((*x.shape[:-1], weight.columns), dtype=torch.float32)
-    status = _library().hg_linear(
+    status = getattr(_library(), weight.function)(
         rows.data_ptr(),
         rows.shape[0],
         weight.inner,
         rows.stride(0),
         weight.address,
-        weight.dtype_code,
+        weight.code,
         weight.columns,
         None if bias is None else bias.data_ptr(),
         out.data_ptr(),
@@ -70,9 +74,15 @@ def linear(
     return out
 
 
-def pack_linear(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | PackedWeight:
-    """weight[N, K], rounded to `dtype`, in the layout that `linear` reads fastest."""
-    return PackedWeight(weight, dtype) if dtype in DTYPES else reference.pack_linear(weight, dtype)
+def pack_linear(
+    weight: torch.Tensor, dtype: torch.dtype, quantize: str = ""
+) -> torch.Tensor | QuantisedTensor | PackedWeight | QuantisedWeight:
+    """weight[N, K], rounded to `dtype` or quantised, in the layout that `linear` reads fastest."""
+    if quantize:
+        return QuantisedWeight(weight, quantize)
+    if dtype in DTYPES:
+        return PackedWeight(weight, dtype)
+    return reference.pack_linear(weight, dtype, quantize)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

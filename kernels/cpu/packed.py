@@ -15,21 +15,21 @@ _ALIGNMENT = 64  # of tensors, by torch's allocator: a panel never shares a cach
 class PackedWeight:
     """weight[N, K] held in `dtype`, N padded to whole panels. Arithmetic with it is float32."""
 
-    __slots__ = ("_memory", "address", "columns", "dtype", "dtype_code", "inner", "nbytes")
+    __slots__ = ("_memory", "address", "code", "columns", "dtype", "inner", "nbytes")
+
+    function = "hg_linear"
 
     def __init__(self, weight: torch.Tensor, dtype: torch.dtype) -> None:
         loaded = library.load()
         assert loaded is not None, "asked for without available()"
         self.columns, self.inner = weight.shape
-        self.dtype, self.dtype_code = dtype, DTYPES[dtype]
-        self.nbytes: int = loaded.hg_packed_bytes(self.columns, self.inner, self.dtype_code)
+        self.dtype, self.code = dtype, DTYPES[dtype]
+        self.nbytes: int = loaded.hg_packed_bytes(self.columns, self.inner, self.code)
         self._memory = torch.empty(self.nbytes, dtype=torch.uint8)
         self.address = self._memory.data_ptr()
         assert self.address % _ALIGNMENT == 0
         source = weight.to(dtype).contiguous()
-        loaded.hg_pack_weight(
-            source.data_ptr(), self.columns, self.inner, self.dtype_code, self.address
-        )
+        loaded.hg_pack_weight(source.data_ptr(), self.columns, self.inner, self.code, self.address)
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -34,7 +34,7 @@ class VocabHead:
             self._weight = context.weights.tied(tied.table)
         else:
             shape = (config.vocab_size, config.hidden_size)
-            self._weight = context.weights.rows(name, shape, context.vocabulary)
+            self._weight = context.weights.head(name, shape, context.vocabulary)
         self._sizes = [len(ids) for ids in context.partition.vocabulary]
         self._group = context.group
 

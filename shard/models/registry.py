@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from headgate.kernels.quantised import KINDS
 from headgate.shard.distributed import Group
 from headgate.shard.errors import ModelError
 from headgate.shard.load_context import LoadContext
@@ -56,6 +57,7 @@ def load_model(
 ) -> CausalLM:
     """Reads this rank's part of the checkpoint directory `path`, for the kernels in use.
 
+    `quantize`: the kind its matrices are quantised to (headgate.kernels.quantised), "" for none.
     `max_positions`: the longest sequence that will be served (0: what config.json says); RoPE kinds
     that depend on a length take it, see layers/rotary.py. Raises ModelError, one sentence that says
     what is wrong, for whatever in the checkpoint or the settings can't be served.
@@ -63,13 +65,11 @@ def load_model(
     files = read_config_files(path)
     # What is not supported must be said before its config is missed for not looking like Llama's.
     model_class = _find(files[0], model_module)
-    method = quantize or (files[0].get("quantization_config") or {}).get("quant_method")
-    if method:
-        raise ModelError(f"quantisation by {method!r} is not supported")
+    _check_quantisation(files[0], quantize)
     config = parse_model_config(*files, rope_scaling, rope_factor)
     context = LoadContext(
         config=config,
-        weights=Weights(path, dtype=_dtype(dtype), device=device),
+        weights=Weights(path, dtype=_dtype(dtype), device=device, quantize=quantize),
         partition=make_partition(config, group.world_size),
         group=group,
         max_positions=max_positions or config.max_position_embeddings,
@@ -130,6 +130,14 @@ def _import_file(path: Path) -> None:
         spec.loader.exec_module(module)
     except Exception as error:  # whatever a user's file raises is told to the user
         raise ModelError(f"model module {path}: {type(error).__name__}: {error}") from error
+
+
+def _check_quantisation(config: Mapping[str, Any], quantize: str) -> None:
+    stored = (config.get("quantization_config") or {}).get("quant_method")
+    if stored:
+        raise ModelError(f"a checkpoint quantised by {stored!r} is not supported")
+    if quantize and quantize not in KINDS:
+        raise ModelError(f"quantize {quantize!r} is not supported; there are {', '.join(KINDS)}")
 
 
 def _dtype(name: str | torch.dtype) -> torch.dtype:

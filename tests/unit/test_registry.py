@@ -126,7 +126,10 @@ def test_unsupported_architectures(
         ({"hidden_act": "relu"}, ["hidden_act 'relu'"]),
         ({"hidden_size": "big"}, ["hidden_size must be a positive integer, not 'big'"]),
         ({"hidden_size": None}, ["lacks 'hidden_size'"]),
-        ({"quantization_config": {"quant_method": "gptq"}}, ["'gptq' is not supported"]),
+        (
+            {"quantization_config": {"quant_method": "gptq"}},
+            ["by 'gptq' is not supported"],
+        ),
     ],
 )
 def test_configs_that_do_not_fit(copy: Path, changes: dict[str, Any], words: list[str]) -> None:
@@ -159,7 +162,10 @@ def test_missing_directory_and_bad_json(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"dtype": "int3"}, "dtype 'int3'"), ({"quantize": "awq"}, "'awq' is not supported")],
+    [
+        ({"dtype": "int3"}, "dtype 'int3'"),
+        ({"quantize": "awq"}, "quantize 'awq' is not supported; there are int8"),
+    ],
 )
 def test_settings_that_do_not_fit(tiny_llama: Path, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ModelError, match=message):

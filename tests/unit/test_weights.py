@@ -28,7 +28,7 @@ def opened(path: Path, dtype: torch.dtype = torch.float32) -> Weights:
 
 def test_slices(tmp_path: Path) -> None:
     weights = opened(checkpoint(tmp_path, a=MATRIX, b=MATRIX + 100, c=MATRIX[0].clone()))
-    assert torch.equal(weights.rows("a", (8, 6), range(2, 5)), MATRIX[2:5])
+    assert torch.equal(weights.head("a", (8, 6), range(2, 5)), MATRIX[2:5])
     assert torch.equal(weights.columns("b", (8, 6), range(1, 4)), MATRIX[:, 1:4] + 100)
     assert torch.equal(weights.replicated("c", (6,)), MATRIX[0])
     assert weights.nbytes == 4 * (3 * 6 + 8 * 3 + 6)
@@ -74,7 +74,7 @@ def test_names_with_and_without_prefix(tmp_path: Path) -> None:
     )
     weights = opened(path)
     weights.replicated("model.norm.weight", (6,))
-    weights.rows("lm_head.weight", (8, 6), range(8))
+    weights.head("lm_head.weight", (8, 6), range(8))
     weights.finish()
 
 
@@ -116,7 +116,7 @@ def test_missing_tensor(tmp_path: Path) -> None:
 
 def test_wrong_shape(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"tensor a has shape \[8, 6\].*asks for \[8, 7\]"):
-        opened(checkpoint(tmp_path, a=MATRIX)).rows("a", (8, 7), range(8))
+        opened(checkpoint(tmp_path, a=MATRIX)).head("a", (8, 7), range(8))
 
 
 def test_leftovers(tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_not_a_checkpoint(tmp_path: Path) -> None:
 def test_quantised_tensor(tmp_path: Path) -> None:
     path = checkpoint(tmp_path, a=MATRIX.to(torch.int8))
     with pytest.raises(ModelError, match="tensor a is int8"):
-        opened(path).rows("a", (8, 6), range(8))
+        opened(path).head("a", (8, 6), range(8))
 
 
 def test_a_tied_matrix_shares_the_table_where_it_can(tmp_path: Path) -> None:

@@ -1,0 +1,185 @@
+// Products of inputs quantised to bytes with int8 and int4 weights.
+//
+// A group's sum of products is an integer, exact in any order; it becomes a float, is multiplied with
+// both scales and added to the output's sum in ascending order of groups. So an output has the
+// same bits in any batch, on any number of threads, and with vectors of any width.
+#pragma once
+
+#include "dot4.h"
+#include "quantised.h"
+#include "store_outputs.h"
+
+namespace {
+
+using namespace headgate;
+
+constexpr int kQuantisedRows = VL == 16 ? 12 : 4;
+// Vectors of columns whose sums stay in registers, and how far ahead a weight is asked for.
+constexpr int kQuantisedVectors = 2;
+constexpr int kQuantisedPrefetch = 2048;
+// Less than this is zero: the reciprocal of its scale would not be finite.
+constexpr float kSmallestInput = 1e-30f;
+
+// One group of one row: returns the scale and the sum of the `values`, [kMaxGroup].
+HG_INLINE float quantise_group(const float* x, int size, int8_t* values, int32_t* sum) {
+  float padded[kMaxGroup] __attribute__((aligned(64)));
+  for (int i = 0; i < size; ++i) padded[i] = x[i];
+  for (int i = size; i < kMaxGroup; ++i) padded[i] = 0.0f;
+  vf most = set1(0.0f);
+  for (int i = 0; i < kMaxGroup; i += VL) most = vmax(most, vabs(load(padded + i)));
+  const float largest = max_lanes(most);
+  const bool zero = largest < kSmallestInput;
+  const vf inverse = set1(zero ? 0.0f : 127.0f / largest);
+  vi total = set1i(0);
+  for (int i = 0; i < kMaxGroup; i += VL) {
+    const vi value = to_int(round_even(load(padded + i) * inverse));
+    total = add_int(total, value);
+    store_i8(values + i, value);
+  }
+  int32_t lane[VL];
+  memcpy(lane, &total, sizeof lane);
+  *sum = 0;
+  for (int i = 0; i < VL; ++i) *sum += lane[i];
+  return zero ? 0.0f : largest / 127.0f;
+}
+
+// Tile: one row tile.
+void quantise_rows_tile(const void* data, int64_t tile) {
+  const QuantiseRowsJob& job = *(const QuantiseRowsJob*)data;
+  const RowRange range = row_range(job.rows, job.row_tiles, tile);
+  const int64_t height = range.last - range.first, groups = group_count(job.inner, job.kind);
+  const int group = group_size(job.kind);
+  const int64_t bytes = row_group_bytes(job.kind);
+  char* out = job.out + range.first * groups * bytes;
+  for (int64_t g = 0; g < groups; ++g, out += height * bytes) {
+    const int64_t left = job.inner - g * group;
+    const int size = left < group ? (int)left : group;
+    for (int64_t r = 0; r < height; ++r) {
+      int8_t values[kMaxGroup] __attribute__((aligned(64)));
+      int32_t sum;
+      const float scale =
+          quantise_group(job.x + (range.first + r) * job.x_stride + g * group, size, values, &sum);
+      ((float*)out)[r] = scale;
+      if (job.kind == kInt8) ((int32_t*)out)[height + r] = -128 * sum;
+      else ((float*)out)[height + r] = scale * (float)sum;
+      char* to = out + height * 8 + r * 4;
+      for (int k = 0; k < group; k += 4, to += height * 4) memcpy(to, values + k, 4);
+    }
+  }
+}
+
+// sums[r][v] += the products of one group. x[k / 4][R][4]; w at the first of V vectors of columns.
+template <int Q, int R, int V>
+HG_INLINE void add_group(const int8_t* x, const char* w, vi (&sums)[R][V]) {
+  constexpr int kParts = Q == kInt4 ? 2 : 1;
+  constexpr int kSteps = (Q == kInt4 ? kInt4Group : kInt8Group) / 4 / kParts;
+  for (int step = 0; step < kSteps; ++step, w += kPanel * 4) {
+    __builtin_prefetch(w + kQuantisedPrefetch);
+    __builtin_prefetch(w + kQuantisedPrefetch + 64);
+    vi loaded[V];
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) loaded[v] = load_int(w + v * VL * 4);
+#pragma GCC unroll 2
+    for (int part = 0; part < kParts; ++part, x += R * 4) {
+      Bytes values[V];
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v)
+        values[v] = weights_of(Q == kInt8  ? loaded[v]
+                               : part == 0 ? low_nibbles(loaded[v])
+                                           : high_nibbles(loaded[v]));
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        const Inputs a = inputs_at(x + r * 4);
+#pragma GCC unroll 8
+        for (int v = 0; v < V; ++v) sums[r][v] = dot4(sums[r][v], values[v], a);
+      }
+    }
+  }
+}
+
+// R rows, V vectors of columns; y points at the first column.
+template <int Q, int R, int V>
+void multiply_quantised(const char* x, const char* block, int first, int64_t groups, float* y,
+                        int64_t y_stride, int64_t columns, const float* bias) {
+  constexpr int kGroup = Q == kInt4 ? kInt4Group : kInt8Group;
+  constexpr int kHeader = kPanel * (Q == kInt4 ? 4 : 2);
+  constexpr int kBlock = kPanel * (Q == kInt4 ? kInt4Group / 2 : kInt8Group) + kHeader;
+  vf totals[R][V];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) totals[r][v] = set1(0.0f);
+  for (int64_t g = 0; g < groups; ++g, block += kBlock, x += R * (8 + kGroup)) {
+    const float* scale = (const float*)x;
+    const int32_t* correction = (const int32_t*)(x + R * 4);
+    vi sums[R][V];
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) sums[r][v] = set1i(Q == kInt8 ? correction[r] : 0);
+    add_group<Q, R, V>((const int8_t*)(x + R * 8), block + kHeader + first * 4, sums);
+    const uint16_t* weight_scale = (const uint16_t*)block + first;
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) {
+      const vf s = load_bf16(weight_scale + v * VL);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r)
+        totals[r][v] = fma(to_float(sums[r][v]), s * set1(scale[r]), totals[r][v]);
+      if constexpr (Q == kInt4) {
+        const vf minimum = load_bf16(weight_scale + kPanel + v * VL);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r)
+          totals[r][v] = fma(minimum, set1(((const float*)correction)[r]), totals[r][v]);
+      }
+    }
+  }
+  store_outputs<R, V>(totals, y, y_stride, columns, bias);
+}
+
+// All columns of one panel for R rows.
+template <int Q, int R>
+void multiply_quantised_panel(const char* x, const char* panel, int64_t groups, float* y,
+                              int64_t y_stride, int64_t columns, const float* bias) {
+  constexpr int V = kQuantisedVectors;
+  for (int first = 0; first < kPanel && first < columns; first += V * VL)
+    multiply_quantised<Q, R, V>(x, panel, first, groups, y + first, y_stride, columns - first,
+                                bias ? bias + first : nullptr);
+}
+
+using QuantisedPanel = void (*)(const char*, const char*, int64_t, float*, int64_t, int64_t,
+                                const float*);
+
+template <int Q>
+QuantisedPanel quantised_panel(int64_t rows) {
+  static const QuantisedPanel table[] = {
+      multiply_quantised_panel<Q, 1>, multiply_quantised_panel<Q, 2>,
+      multiply_quantised_panel<Q, 3>, multiply_quantised_panel<Q, 4>,
+#if defined(__AVX512F__)
+      multiply_quantised_panel<Q, 5>, multiply_quantised_panel<Q, 6>,
+      multiply_quantised_panel<Q, 7>, multiply_quantised_panel<Q, 8>,
+      multiply_quantised_panel<Q, 9>, multiply_quantised_panel<Q, 10>,
+      multiply_quantised_panel<Q, 11>, multiply_quantised_panel<Q, 12>,
+#endif
+  };
+  static_assert(sizeof table / sizeof *table == kQuantisedRows, "one function for each height");
+  return table[rows - 1];
+}
+
+template <int Q>
+void multiply_panels(const QuantisedLinearJob& job, int64_t first, int64_t last, RowRange tiles) {
+  const int64_t groups = group_count(job.inner, Q);
+  for (int64_t panel = first; panel < last; ++panel) {
+    const char* weight = job.weight + panel * groups * block_bytes(Q);
+    const int64_t column = panel * kPanel;
+    const int64_t columns = job.columns - column < kPanel ? job.columns - column : kPanel;
+    for (int64_t tile = tiles.first; tile < tiles.last; ++tile) {
+      const RowRange range = row_range(job.rows, job.row_tiles, tile);
+      quantised_panel<Q>(range.last - range.first)(
+          job.x + range.first * groups * row_group_bytes(Q), weight, groups,
+          job.y + range.first * job.y_stride + column, job.y_stride, columns,
+          job.bias ? job.bias + column : nullptr);
+    }
+  }
+}
+
+}  // namespace

@@ -1,0 +1,102 @@
+// Products of float inputs with int8 weights that are widened in registers.
+//
+// Within a group each output is one chain of fused multiply-adds over k in ascending order; groups
+// are scaled and added in ascending order: the same bits in any batch, as in linear.h.
+#pragma once
+
+#include "dot4.h"
+#include "quantised.h"
+#include "store_outputs.h"
+
+namespace {
+
+using namespace headgate;
+
+// The height of linear's row tiles, whose packed inputs these are.
+constexpr int kWeightOnlyRows = VL == 16 ? 12 : 6;
+constexpr int kWeightOnlyVectors = 2;
+constexpr int kWeightOnlyPrefetch = 2048;
+
+// R rows, V vectors of columns; x[inner][R], y points at the first column.
+template <int R, int V>
+void multiply_widened(const float* x, const char* block, int first, int64_t inner, float* y,
+                      int64_t y_stride, int64_t columns, const float* bias) {
+  constexpr int kHeader = kPanel * 2;
+  vf totals[R][V];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) totals[r][v] = set1(0.0f);
+  for (; inner > 0; inner -= kWeightOnlyGroup, block += block_bytes(kInt8WeightOnly)) {
+    vf sums[R][V];
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) sums[r][v] = set1(0.0f);
+    const int8_t* w = (const int8_t*)block + kHeader + first;
+    const int size = inner < kWeightOnlyGroup ? (int)inner : kWeightOnlyGroup;
+    for (int k = 0; k < size; ++k, w += kPanel, x += R) {
+      if (k % 2 == 0) __builtin_prefetch(w + kWeightOnlyPrefetch);
+      vf values[V];
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) values[v] = load_i8(w + v * VL);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        const vf a = set1(x[r]);
+#pragma GCC unroll 8
+        for (int v = 0; v < V; ++v) sums[r][v] = fma(a, values[v], sums[r][v]);
+      }
+    }
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) {
+      const vf scale = load_bf16((const uint16_t*)block + first + v * VL);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) totals[r][v] = fma(sums[r][v], scale, totals[r][v]);
+    }
+  }
+  store_outputs<R, V>(totals, y, y_stride, columns, bias);
+}
+
+// All columns of one panel for R rows.
+template <int R>
+void multiply_widened_panel(const float* x, const char* panel, int64_t inner, float* y,
+                            int64_t y_stride, int64_t columns, const float* bias) {
+  constexpr int V = kWeightOnlyVectors;
+  for (int first = 0; first < kPanel && first < columns; first += V * VL)
+    multiply_widened<R, V>(x, panel, first, inner, y + first, y_stride, columns - first,
+                           bias ? bias + first : nullptr);
+}
+
+using WidenedPanel = void (*)(const float*, const char*, int64_t, float*, int64_t, int64_t,
+                              const float*);
+
+WidenedPanel widened_panel(int64_t rows) {
+  static const WidenedPanel table[] = {
+      multiply_widened_panel<1>,  multiply_widened_panel<2>,  multiply_widened_panel<3>,
+      multiply_widened_panel<4>,  multiply_widened_panel<5>,  multiply_widened_panel<6>,
+#if defined(__AVX512F__)
+      multiply_widened_panel<7>,  multiply_widened_panel<8>,  multiply_widened_panel<9>,
+      multiply_widened_panel<10>, multiply_widened_panel<11>, multiply_widened_panel<12>,
+#endif
+  };
+  static_assert(sizeof table / sizeof *table == kWeightOnlyRows, "one function for each height");
+  return table[rows - 1];
+}
+
+void multiply_widened_panels(const QuantisedLinearJob& job, int64_t first, int64_t last,
+                             RowRange tiles) {
+  const int64_t panel_bytes = group_count(job.inner, job.kind) * block_bytes(job.kind);
+  for (int64_t panel = first; panel < last; ++panel) {
+    const int64_t column = panel * kPanel;
+    const int64_t columns = job.columns - column < kPanel ? job.columns - column : kPanel;
+    for (int64_t tile = tiles.first; tile < tiles.last; ++tile) {
+      const RowRange range = row_range(job.rows, job.row_tiles, tile);
+      widened_panel(range.last - range.first)(
+          (const float*)job.x + range.first * job.inner, job.weight + panel * panel_bytes,
+          job.inner, job.y + range.first * job.y_stride + column, job.y_stride, columns,
+          job.bias ? job.bias + column : nullptr);
+    }
+  }
+}
+
+}  // namespace

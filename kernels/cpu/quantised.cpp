@@ -1,0 +1,30 @@
+// Quantised linear layers for one instruction set. Built once per set; HG_TABLE names its table.
+#include "linear_int8.h"
+#include "linear_weight_only.h"
+
+namespace {
+
+// Tile: a run of panels for one group of row tiles.
+void quantised_linear_tile(const void* data, int64_t tile) {
+  const QuantisedLinearJob& job = *(const QuantisedLinearJob*)data;
+  const int64_t panels = (job.columns + kPanel - 1) / kPanel;
+  const int64_t first = tile / job.row_groups * job.panels_per_tile;
+  const int64_t last = first + job.panels_per_tile < panels ? first + job.panels_per_tile : panels;
+  const RowRange tiles = row_range(job.row_tiles, job.row_groups, tile % job.row_groups);
+  if (job.kind == kInt4) multiply_panels<kInt4>(job, first, last, tiles);
+  else if (job.kind == kInt8) multiply_panels<kInt8>(job, first, last, tiles);
+  else multiply_widened_panels(job, first, last, tiles);
+}
+
+}  // namespace
+
+namespace headgate {
+
+#define HG_TEXT_OF(x) #x
+#define HG_TEXT(x) HG_TEXT_OF(x)
+
+extern const QuantisedKernels HG_TABLE = {
+    HG_TEXT(HG_NAME), kQuantisedRows, quantise_rows_tile, quantised_linear_tile,
+};
+
+}  // namespace headgate

@@ -1,0 +1,76 @@
+// Quantised weights: their layout, and what one instruction set offers to multiply with them.
+//
+// A weight matrix is cut into panels of kPanel output columns and, along K, into groups. A block is one
+// panel's part of one group: kPanel scales in bfloat16, for int4 kPanel minima in bfloat16, then the
+// values. Blocks of a panel follow one another, so a product reads one stream. The last group
+// is filled up with zeros, missing columns too.
+//
+//   int8              value + 128 as a byte, [group / 4][kPanel][4]: w = scale * value
+//   int8-weight-only  value as a signed byte, [group][kPanel]:       w = scale * value
+//   int4              bytes of two values of 0..15, [group / 8][kPanel][4], the low half for the first
+//                     four k's of eight, the high half for the others: w = minimum + scale * value
+#pragma once
+
+#include <stdint.h>
+
+#include "kernels.h"
+
+namespace headgate {
+
+enum QuantKind : int32_t { kInt8 = 0, kInt8WeightOnly = 1, kInt4 = 2 };
+
+// Values along K that share a scale, of weights and of inputs.
+constexpr int kInt8Group = 64;
+constexpr int kWeightOnlyGroup = 32;
+constexpr int kInt4Group = 32;
+constexpr int kMaxGroup = 64;
+
+static inline int group_size(int32_t kind) {
+  return kind == kInt8 ? kInt8Group : kind == kInt4 ? kInt4Group : kWeightOnlyGroup;
+}
+static inline int64_t block_bytes(int32_t kind) {
+  return kPanel * (kind == kInt4 ? 2 + 2 + kInt4Group / 2 : 2 + group_size(kind));
+}
+static inline int64_t group_count(int64_t inner, int32_t kind) {
+  return (inner + group_size(kind) - 1) / group_size(kind);
+}
+
+// Inputs are quantised to signed bytes, x = scale * value, before they meet int8 or int4 weights.
+// A row tile of m rows is stored group by group: m scales (float), m corrections (4 bytes), then
+// [group / 4][m][4] values. The correction undoes what the bytes of weights have too much: for int8
+// it is an integer, -128 * sum of values; for int4 a float, scale * sum of values, to be
+// multiplied with the minimum.
+static inline int64_t row_group_bytes(int32_t kind) { return 8 + group_size(kind); }
+
+struct QuantiseRowsJob {
+  const float* x;
+  char* out;
+  int64_t rows, inner, x_stride;
+  int32_t row_tiles, kind;
+};
+
+// y[M, N] = x[M, K] w[N, K]^T + bias[N]
+struct QuantisedLinearJob {
+  const char* x;          // quantised row tiles; floats in row tiles (see pack_rows) for weight-only
+  const char* weight;
+  const float* bias;      // or null
+  float* y;
+  int64_t rows, inner, columns, y_stride;
+  int64_t panels_per_tile;
+  int32_t row_tiles, row_groups, kind;
+};
+
+struct QuantisedKernels {
+  const char* name;
+  int tile_rows;  // tallest row tile of int8 and int4; weight-only has that of linear
+  void (*quantise_rows)(const void* job, int64_t tile);
+  void (*linear)(const void* job, int64_t tile);
+};
+
+extern const QuantisedKernels quantised_generic;
+#if defined(__x86_64__)
+extern const QuantisedKernels quantised_avx2;
+extern const QuantisedKernels quantised_avx512;
+#endif
+
+}  // namespace headgate

@@ -1,0 +1,118 @@
+// C functions of quantised linear layers; as in interface.cpp, shapes are checked in Python.
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+
+#include "dispatch.h"
+#include "quantised.h"
+
+namespace headgate {
+namespace {
+
+const QuantisedKernels& quantised_kernels() {
+#if defined(__x86_64__)
+  const char* name = active_kernels().name;
+  // Machines with AVX-512 but without VNNI multiply bytes as AVX2 does.
+  if (!strcmp(name, "avx512") && __builtin_cpu_supports("avx512vnni")) return quantised_avx512;
+  if (strcmp(name, "generic")) return quantised_avx2;
+#endif
+  return quantised_generic;
+}
+
+// Memory of the calling thread for a call's quantised inputs; it grows and stays.
+char* input_memory(int64_t bytes) {
+  struct Free {
+    void operator()(char* p) const { free(p); }
+  };
+  thread_local std::unique_ptr<char, Free> memory;
+  thread_local int64_t size = 0;
+  if (size < bytes) {
+    const int64_t wanted = divide_up(bytes, 4096) * 4096;
+    memory.reset(static_cast<char*>(aligned_alloc(64, size_t(wanted))));
+    size = memory ? wanted : 0;
+  }
+  return memory.get();
+}
+
+// The inputs as the products take them: row tiles of bytes with their scales, or of floats.
+const char* prepare_inputs(const float* x, int64_t rows, int64_t inner, int64_t x_stride,
+                           int32_t kind, int32_t row_tiles) {
+  const bool widen = kind == kInt8WeightOnly;
+  if (widen && rows == 1) return reinterpret_cast<const char*>(x);
+  const int64_t row_bytes =
+      widen ? inner * int64_t(sizeof(float)) : group_count(inner, kind) * row_group_bytes(kind);
+  char* memory = input_memory(rows * row_bytes);
+  if (!memory) return nullptr;
+  if (widen) {
+    const PackRowsJob pack = {x, reinterpret_cast<float*>(memory), rows, inner, x_stride, row_tiles};
+    run(active_kernels().pack_rows, pack, row_tiles, rows * inner / 8);
+  } else {
+    const QuantiseRowsJob quantise = {x, memory, rows, inner, x_stride, row_tiles, kind};
+    run(quantised_kernels().quantise_rows, quantise, row_tiles, rows * inner / 4);
+  }
+  return memory;
+}
+
+}  // namespace
+}  // namespace headgate
+
+using namespace headgate;
+
+#define HG_API extern "C" __attribute__((visibility("default")))
+
+HG_API int32_t hg_quantised_group(int32_t kind) { return group_size(kind); }
+
+HG_API int64_t hg_quantised_bytes(int64_t columns, int64_t inner, int32_t kind) {
+  return divide_up(columns, kPanel) * group_count(inner, kind) * block_bytes(kind);
+}
+
+// values[columns, groups * group] (int8: -127..127, int4: 0..15), scales and, for int4, minima
+// [columns, groups] in bfloat16, to the blocks that hg_linear_quantised reads (see quantised.h).
+HG_API void hg_pack_quantised(const int8_t* values, const uint16_t* scales, const uint16_t* minima,
+                              int64_t columns, int64_t inner, int32_t kind, char* packed) {
+  const int64_t groups = group_count(inner, kind), bytes = block_bytes(kind);
+  const int group = group_size(kind);
+  memset(packed, 0, size_t(hg_quantised_bytes(columns, inner, kind)));
+  for (int64_t n = 0; n < columns; ++n) {
+    const int64_t lane = n % kPanel;
+    char* block = packed + n / kPanel * groups * bytes;
+    for (int64_t g = 0; g < groups; ++g, block += bytes) {
+      uint16_t* header = reinterpret_cast<uint16_t*>(block);
+      header[lane] = scales[n * groups + g];
+      if (kind == kInt4) header[kPanel + lane] = minima[n * groups + g];
+      char* to = block + kPanel * (kind == kInt4 ? 4 : 2);
+      const int8_t* from = values + (n * groups + g) * group;
+      for (int k = 0; k < group; ++k) {
+        if (kind == kInt8) to[(k / 4 * kPanel + lane) * 4 + k % 4] = char(from[k] + 128);
+        else if (kind == kInt8WeightOnly) to[k * kPanel + lane] = from[k];
+        else to[(k / 8 * kPanel + lane) * 4 + k % 4] |= char(from[k] << (k % 8 < 4 ? 0 : 4));
+      }
+    }
+  }
+}
+
+HG_API int32_t hg_linear_quantised(const float* x, int64_t rows, int64_t inner, int64_t x_stride,
+                                   const void* weight, int32_t kind, int64_t columns,
+                                   const float* bias, float* y, int64_t y_stride) {
+  if (rows == 0 || columns == 0) return 0;
+  const QuantisedKernels& kernels = quantised_kernels();
+  const bool widen = kind == kInt8WeightOnly;
+  const int32_t row_tiles =
+      int32_t(divide_up(rows, widen ? active_kernels().tile_rows : kernels.tile_rows));
+  const char* inputs = prepare_inputs(x, rows, inner, x_stride, kind, row_tiles);
+  if (!inputs) return -1;
+  const int64_t panels = divide_up(columns, kPanel), threads = num_threads();
+  // A few tiles for each thread even out what the system takes away; more cost claims.
+  const int64_t wanted = threads == 1 ? 1 : threads * 8;
+  const int64_t panels_per_tile = panels > wanted ? panels / wanted : 1;
+  const int64_t panel_tiles = divide_up(panels, panels_per_tile);
+  int64_t row_groups = panel_tiles < wanted / 2 ? divide_up(wanted / 2, panel_tiles) : 1;
+  if (row_groups > row_tiles) row_groups = row_tiles;
+  const QuantisedLinearJob job = {inputs, static_cast<const char*>(weight), bias, y, rows, inner,
+                                  columns, y_stride, panels_per_tile, row_tiles,
+                                  int32_t(row_groups), kind};
+  // The weights are to be read from memory, and the products to be computed.
+  const int64_t cost = columns * inner / 32 + rows * columns * inner / (widen ? 64 : 256);
+  run(kernels.linear, job, panel_tiles * row_groups, cost);
+  return 0;
+}

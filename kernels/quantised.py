@@ -1,0 +1,163 @@
+"""Quantised weights: the kinds there are, how a matrix is quantised, and the reference's product.
+
+A matrix [N, K] is cut along K into groups, each with a scale (and for int4 a minimum) of its own in
+bfloat16. Values are chosen for the scales as they are stored, so rounding those costs little.
+Inputs of the kinds that multiply integers are quantised row by row and group by group when they
+come, to -127..127 by the group's largest; so a row's result depends on that row alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+# Values quantised at a time: temporary copies stay small, and in the cache.
+_CHUNK = 1 << 18
+# Inputs all below this are zero: the reciprocal of their scale would not be finite.
+_SMALLEST_INPUT = 1e-30
+# int4: the ranges to start from, as parts of the whole one, and how often each is fitted again.
+_RANGES = (1.0, 0.85)
+_FITS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class QuantKind:
+    """`group`: values along K with one scale. `offset`: a weight is minimum + scale * value, with
+    values 0..15; otherwise scale * value with -127..127. `inputs`: they are quantised too."""
+
+    name: str
+    group: int
+    offset: bool = False
+    inputs: bool = True
+
+    def padded(self, inner: int) -> int:
+        """K filled up to whole groups."""
+        return -(-inner // self.group) * self.group
+
+
+KINDS = {
+    kind.name: kind
+    for kind in (
+        QuantKind("int8", group=64),
+        QuantKind("int8-weight-only", group=32, inputs=False),
+        QuantKind("int4", group=32, offset=True),
+    )
+}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class QuantisedTensor:
+    """A matrix [N, K] as the reference holds it; G groups of S values, the last one filled up."""
+
+    kind: QuantKind
+    inner: int  # K
+    values: torch.Tensor  # int8[N, G, S]
+    scales: torch.Tensor  # bfloat16[N, G]
+    minima: torch.Tensor | None  # the same; int4 only
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.values.shape[0], self.inner
+
+    @property
+    def nbytes(self) -> int:
+        parts = (self.values, self.scales, self.minima)
+        return sum(part.nbytes for part in parts if part is not None)
+
+    def dequantise(self) -> torch.Tensor:
+        """float32[N, K]: the weights that products are taken with."""
+        weight = self.values.float() * self.scales.float().unsqueeze(-1)
+        if self.minima is not None:
+            weight += self.minima.float().unsqueeze(-1)
+        return weight.flatten(1)[:, : self.inner]
+
+
+def quantise(weight: torch.Tensor, kind: QuantKind) -> QuantisedTensor:
+    """weight[N, K] of any floating dtype, each group by itself."""
+    columns, inner = weight.shape
+    groups = kind.padded(inner) // kind.group
+    values = weight.new_empty((columns, groups, kind.group), dtype=torch.int8)
+    scales = weight.new_empty((columns, groups), dtype=torch.bfloat16)
+    minima = torch.empty_like(scales) if kind.offset else None
+    at_once = max(1, _CHUNK // kind.padded(inner))
+    for first in range(0, columns, at_once):
+        part = slice(first, first + at_once)
+        # Filled up with the last value, which changes no range; the inputs there are zeros.
+        wide = F.pad(weight[part].float(), (0, groups * kind.group - inner), mode="replicate")
+        # One group a column: sums over groups are then sums of rows, which torch does fastest.
+        by_group = wide.view(-1, kind.group).T.contiguous()
+        found, scale, minimum = _fit_offset(by_group) if kind.offset else _fit_symmetric(by_group)
+        values[part] = found.T.view(-1, groups, kind.group)
+        scales[part] = scale.view(-1, groups)
+        if minima is not None and minimum is not None:
+            minima[part] = minimum.view(-1, groups)
+    return QuantisedTensor(kind, inner, values, scales, minima)
+
+
+def _fit_symmetric(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+    """Values, scales of the groups x[:, M], by their largest."""
+    scale = _stored(x.abs().amax(0) / 127)
+    scale = torch.where(scale > 0, scale, 1.0)
+    return (x / scale).round_().clamp_(-127, 127), scale, None
+
+
+def _fit_offset(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Values, scales and minima of the groups x[:, M] with the least squared error found.
+
+    From the whole range, and from a narrower one that cuts outliers off, the line through the
+    values is fitted to x by linear regression and the values are chosen again, a few times.
+    """
+    low, high = x.amin(0), x.amax(0)
+    best: tuple[torch.Tensor, ...] = ()
+    for part in _RANGES:
+        scale = (high - low) * (part / 15)
+        minimum = (low + high) / 2 - 7.5 * scale
+        for _ in range(_FITS):
+            scale, minimum = _stored(scale), _stored(minimum)
+            scale = torch.where(scale > 0, scale, 1.0)
+            values = ((x - minimum) / scale).round_().clamp_(0, 15)
+            error = (values * scale + minimum - x).square_().sum(0)
+            found = (error, values, scale, minimum)
+            if best:
+                better = error < best[0]
+                best = tuple(torch.where(better, a, b) for a, b in zip(found, best, strict=True))
+            else:
+                best = found
+            mean, target = values.mean(0), x.mean(0)
+            spread = (values - mean).square_().sum(0).clamp_(min=1e-30)
+            scale = (values * (x - target)).sum(0) / spread
+            minimum = target - scale * mean
+    return best[1], best[2], best[3]
+
+
+def _stored(x: torch.Tensor) -> torch.Tensor:
+    """Rounded as scales are kept."""
+    return x.bfloat16().float()
+
+
+def quantise_inputs(x: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """x[T, K] float32 as values[T, G, S], whole numbers from -127 to 127, and scales[T, G]."""
+    padded = F.pad(x, (0, -x.shape[-1] % group)).unflatten(-1, (-1, group))
+    largest = padded.abs().amax(-1)
+    largest = torch.where(largest < _SMALLEST_INPUT, 0.0, largest)
+    inverse = torch.where(largest > 0, 127.0 / largest, 0.0)
+    return (padded * inverse.unsqueeze(-1)).round(), largest / 127.0
+
+
+def linear(x: torch.Tensor, weight: QuantisedTensor) -> torch.Tensor:
+    """x[T, K] times the transpose of weight, in float32, ascending groups: [T, N]."""
+    if not weight.kind.inputs:
+        return F.linear(x.float(), weight.dequantise()).to(x.dtype)
+    values, input_scales = quantise_inputs(x.float(), weight.kind.group)
+    out = values.new_zeros((x.shape[0], weight.shape[0]))
+    for g in range(values.shape[1]):
+        # Sums of whole numbers below 2^24: exact in float32, in any order.
+        sums = values[:, g] @ weight.values[:, g].float().T
+        input_scale = input_scales[:, g, None]
+        out += sums * (weight.scales[:, g].float() * input_scale)
+        if weight.minima is not None:
+            totals = values[:, g].sum(-1, keepdim=True)
+            out += weight.minima[:, g].float() * (input_scale * totals)
+    return out.to(x.dtype)
