@@ -26,6 +26,9 @@ BATCH = (
     "Answer a file of requests in OpenAI's batch format, without opening a port. After a kill the "
     "same command goes on where the output ends."
 )
+PRINT_SCHEMA = (
+    "Print the OpenAPI document that a server answers at /openapi.json, with TGI's limits."
+)
 _INPUT = "Requests, one JSON object a line: custom_id, method, url, body."
 _OF_PORTS = frozenset(
     {
@@ -67,7 +70,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     batch.add_argument("--input", "-i", type=Path, required=True, metavar="PATH", help=_INPUT)
     batch.add_argument("--output", "-o", type=Path, required=True, metavar="PATH", help=_OUTPUT)
     _add_flags(batch, without=_OF_PORTS)
+    commands.add_parser(
+        "print-schema", help="print the API's OpenAPI document", description=PRINT_SCHEMA
+    )
     parsed = parser.parse_args(arguments)
+    if parsed.command == "print-schema":
+        from headgate.print_schema import print_schema  # the gateway: not needed to serve
+
+        return print_schema()
     if parsed.command == "serve" and parsed.model is not None:
         if parsed.model_id is not None:
             serve.error(f"MODEL ({parsed.model}) and --model-id: give one of the two")

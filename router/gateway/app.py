@@ -35,6 +35,7 @@ from headgate.router.gateway.errors import (
 from headgate.router.gateway.exchange import JSON_HEADERS, MAX_REQUEST_ID, Exchange, Headers
 from headgate.router.gateway.openai_chat import ChatRoute
 from headgate.router.gateway.openai_completions import CompletionsRoute
+from headgate.router.gateway.openapi import OpenApiRoutes
 from headgate.router.gateway.responses import ResponsesRoute
 from headgate.router.gateway.services import Services
 from headgate.router.gateway.tgi import TgiRoutes
@@ -77,6 +78,7 @@ class Gateway:
         tgi, admin = TgiRoutes(self.services), AdminRoutes(self.services)
         chat, completions = ChatRoute(self.services), CompletionsRoute(self.services)
         tokenize = TokenizeRoutes(self.services, chat)
+        openapi = OpenApiRoutes(self.services)
         limit = self._config.payload_limit
         inference: dict[str, Handler] = {
             "/generate": ByKeys(
@@ -103,6 +105,9 @@ class Gateway:
             "/metrics": admin.metrics,
             "/v1/models": admin.models,
             "/v1/models/{model:path}": admin.model,
+            "/openapi.json": openapi.document,
+            "/api-doc/openapi.json": openapi.document,
+            "/docs": openapi.page,
         }
         # Vertex AI says where it sends its requests.
         if self._config.predict_route:

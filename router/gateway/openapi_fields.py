@@ -1,0 +1,206 @@
+"""What a schema's types do not say of its fields: ranges, and a phrase for people.
+
+By name: a name means the same in all three APIs. Ranges that depend on the server are filled in
+from its limits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from headgate.proto import router_pb2
+
+_TWO = {"minimum": -2, "maximum": 2}
+_SHARE = {"exclusiveMinimum": 0, "maximum": 1}
+
+PHRASES: Mapping[str, str] = {
+    "inputs": "The prompt.",
+    "prompt": "The prompt; completions take token ids and lists of prompts too.",
+    "messages": "The chat so far.",
+    "model": "Absent, `tgi`, `dummy`, the model id or its served name.",
+    "stream": "Events instead of one answer.",
+    "stream_options": "`include_usage`: a last event with the counts.",
+    "parameters": "Left out altogether it means sampling, `{}` means greedy.",
+    "max_new_tokens": "Length of the answer; absent: as many as fit.",
+    "max_tokens": "Length of the answer; absent: as many as fit (vLLM's /generate: 16).",
+    "max_completion_tokens": "The same as `max_tokens`.",
+    "min_tokens": "No end before this many tokens.",
+    "min_new_tokens": "No end before this many tokens.",
+    "do_sample": "Sample; so does any of temperature (but 1), top_k, top_p, typical_p, min_p.",
+    "temperature": "Below 1 sharpens, above 1 flattens; 0 is greedy but on TGI's routes.",
+    "top_k": "Only the k most likely tokens.",
+    "top_p": "The most likely tokens that together have this probability.",
+    "typical_p": "Tokens of usual surprise that together have this probability.",
+    "min_p": "Only tokens at least this likely relative to the best.",
+    "repetition_penalty": "Divides the logits of tokens of prompt and answer.",
+    "frequency_penalty": "For each occurrence in the answer.",
+    "presence_penalty": "Once for each token that is in the answer.",
+    "seed": "The same seed gives the same answer.",
+    "stop": "Texts that end the answer.",
+    "stop_token_ids": "Tokens that end the answer.",
+    "ignore_eos": "Go on to the greatest length.",
+    "ignore_eos_token": "Go on to the greatest length.",
+    "truncate": "Keep only the last tokens of the prompt.",
+    "truncate_prompt_tokens": "Keep only the last tokens of the prompt.",
+    "return_full_text": "Put the prompt before the answer.",
+    "details": "Tokens, logprobs, reason of the end.",
+    "decoder_input_details": "Logprobs of the prompt too.",
+    "top_n_tokens": "Alternatives at each place.",
+    "logprobs": "Logprobs of the answer's tokens.",
+    "top_logprobs": "Alternatives at each place.",
+    "watermark": "Favour tokens so that a detector can tell.",
+    "adapter_id": "The adapter to apply.",
+    "request_id": "The `x-request-id` of requests that run or wait.",
+    "instances": "Bodies of /generate or of chat.",
+    "echo": "Put the prompt before the answer.",
+    "user": "Accepted, of no effect.",
+}
+
+
+_TEXT = {"type": "string", "minLength": 1}
+_IDS = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0}}
+_PART: dict[str, Any] = {
+    "type": "object",
+    "required": ["type", "text"],
+    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+}
+_FUNCTION: dict[str, Any] = {
+    "type": "object",
+    "required": ["name"],
+    "properties": {
+        "name": {"type": "string", "pattern": "^[a-z]{1,16}$"},
+        "description": {"type": "string"},
+        "parameters": {"type": "object"},
+    },
+    "additionalProperties": False,
+}
+_TOOL = {
+    "type": "object",
+    "required": ["type", "function"],
+    "properties": {"type": {"const": "function"}, "function": _FUNCTION},
+    "additionalProperties": False,
+}
+_FLAT_TOOL = {
+    **_FUNCTION,
+    "required": ["type", "name"],
+    "properties": {"type": {"const": "function"}, **_FUNCTION["properties"]},
+}
+_ITEM = {
+    "type": "object",
+    "required": ["role", "content"],
+    "properties": {
+        "role": {"enum": ["user", "assistant", "system", "developer"]},
+        "content": {"type": "string", "minLength": 1},
+    },
+    "additionalProperties": False,
+}
+_ABSENT = {"type": "null", "description": "Not served."}
+_OFF = {"enum": [False, None], "description": "Only false is served."}
+_ONE = {"enum": [1, None], "description": "Only 1 is served."}
+_NOT_FORCED = {"enum": ["auto", "none", None]}
+_ANY_OBJECT = {"type": ["object", "null"]}
+
+# Fields whose types leave open what they hold, and those that are not served, by schema.
+_UNSERVED: Mapping[str, Mapping[str, Any]] = {
+    "GenerateParameters": {"best_of": _ONE, "grammar": _ABSENT, "adapter_id": _ABSENT},
+    "ChatRequest": {
+        **dict.fromkeys(("n", "best_of"), _ONE),
+        **dict.fromkeys(("logit_bias", "adapter_id", "grammar", "functions", "audio"), _ABSENT),
+        **dict.fromkeys(("function_call", "tool_choice"), _NOT_FORCED),
+        "tools": {"type": ["array", "null"], "items": _TOOL},
+        "response_format": {"enum": [{"type": "text"}, None]},
+        "modalities": {"enum": [["text"], None]},
+    },
+    "ChatMessage": dict.fromkeys(("tool_calls", "function_call", "audio"), _ABSENT),
+    "CompletionRequest": {
+        **dict.fromkeys(("n", "best_of"), _ONE),
+        **dict.fromkeys(("logit_bias", "adapter_id", "grammar", "suffix"), _ABSENT),
+        "response_format": {"enum": [{"type": "text"}, None]},
+    },
+    "ResponsesRequest": {
+        **dict.fromkeys(("best_of",), _ONE),
+        **dict.fromkeys(
+            (
+                "logit_bias", "adapter_id", "grammar", "previous_response_id", "conversation",
+                "prompt", "context_management", "moderation",
+            ),
+            _ABSENT,
+        ),
+        **dict.fromkeys(("store", "background"), _OFF),
+        "input": {"anyOf": [_TEXT, {"type": "array", "minItems": 1, "items": _ITEM}]},
+        "truncation": {"enum": ["disabled", None]},
+        "tools": {"type": ["array", "null"], "items": _FLAT_TOOL},
+        "tool_choice": _NOT_FORCED,
+        "prompt_cache_options": _ANY_OBJECT,
+    },
+    "TextConfig": {"format": {"enum": [{"type": "text"}, None]}},
+    "VllmGenerateRequest": {
+        **dict.fromkeys(("n", "best_of"), _ONE),
+        **dict.fromkeys(("use_beam_search", "flat_logprobs", "early_stopping"), _OFF),
+        **dict.fromkeys(
+            (
+                "logit_bias", "allowed_token_ids", "bad_words", "logits_processors",
+                "structured_outputs", "guided_decoding", "logprob_token_ids",
+                "thinking_token_budget", "repetition_detection", "extra_args",
+            ),
+            _ABSENT,
+        ),
+        "length_penalty": _ONE,
+        "spaces_between_special_tokens": {"enum": [True, None]},
+    },
+}  # fmt: skip
+SHAPES: Mapping[tuple[str, str], dict[str, Any]] = {
+    ("CompletionRequest", "prompt"): {
+        "anyOf": [_TEXT, _IDS, {"type": "array", "minItems": 1, "maxItems": 4, "items": _TEXT}]
+    },
+    ("ChatMessage", "role"): {"type": "string", "enum": ["system", "user", "assistant"]},
+    ("ChatMessage", "content"): {
+        "anyOf": [{"type": "string"}, {"type": "array", "minItems": 1, "items": _PART}]
+    },
+    **{
+        (schema, field): shape
+        for schema, fields in _UNSERVED.items()
+        for field, shape in fields.items()
+    },
+    ("VertexRequest", "instances"): {
+        "type": "array",
+        "items": {
+            "anyOf": [
+                {"$ref": "#/components/schemas/GenerateRequest"},
+                {"$ref": "#/components/schemas/ChatRequest"},
+            ]
+        },
+    },
+}
+
+
+def ranges(info: router_pb2.InfoResponse) -> dict[str, dict[str, Any]]:
+    """Name of a field to JSON-schema keywords for its values that are not null."""
+    new_tokens = {"minimum": 1, "maximum": max(info.max_total_tokens - 1, 1)}
+    alternatives = {"minimum": 0, "maximum": info.max_top_n_tokens}
+    return {
+        "inputs": {"minLength": 1},
+        "prompt": {"minLength": 1},
+        "messages": {"minItems": 1},
+        "instances": {"minItems": 1, "maxItems": info.max_concurrent_requests},
+        "request_id": {"minLength": 1},
+        "model": {"enum": ["tgi", info.served_model_name or info.model_id]},
+        "max_new_tokens": new_tokens,
+        "max_tokens": new_tokens,
+        "max_completion_tokens": new_tokens,
+        "truncate": {"minimum": 1, "maximum": info.max_input_tokens},
+        "truncate_prompt_tokens": {"minimum": 1, "maximum": info.max_input_tokens},
+        "stop": {"maxItems": info.max_stop_sequences, "items": {"type": "string", "minLength": 1}},
+        "top_n_tokens": alternatives,
+        "top_logprobs": alternatives,
+        "top_n": alternatives,
+        "temperature": {"minimum": 0},
+        "top_p": _SHARE,
+        "typical_p": _SHARE,
+        "min_p": {"minimum": 0, "maximum": 1},
+        "repetition_penalty": {"exclusiveMinimum": 0},
+        "frequency_penalty": _TWO,
+        "presence_penalty": _TWO,
+        "seed": {"minimum": 0, "maximum": 2**64 - 1},
+    }
