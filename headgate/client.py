@@ -61,15 +61,17 @@ class Generation:
     cached_tokens: int  # prompt tokens that came from the prefix cache
     seed: int | None  # None: greedy
     prefill: tuple[Token, ...] = ()  # the prompt's tokens, with prompt_logprobs=True
+    others: tuple[Generation, ...] = ()  # with n: the answers after this one
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A part of a streamed answer. The last one has the whole in `generation`."""
+    """A part of a streamed answer. The last of each answer has the whole in `generation`."""
 
     text: str
     tokens: tuple[Token, ...]
     generation: Generation | None = None
+    index: int = 0  # of the answer, where n asked for several
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +110,8 @@ class Client:
         """
         request = _request(prompt, params, request_id, fields)
         response = self._call(self.stub.Generate, request)
-        return _generation(response.finished, response.tokens)
+        others = [_generation(other.finished, other.tokens) for other in response.others]
+        return replace(_generation(response.finished, response.tokens), others=tuple(others))
 
     def stream(
         self,
@@ -118,7 +121,10 @@ class Client:
         request_id: str = "",
         **fields: Any,
     ) -> Iterator[Piece]:
-        """The answer in pieces as they are generated; leaving the loop cancels the rest."""
+        """The answer in pieces as they are generated; leaving the loop cancels the rest.
+
+        With n, the pieces of several answers alternate.
+        """
         request = _request(prompt, params, request_id, fields)
         call = self.stub.GenerateStream(request, metadata=self._metadata, timeout=self._timeout)
         return self._pieces(call)
@@ -159,16 +165,24 @@ class Client:
 
     @staticmethod
     def _pieces(call: Any) -> Iterator[Piece]:
-        tokens: list[router_pb2.Token] = []
+        answers: list[list[router_pb2.Token]] = []
+        unfinished = 0
         try:
             for event in call:
                 kind = event.WhichOneof("event")
-                if kind == "tokens":
-                    tokens.extend(event.tokens.tokens)
-                    yield Piece(event.tokens.text, _tokens(event.tokens.tokens))
+                if kind == "accepted":
+                    unfinished = event.accepted.num_answers
+                    answers = [[] for _ in range(unfinished)]
+                elif kind == "tokens":
+                    index = event.tokens.index
+                    answers[index].extend(event.tokens.tokens)
+                    yield Piece(event.tokens.text, _tokens(event.tokens.tokens), index=index)
                 elif kind == "finished":
-                    yield Piece("", (), _generation(event.finished, tokens))
-                    return
+                    index = event.finished.index
+                    unfinished -= 1
+                    yield Piece("", (), _generation(event.finished, answers[index]), index)
+                    if not unfinished:
+                        return
                 elif kind == "error":
                     raise from_proto(event.error)
             raise IncompleteGenerationError()

@@ -12,6 +12,7 @@ from typing import Any
 
 DTYPES = {"auto": "", "half": "float16", "float": "float32"}
 STOP_TEXTS = 1024  # vLLM has no limit
+BEST_OF = 1024  # beside the limit on all answers at once
 
 # argument: (flag, values that leave the choice to the server)
 SERVE_FLAGS: dict[str, tuple[str, tuple[Any, ...]]] = {
@@ -77,7 +78,7 @@ def to_flags(arguments: Mapping[str, Any]) -> list[str]:
     model, tokenizer = arguments["model"], arguments["tokenizer"]
     if tokenizer not in (None, model):
         raise ValueError(f"`tokenizer` = {tokenizer!r} is not supported: the model's own is used")
-    flags = [f"--max-stop-sequences={STOP_TEXTS}"]
+    flags = [f"--max-stop-sequences={STOP_TEXTS}", f"--max-best-of={BEST_OF}"]
     for name, (flag, unset) in SERVE_FLAGS.items():
         value = arguments[name]
         if value in unset:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import queue
-import threading
 import time
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,6 +18,7 @@ from headgate.outputs import RequestOutput, request_output
 from headgate.private_server import PrivateServer
 from headgate.prompts import Prompt
 from headgate.proto import router_pb2, router_pb2_grpc
+from headgate.room import Room
 from headgate.router import sampling_params as router
 from headgate.router.errors import (
     DrainingError,
@@ -56,6 +56,11 @@ class _Call:
     tries: int = 0
     future: Any = None
 
+    @property
+    def num_answers(self) -> int:
+        """That the router makes for it."""
+        return max(self.question.wanted.n or 1, self.question.wanted.best_of or 1)
+
 
 class Calls:
     """Safe to use from several threads: they share the room."""
@@ -69,31 +74,29 @@ class Calls:
         self._server = server
         self._stub = stub
         self._longest = info.max_total_tokens
-        self._room = threading.Semaphore(info.max_concurrent_requests)
+        self._room = Room(info.max_concurrent_requests)  # in answers, as the router counts
 
     def run(self, questions: list[Question], progress: Any) -> list[RequestOutput]:
         """Raises ValueError for a question that is refused, after the rest was cancelled."""
         answers: list[RequestOutput | None] = [None] * len(questions)
         done: queue.SimpleQueue[_Call] = queue.SimpleQueue()
         live: dict[int, _Call] = {}
-        waiting = iter(enumerate(questions))
+        waiting = (self._call(index, question) for index, question in enumerate(questions))
+        following = next(waiting, None)
         left = len(questions)
         try:
             while left:
-                while self._room.acquire(blocking=not live):
-                    call = self._next(waiting)
-                    if call is None:
-                        self._room.release()
-                        break
-                    live[call.index] = call
-                    self._start(call, done)
+                while following and self._room.take(following.num_answers, wait=not live):
+                    live[following.index] = following
+                    self._start(following, done)
+                    following = next(waiting, None)
                 call = self._take(done)
                 answer = self._answer(call)
                 if answer is None:
                     self._start(call, done)
                     continue
                 del live[call.index]
-                self._room.release()
+                self._room.give_back(call.num_answers)
                 answers[call.index] = answer
                 left -= 1
                 progress.update(1)
@@ -101,17 +104,8 @@ class Calls:
             for call in live.values():
                 with contextlib.suppress(Exception):
                     call.future.cancel()
-                self._room.release()
+                self._room.give_back(call.num_answers)
         return [answer for answer in answers if answer is not None]
-
-    def _next(self, waiting: Any) -> _Call | None:
-        for index, question in waiting:
-            try:
-                return self._call(index, question)
-            except BaseException:
-                self._room.release()
-                raise
-        return None
 
     def _call(self, index: int, question: Question) -> _Call:
         ids = self._token_ids(index, question.prompt)

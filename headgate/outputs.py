@@ -43,7 +43,7 @@ class CompletionOutput:
 
 @dataclass(slots=True)
 class RequestOutput:
-    """A prompt with its answers; there is one in `outputs`."""
+    """A prompt with its answers, `n` of them in `outputs`."""
 
     request_id: str
     prompt: str | None  # None: it came as token ids without a text
@@ -65,9 +65,7 @@ def request_output(
     detokenize: bool = True,
 ) -> RequestOutput:
     """`logprobs`, `prompt_logprobs`: what was asked for, None for nothing."""
-    finished, tokens = response.finished, response.tokens
-    chosen = [entry for token in tokens if (entry := _entry(token, logprobs)) is not None]
-    asked = logprobs is not None
+    finished = response.finished
     return RequestOutput(
         request_id=request_id,
         prompt=prompt,
@@ -78,17 +76,29 @@ def request_output(
             else [_entry(token, prompt_logprobs) for token in finished.prefill]
         ),
         outputs=[
-            CompletionOutput(
-                index=0,
-                text=finished.generated_text if detokenize else "",
-                token_ids=[token.id for token in tokens],
-                cumulative_logprob=sum(token.logprob for token in tokens) if asked else None,
-                logprobs=chosen if asked else None,
-                finish_reason="length" if finished.reason == LENGTH else "stop",
-                stop_reason=_stop_reason(finished, tokens),
-            )
+            _completion(answer.tokens, answer.finished, logprobs, detokenize)
+            for answer in (response, *response.others)
         ],
         num_cached_tokens=finished.cached_tokens,
+    )
+
+
+def _completion(
+    tokens: Sequence[router_pb2.Token],
+    finished: router_pb2.Finished,
+    logprobs: int | None,
+    detokenize: bool,
+) -> CompletionOutput:
+    asked = logprobs is not None
+    chosen = [entry for token in tokens if (entry := _entry(token, logprobs)) is not None]
+    return CompletionOutput(
+        index=finished.index,
+        text=finished.generated_text if detokenize else "",
+        token_ids=[token.id for token in tokens],
+        cumulative_logprob=sum(token.logprob for token in tokens) if asked else None,
+        logprobs=chosen if asked else None,
+        finish_reason="length" if finished.reason == LENGTH else "stop",
+        stop_reason=_stop_reason(finished, tokens),
     )
 
 

@@ -24,8 +24,6 @@ MAX_SEED = router.MAX_SEED
 
 # Fields that are not served, with the values that ask for nothing.
 _UNSERVED: dict[str, tuple[Any, ...]] = {
-    "n": (None, 1),
-    "best_of": (None, 1),
     "use_beam_search": (None, False),
     "length_penalty": (None, 1.0),
     "early_stopping": (None, False),
@@ -49,8 +47,8 @@ class SamplingParams:
     `stop` and `stop_token_ids` are lists once made. Lengths are in tokens.
     """
 
-    n: int = 1
-    best_of: int | None = None
+    n: int = 1  # answers to each prompt
+    best_of: int | None = None  # answers made, of which the n best by mean logprob are given
     presence_penalty: float = 0.0  # [-2, 2]; once per token of the answer
     frequency_penalty: float = 0.0  # [-2, 2]; per occurrence in the answer
     repetition_penalty: float = 1.0  # > 0; over prompt and answer
@@ -119,6 +117,10 @@ class SamplingParams:
         self._within("temperature", 0, math.inf)
         self._within("top_p", 0, 1, above=True)
         self._within("min_p", 0, 1)
+        self._whole("n", 1)
+        self._whole("best_of", 1)
+        if self.best_of is not None and self.best_of < self.n:
+            raise ValueError(f"`best_of` must be >= `n` = {self.n}, not {self.best_of}")
         self._whole("top_k", -1)
         self._whole("seed", 0, MAX_SEED)
         self._whole("max_tokens", 1)
@@ -166,6 +168,8 @@ class SamplingParams:
             prompt_logprobs=self.prompt_logprobs is not None or None,
             prompt_top_n_tokens=self.prompt_logprobs or None,
             grammar=self._grammar(),
+            n=None if self.n == 1 else self.n,
+            best_of=None if self.best_of == self.n else self.best_of,
         )
 
     def _grammar(self) -> Grammar | None:
@@ -200,7 +204,7 @@ class SamplingParams:
 
     def _whole(self, name: str, low: int, high: int | None = None) -> None:
         value = getattr(self, name)
-        if value is None and name not in ("top_k", "min_tokens"):
+        if value is None and name not in ("n", "top_k", "min_tokens"):
             return
         whole = isinstance(value, int) and not isinstance(value, bool)
         if not whole or value < low or (high is not None and value > high):

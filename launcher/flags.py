@@ -272,7 +272,7 @@ LIMITS = (
     Flag(
         "max-best-of",
         Kind.INTEGER,
-        "The largest `best_of` that `/info` tells; requests are served with 1 only so far.",
+        "The largest `best_of` of a request.",
         default=2,
         minimum=1,
     ),

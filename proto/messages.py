@@ -71,12 +71,14 @@ class NewRow:
 
 @dataclass(frozen=True, slots=True)
 class Fork:
-    """A new row that continues a copy of another's tokens."""
+    """A new row that begins with another's tokens. The KV of all but its last is there already."""
 
     parent: int
     child: int
     sample_index: int
     block_ids: Sequence[int]
+    num_tokens: int  # of the parent's that are shared
+    token_ids: Sequence[int] = ()  # those that follow them
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +191,8 @@ def encode_plan(plan: StepPlan) -> shard_pb2.StepPlan:
                 child=fork.child,
                 sample_index=fork.sample_index,
                 block_ids=pack_ids(fork.block_ids),
+                num_tokens=fork.num_tokens,
+                token_ids=pack_ids(fork.token_ids),
             )
             for fork in plan.forks
         ],
@@ -213,7 +217,14 @@ def decode_plan(message: shard_pb2.StepPlan) -> StepPlan:
         block_ids=unpack_ids(message.block_ids),
         copies=list(zip(unpack_ids(message.copy_from), unpack_ids(message.copy_to), strict=True)),
         forks=[
-            Fork(fork.parent, fork.child, fork.sample_index, unpack_ids(fork.block_ids))
+            Fork(
+                fork.parent,
+                fork.child,
+                fork.sample_index,
+                unpack_ids(fork.block_ids),
+                fork.num_tokens,
+                unpack_ids(fork.token_ids),
+            )
             for fork in message.forks
         ],
         reset=message.reset,

@@ -11,10 +11,11 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from headgate.proto import router_pb2
 from headgate.proto.messages import StepPlan, StepResult
+from headgate.router.best_of import BestOf
 from headgate.router.config import RouterConfig
 from headgate.router.errors import (
     DrainingError,
@@ -25,7 +26,7 @@ from headgate.router.errors import (
     UnavailableError,
     ValidationError,
 )
-from headgate.router.live_requests import Limiter, LiveRequest, Permit, Sink
+from headgate.router.live_requests import Limiter, LiveAnswer, LiveRequest, Permit, Sink
 from headgate.router.metrics import Metrics, StepTimes
 from headgate.router.output_processor import Outcome, OutputProcessor
 from headgate.router.request import Request
@@ -75,9 +76,9 @@ class Engine:
         self._outputs = outputs
         self._metrics = metrics
         self._limiter = Limiter(config.max_concurrent_requests)
-        self._live: dict[int, LiveRequest] = {}
+        self._live: dict[int, LiveAnswer] = {}  # by row id
         self._next_id = 1
-        self._backlog: list[LiveRequest] = []  # accepted before there was any KV memory
+        self._backlog: list[LiveAnswer] = []  # accepted before there was any KV memory
         self._scheduler: Scheduler | None = None
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -88,8 +89,8 @@ class Engine:
 
     # --------------------------------------------------------------- requests
 
-    def admit(self, resubmitted: bool = False) -> Permit:
-        """Room for one more request. `resubmitted`: an earlier router had accepted it.
+    def admit(self, num_answers: int = 1, resubmitted: bool = False) -> Permit:
+        """Room for a request's answers. `resubmitted`: an earlier router had accepted it.
 
         Raises OverloadedError, DrainingError or UnavailableError.
         """
@@ -100,27 +101,28 @@ class Engine:
             raise DrainingError()
         if not resubmitted and state == LOADING:
             raise UnavailableError("The model is still loading", retry_after=LOADING_RETRY)
-        return self._limiter.acquire()
+        return self._limiter.acquire(num_answers)
 
     def submit(self, valid: ValidRequest, sink: Sink, permit: Permit) -> LiveRequest:
         """Queues the request and sends `Accepted`. Raises ValidationError, UnavailableError."""
         if self._status.state == FAILED:  # since it was admitted
             raise UnavailableError(self._status.detail)
-        request = Request(
-            id=self._take_id(),
-            prompt_ids=valid.prompt_ids,
-            sampling=valid.sampling,
-            arrival=valid.arrival,
-            skip_prefix_cache=valid.sampling.prompt_logprobs,
-        )
-        live = LiveRequest(request, valid, self._outputs.open(request.id, valid), sink, permit)
-        self._live[request.id] = live
+        if valid.ranked:
+            sink = BestOf(sink, valid.num_answers, valid.num_given)
+        live = LiveRequest(valid, sink, permit)
+        for index in range(valid.num_answers):
+            if index not in valid.progress or not valid.progress[index].finished:
+                self._open(live, index)
+        resumed: list[tuple[LiveAnswer, Outcome]] = []
         try:
-            resumed = self._resume(live)
-            if resumed is None or not resumed.reason:
-                self._queue(live)
+            for answer in live.answers:
+                outcome = self._resume(answer)
+                if outcome is not None:
+                    resumed.append((answer, outcome))
+                if outcome is None or not outcome.reason:
+                    self._queue(answer)
         except BaseException as error:
-            self._forget(live)
+            self._abandon(live)
             if isinstance(error, RequestTooLarge):
                 raise ValidationError(str(error), field="max_new_tokens") from error
             raise
@@ -129,12 +131,34 @@ class Engine:
             input_tokens=len(valid.prompt_ids),
             seed=valid.seed,
             prompt_characters=valid.prompt_characters,
+            num_answers=valid.num_given if valid.ranked else len(live.answers),
         )
         sink.send(router_pb2.GenerateEvent(accepted=accepted))
-        if resumed is not None:
-            self._deliver(live, resumed)
+        for answer, outcome in resumed:
+            self._deliver(answer, outcome)
         self._wake.set()
         return live
+
+    def _open(self, live: LiveRequest, index: int) -> None:
+        """One more answer; the first of them computes the prompt for the others."""
+        valid, leader = live.valid, live.answers[0].request if live.answers else None
+        sampling = replace(
+            valid.sampling,
+            sample_index=index,
+            prompt_logprobs=valid.sampling.prompt_logprobs and index == 0,
+        )
+        request = Request(
+            id=self._take_id(),
+            prompt_ids=valid.prompt_ids,
+            sampling=sampling,
+            arrival=valid.arrival,
+            skip_prefix_cache=sampling.prompt_logprobs,
+            leader=leader,
+        )
+        answer = LiveAnswer(live, request, self._outputs.open(request.id, valid, index))
+        live.answers.append(answer)
+        live.num_open += 1
+        self._live[request.id] = answer
 
     def cancel(self, live: LiveRequest) -> None:
         """The client left: memory is freed at once, nothing more is sent. Idempotent."""
@@ -143,11 +167,11 @@ class Engine:
 
     def cancel_by_name(self, name: str) -> int:
         """Ends the requests with this request or call id with an error; how many there were."""
-        named = [
-            live
-            for live in self._live.values()
-            if name in (live.valid.request_id, live.valid.call_id)
-        ]
+        named = {
+            answer.live
+            for answer in self._live.values()
+            if name in (answer.live.valid.request_id, answer.live.valid.call_id)
+        }
         for live in named:
             self.fail(live, RequestCancelledError())
         return len(named)
@@ -159,12 +183,12 @@ class Engine:
             live.sink.send(router_pb2.GenerateEvent(error=error.to_proto()))
 
     def fail_all(self, error: RouterError) -> None:
-        for live in list(self._live.values()):
-            self.fail(live, error)
+        for answer in list(self._live.values()):
+            self.fail(answer.live, error)
 
     @property
     def num_live(self) -> int:
-        """Requests admitted and not ended, those in validation included."""
+        """Answers admitted and not ended, those in validation included."""
         return self._limiter.num_live
 
     async def drained(self, timeout: float) -> None:
@@ -213,16 +237,20 @@ class Engine:
                 )
             )
             backlog, self._backlog = self._backlog, []
-            for live in backlog:
+            for answer in backlog:
+                if answer.live.ended:
+                    continue
                 try:
-                    self._queue(live)
+                    self._queue(answer)
                 except RequestTooLarge as error:
-                    self.fail(live, ValidationError(str(error), field="max_new_tokens"))
+                    self.fail(answer.live, ValidationError(str(error), field="max_new_tokens"))
         else:
             for request in self._scheduler.reset(num_blocks):
-                self.fail(
-                    self._live[request.id], GenerationError("the new shards have too little memory")
-                )
+                if request.id in self._live:  # else it went with another of its answers
+                    self.fail(
+                        self._live[request.id].live,
+                        GenerationError("the new shards have too little memory"),
+                    )
         if self._lost_group:
             self._lost_group = False
             self._metrics.value("tgi_group_recoveries").inc()
@@ -238,10 +266,10 @@ class Engine:
         self._lost_group = True
         if self._scheduler is not None:
             self._scheduler.reset()
-        for live in list(self._live.values()):
-            if live.request.recoveries >= MAX_RECOVERIES:
+        for answer in list(self._live.values()):
+            if answer.request.recoveries >= MAX_RECOVERIES:
                 self.fail(
-                    live,
+                    answer.live,
                     GenerationError(f"{MAX_RECOVERIES} shard groups died while it was running"),
                 )
 
@@ -299,7 +327,7 @@ class Engine:
             return None, None
         now = time.monotonic()
         method = "prefill" if self._holds_prompt(plan) else "decode"
-        joined = len(plan.new_rows)
+        joined = len(plan.new_rows) + len(plan.forks)
         self._metrics.step_planned(method, joined, len(plan.rows) > joined, now - started)
         return plan, _Step(sequence, method, now)
 
@@ -344,96 +372,112 @@ class Engine:
     # --------------------------------------------------------------- delivery
 
     def _deliver_output(self, output: RowOutput, now: float) -> None:
-        live = self._live.get(output.request.id)
-        if live is None:
+        answer = self._live.get(output.request.id)
+        if answer is None:
             return
         if output.failure:
-            self.fail(live, GenerationError(output.failure))
+            self.fail(answer.live, GenerationError(output.failure))
             return
         try:
             outcome = self._outputs.process(output)
             if outcome is not None:
-                self._count_token(live, now)
-                self._deliver(live, outcome)
+                self._count_token(answer, now)
+                self._deliver(answer, outcome)
         except Exception:
             # One answer's text must not take the other requests with it.
-            logger.exception("request %s failed", live.valid.request_id)
-            self.fail(live, InternalError())
+            logger.exception("request %s failed", answer.live.valid.request_id)
+            self.fail(answer.live, InternalError())
 
-    def _count_token(self, live: LiveRequest, now: float) -> None:
-        if live.last_token is None:
-            live.first_token = now
-            self._metrics.first_token(now - live.valid.arrival)
+    def _count_token(self, answer: LiveAnswer, now: float) -> None:
+        if answer.last_token is None:
+            answer.first_token = now
+            self._metrics.first_token(now - answer.live.valid.arrival)
         else:
-            self._metrics.next_token(now - live.last_token)
-        live.last_token = now
+            self._metrics.next_token(now - answer.last_token)
+        answer.last_token = now
 
-    def _deliver(self, live: LiveRequest, outcome: Outcome) -> None:
+    def _deliver(self, answer: LiveAnswer, outcome: Outcome) -> None:
+        live = answer.live
         if outcome.tokens.tokens or outcome.tokens.text:
             live.sink.send(router_pb2.GenerateEvent(tokens=outcome.tokens))
         if outcome.reason and not live.ended:  # a sink that overflowed has ended it
-            self._finish(live, outcome)
+            self._finish(answer, outcome)
 
-    def _finish(self, live: LiveRequest, outcome: Outcome) -> None:
+    def _finish(self, answer: LiveAnswer, outcome: Outcome) -> None:
+        live, text = answer.live, answer.text
         if outcome.by_text and self._scheduler is not None:
-            self._scheduler.finish(live.request.id, "stop_sequence")  # unknown: it ended at once
+            # Unknown where it ended at once.
+            self._scheduler.finish(answer.request.id, "stop_sequence")
         now = time.monotonic()
         finished = router_pb2.Finished(
             reason=outcome.reason,
-            generated_text=live.answer.text,
-            generated_tokens=live.answer.num_tokens,
+            generated_text=text.text,
+            generated_tokens=text.num_tokens,
             input_tokens=len(live.valid.prompt_ids),
-            cached_tokens=live.request.num_cached_tokens,
+            cached_tokens=live.num_cached_tokens,
             seed=live.valid.seed,
-            prefill=live.answer.prefill_tokens(),
-            timings=live.timings(now),
-            stop_sequence=live.answer.stop_text,
+            prefill=text.prefill_tokens(),
+            timings=live.timings(answer, now),
+            stop_sequence=text.stop_text,
+            index=answer.index,
         )
-        self._forget(live)
+        self._forget(answer)
         live.sink.send(router_pb2.GenerateEvent(finished=finished))
-        self._metrics.succeeded(live.times(now), live.answer.num_tokens)
-        live.log_end(_REASON_NAMES[outcome.reason], now, self._config.log_prompts)
+        if live.ended:
+            self._metrics.succeeded(live.times(now), live.num_tokens)
+            live.log_end(_REASON_NAMES[outcome.reason], now, self._config.log_prompts)
 
     # ------------------------------------------------------------------ books
 
     def _take_id(self) -> int:
-        """A row id that no live request has."""
+        """A row id that no live answer has."""
         while True:
             taken = self._next_id
             self._next_id = taken % 0xFFFFFFFF + 1
             if taken not in self._live:
                 return taken
 
-    def _resume(self, live: LiveRequest) -> Outcome | None:
+    def _resume(self, answer: LiveAnswer) -> Outcome | None:
         """Takes over what an earlier router delivered; the outcome may be that it was all."""
-        progress = live.valid.progress
+        valid = answer.live.valid
+        progress = valid.progress.get(answer.index)
         if progress is None:
             return None
         ids = [token.id for token in progress.tokens]
-        end = self._outputs.end_of(live.valid, ids)
-        outcome = live.answer.replay(progress.tokens, progress.text_offset, end)
-        live.request.output_ids.extend(ids[: live.answer.num_tokens])
+        end = self._outputs.end_of(valid, ids)
+        outcome = answer.text.replay(progress.tokens, progress.text_offset, end)
+        answer.request.output_ids.extend(ids[: answer.text.num_tokens])
         return outcome
 
-    def _queue(self, live: LiveRequest) -> None:
+    def _queue(self, answer: LiveAnswer) -> None:
         """Raises RequestTooLarge."""
         if self._scheduler is None:
-            self._backlog.append(live)
+            self._backlog.append(answer)
         else:
-            self._scheduler.add(live.request)
+            self._scheduler.add(answer.request)
 
     def _drop(self, live: LiveRequest, cause: str) -> None:
-        if self._scheduler is not None:
-            self._scheduler.cancel(live.request.id)
-        if live in self._backlog:
-            self._backlog.remove(live)
-        self._forget(live)
+        self._abandon(live)
         self._metrics.failed(cause)
         live.log_end(cause, time.monotonic(), self._config.log_prompts)
         self._wake.set()
 
-    def _forget(self, live: LiveRequest) -> None:
-        live.ended = True
-        self._live.pop(live.request.id, None)
-        self._outputs.close(live.request.id)
-        live.permit.release()
+    def _abandon(self, live: LiveRequest) -> None:
+        """Frees what its answers hold."""
+        for answer in live.answers:
+            if answer.request.id in self._live:
+                if self._scheduler is not None:
+                    self._scheduler.cancel(answer.request.id)
+                if answer in self._backlog:
+                    self._backlog.remove(answer)
+                self._forget(answer)
+
+    def _forget(self, answer: LiveAnswer) -> None:
+        """It has ended; with the last of its answers the request has."""
+        live = answer.live
+        del self._live[answer.request.id]
+        self._outputs.close(answer.request.id)
+        live.num_open -= 1
+        if not live.num_open:
+            live.ended = True
+            live.permit.release()

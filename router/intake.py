@@ -73,8 +73,8 @@ class Intake:
         return len(arriving) + self._engine.cancel_by_name(name)
 
     async def _submit(self, submission: Submission, sink: Sink, arrival: float) -> LiveRequest:
-        permit = self._engine.admit(submission.resubmitted)
         request = submission.request
+        permit = self._engine.admit(_num_answers(request), submission.resubmitted)
         arriving = _Arriving((request.request_id, request.call_id))
         self._arriving.add(arriving)
         try:
@@ -96,3 +96,8 @@ class Intake:
             "message": error.message,
         }
         logger.info("request refused", extra={"fields": fields})
+
+
+def _num_answers(request: router_pb2.GenerateRequest) -> int:
+    """How many are to be generated, as far as can be said before validation."""
+    return max(request.parameters.n, request.parameters.best_of, 1)

@@ -117,26 +117,24 @@ class KVCacheManager:
     def fork(
         self, parent: Request, child: Request, num_positions: int
     ) -> list[tuple[int, int]] | None:
-        """Gives `child` a table with the parent's first `num_positions`, all planned before.
+        """Gives `child` a table with the parent's first `num_positions`, all planned before, and
+        room for one more.
 
         Full blocks are shared. A block in part filled is copied, since both would write
         into it: that copy, as (from, to), must be done by the plan that forks. None, and nothing
-        done, if no block is left for it.
+        done, if no block is left.
         """
         assert not child.block_ids
+        own = self.pool.allocate(1)
+        if own is None:
+            return None
         full, rest = divmod(num_positions, self.block_size)
-        copies: list[tuple[int, int]] = []
-        if rest:
-            own = self.pool.allocate(1)
-            if own is None:
-                return None
-            copies.append((parent.block_ids[full], own[0]))
         for block in parent.block_ids[:full]:
             self.pool.share(block)
-        child.block_ids = [*parent.block_ids[:full], *(target for _, target in copies)]
+        child.block_ids = [*parent.block_ids[:full], *own]
         child.block_hashes = parent.block_hashes[:full]
         child.num_published = min(parent.num_published, full)
-        return copies
+        return [(parent.block_ids[full], own[0])] if rest else []
 
     def free(self, request: Request) -> None:
         """Gives back its whole table; published blocks stay findable until evicted."""

@@ -1,4 +1,4 @@
-"""The requests a router is working for: how many may live at once, and each one's books.
+"""The requests a router is working for: how many answers may live at once, and each one's books.
 
 Counts and times; it schedules nothing and knows no tokens.
 """
@@ -36,74 +36,105 @@ class Sink(Protocol):
 
 
 class Permit:
-    """The right to be one of the live requests. Held from before validation to the end."""
+    """The right to have some answers live. Held from before validation to the last one's end."""
 
-    def __init__(self, limiter: Limiter) -> None:
+    def __init__(self, limiter: Limiter, num_answers: int) -> None:
         self._limiter: Limiter | None = limiter
+        self._num_answers = num_answers
         self._since = time.monotonic()
 
     def release(self) -> None:
         """Idempotent."""
         if self._limiter is not None:
-            self._limiter.give_back(time.monotonic() - self._since)
+            self._limiter.give_back(self._num_answers, time.monotonic() - self._since)
             self._limiter = None
 
 
 class Limiter:
-    """Gives out at most `limit` permits at a time, over all gateways."""
+    """Lets at most `limit` answers live at a time, over all gateways."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._durations: deque[float] = deque(maxlen=REMEMBERED)
         self.num_live = 0
 
-    def acquire(self) -> Permit:
-        """Raises OverloadedError, never waits."""
-        if self.num_live >= self._limit:
-            raise OverloadedError(retry_after=self._retry_after())
-        self.num_live += 1
-        return Permit(self)
+    def acquire(self, num_answers: int) -> Permit:
+        """For all of a request's answers at once. Raises OverloadedError, never waits.
 
-    def give_back(self, duration: float) -> None:
-        self.num_live -= 1
+        A request for more than there can ever be passes with none, for validation to refuse it.
+        """
+        if num_answers > self._limit:
+            num_answers = 0
+        if self.num_live + num_answers > self._limit:
+            raise OverloadedError(retry_after=self._retry_after())
+        self.num_live += num_answers
+        return Permit(self, num_answers)
+
+    def give_back(self, num_answers: int, duration: float) -> None:
+        self.num_live -= num_answers
         self._durations.append(duration)
 
     def _retry_after(self) -> float:
-        """Seconds in which about a quarter of the live requests will have ended; at least 1."""
+        """Seconds in which about a quarter of what is live will have ended; at least 1."""
         if not self._durations:
             return 1.0
         return float(max(1, math.ceil(sum(self._durations) / len(self._durations) / 4)))
 
 
 @dataclass(slots=True, eq=False)
-class LiveRequest:
-    """One accepted request: ids, text, the way to its client, and its times (time.monotonic())."""
+class LiveAnswer:
+    """One of a request's answers: ids, text and times (time.monotonic())."""
 
+    live: LiveRequest
     request: Request
-    valid: ValidRequest
-    answer: Answer
-    sink: Sink
-    permit: Permit
-    queued: float = field(default_factory=time.monotonic)
+    text: Answer
     first_token: float | None = None
     last_token: float | None = None
+
+    @property
+    def index(self) -> int:
+        """Among the request's answers."""
+        return self.request.sampling.sample_index
+
+
+@dataclass(slots=True, eq=False)
+class LiveRequest:
+    """One accepted request: its answers, the way to its client, and its times."""
+
+    valid: ValidRequest
+    sink: Sink
+    permit: Permit
+    answers: list[LiveAnswer] = field(default_factory=list)
+    num_open: int = 0  # answers that have not ended
+    queued: float = field(default_factory=time.monotonic)
     ended: bool = False
+
+    @property
+    def num_tokens(self) -> int:
+        """Of all answers."""
+        return sum(answer.text.num_tokens for answer in self.answers)
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Prompt tokens that the prefix cache had; the answers after the first share its."""
+        return self.answers[0].request.num_cached_tokens
 
     def times(self, now: float) -> RequestTimes:
         """Phases that were not reached are 0 long."""
-        started = self.request.first_scheduled
+        started = self.answers[0].request.first_scheduled
         inference = 0.0 if started is None else max(now - started, 0.0)
+        longest = max(answer.text.num_tokens for answer in self.answers)
         return RequestTimes(
             total=now - self.valid.arrival,
             validation=self.queued - self.valid.arrival,
             queue=max((now if started is None else started) - self.queued, 0.0),
             inference=inference,
-            per_token=inference / max(self.answer.num_tokens, 1),
+            per_token=inference / max(longest, 1),
         )
 
-    def timings(self, now: float) -> router_pb2.Timings:
+    def timings(self, answer: LiveAnswer, now: float) -> router_pb2.Timings:
         times = self.times(now)
-        first = self.first_token
+        first = answer.first_token
         return router_pb2.Timings(
             validation=_nanoseconds(times.validation),
             queue=_nanoseconds(times.queue),
@@ -124,22 +155,23 @@ class LiveRequest:
             "parameters": self._given_parameters(),
             "seed": self.valid.seed,
             "input_tokens": len(self.valid.prompt_ids),
-            "cached_tokens": self.request.num_cached_tokens,
-            "generated_tokens": self.answer.num_tokens,
+            "cached_tokens": self.num_cached_tokens,
+            "generated_tokens": self.num_tokens,
             "validation_ms": _milliseconds(times.validation),
             "queue_ms": _milliseconds(times.queue),
             "inference_ms": _milliseconds(times.inference),
             "per_token_ms": _milliseconds(times.per_token),
             "total_ms": _milliseconds(times.total),
         }
-        if self.first_token is not None:
-            line["first_token_ms"] = _milliseconds(self.first_token - self.valid.arrival)
+        first = [answer.first_token for answer in self.answers if answer.first_token is not None]
+        if first:
+            line["first_token_ms"] = _milliseconds(min(first) - self.valid.arrival)
         for name in ("preemptions", "recoveries"):
-            if count := getattr(self.request, name):
+            if count := sum(getattr(answer.request, name) for answer in self.answers):
                 line[name] = count
         if log_prompts:
             line["prompt"] = self.valid.prompt_text or self.valid.prompt_ids
-            line["answer"] = self.answer.text
+            line["answers"] = [answer.text.text for answer in self.answers]
         logger.info("request", extra={"fields": line})
 
 

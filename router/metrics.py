@@ -195,7 +195,11 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric("tgi_prompt_tokens", "counter", "Prompt tokens of accepted requests."),
     Metric("tgi_generated_tokens", "counter", "Tokens generated."),
-    Metric("tgi_request_live", "gauge", "Requests that count against the limit of live ones."),
+    Metric(
+        "tgi_request_live",
+        "gauge",
+        "Answers that count against --max-concurrent-requests; a request may ask for several.",
+    ),
     Metric("tgi_request_preemptions", "counter", "Times a request gave its KV memory up."),
     Metric(
         "tgi_request_recoveries", "counter", "Times a running request lost its shards and went on."

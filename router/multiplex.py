@@ -33,6 +33,7 @@ class KeyedRequest:
         self.attempt = attempt
         self.live: LiveRequest | None = None
         self.task: asyncio.Task[None] | None = None  # while it is being validated
+        self.unfinished = 0  # answers, once it is accepted
         self._stream = stream
         self._held: list[router_pb2.GenerateEvent] | None = None  # None: not paused
         self._overflowed = False
@@ -122,12 +123,22 @@ class MultiplexStream:
         self._events.append(
             router_pb2.KeyedEvent(key=keyed.key, attempt=keyed.attempt, event=event)
         )
-        if event.WhichOneof("event") in ("finished", "error"):
+        if self._is_last(keyed, event):
             del self._requests[keyed.key]
         self._wake.set()
         if len(self._events) > MAX_UNSENT_EVENTS:
             logger.error("gateway %s does not read: its stream is ended", self.gateway_id)
             self.close()
+
+    @staticmethod
+    def _is_last(keyed: KeyedRequest, event: router_pb2.GenerateEvent) -> bool:
+        kind = event.WhichOneof("event")
+        if kind == "accepted":
+            keyed.unfinished = event.accepted.num_answers
+        elif kind == "finished":
+            keyed.unfinished -= 1
+            return keyed.unfinished == 0
+        return kind == "error"
 
     def overflow(self, keyed: KeyedRequest) -> None:
         """Its client reads too slowly: its place is wanted."""

@@ -37,8 +37,10 @@ class Outcome:
 class Answer:
     """The text of one request as it grows."""
 
-    def __init__(self, valid: ValidRequest, pieces: Pieces) -> None:
+    def __init__(self, valid: ValidRequest, pieces: Pieces, index: int = 0) -> None:
+        """`index`: which of the request's answers it is."""
         self._valid = valid
+        self._index = index
         self._pieces = pieces
         self._detokenizer = Detokenizer(pieces, valid.prompt_ids, valid.skip_special_tokens)
         self._stops = StopMatcher(valid.stop, valid.include_stop)
@@ -83,7 +85,7 @@ class Answer:
             token.logprob = logprob
         if top is not None and sampling.top_n_tokens:
             token.top.extend(self._alternatives(top))
-        event = router_pb2.Tokens(first_index=index, tokens=[token])
+        event = router_pb2.Tokens(first_index=index, tokens=[token], index=self._index)
         self._give_out(event, released)
         if not ended:
             return Outcome(event)
@@ -103,7 +105,7 @@ class Answer:
             outcome = self.push(id_, end=end if place == len(ids) else RowEnd.NONE)
             if outcome.reason:
                 break
-        event = router_pb2.Tokens(first_index=self.num_tokens)
+        event = router_pb2.Tokens(first_index=self.num_tokens, index=self._index)
         self._sent = text_offset
         self._give_out(event, "")
         return replace(outcome, tokens=event) if outcome else Outcome(event)
@@ -114,8 +116,11 @@ class Answer:
             self._prompt_logprobs[entry.start + offset] = (logprob, top)
 
     def prefill_tokens(self) -> list[router_pb2.Token]:
-        """The prompt's tokens with their logprobs; the first has none. Empty if not asked for."""
-        if not self._valid.sampling.prompt_logprobs:
+        """The prompt's tokens with their logprobs; the first has none.
+
+        Empty if not asked for, and for all answers but the first: the prompt is the same.
+        """
+        if self._index or not self._valid.sampling.prompt_logprobs:
             return []
         detokenizer = Detokenizer(self._pieces, (), False)
         tokens = []
@@ -165,8 +170,8 @@ class OutputProcessor:
         self._answers: dict[int, Answer] = {}
         self.eos_token_ids = frozenset(eos_token_ids)
 
-    def open(self, request_id: int, valid: ValidRequest) -> Answer:
-        answer = Answer(valid, self._pieces)
+    def open(self, request_id: int, valid: ValidRequest, index: int = 0) -> Answer:
+        answer = Answer(valid, self._pieces, index)
         self._answers[request_id] = answer
         return answer
 

@@ -23,7 +23,8 @@ class RequestStatus(Enum):
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """One API request. Who makes it fills the first group; the scheduler owns the rest.
+    """One answer to a prompt, a row of the shards. Who makes it fills the first group; the
+    scheduler owns the rest.
 
     A request that was already answered in part (by a router that died) comes with
     `output_ids` filled: it goes on from there. `sampling.max_new_tokens` counts them.
@@ -40,6 +41,7 @@ class Request:
     adapter_id: str = ""
     lockstep: bool = False  # its sampled token must be known before it is planned again
     skip_prefix_cache: bool = False  # recompute the whole prompt (prompt logprobs)
+    leader: Request | None = None  # the first answer to the same prompt, to share its KV of that
     output_ids: list[int] = field(default_factory=list)  # confirmed
 
     status: RequestStatus = RequestStatus.WAITING
@@ -73,6 +75,10 @@ class Request:
     def max_positions(self) -> int:
         """KV positions it takes if it runs to max_new_tokens."""
         return len(self.prompt_ids) + self.sampling.max_new_tokens - 1
+
+    @property
+    def is_running(self) -> bool:
+        return self.status is RequestStatus.RUNNING
 
     @property
     def is_finished(self) -> bool:

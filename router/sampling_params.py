@@ -90,7 +90,7 @@ class SamplingParams:
 
     def check(self, limits: ParameterLimits) -> None:
         """Raises ValidationError for the first rule broken; the order is TGI's."""
-        self._check_best_of()
+        self._check_answers(limits)
         for name, holds, message in _RANGES:
             value = getattr(self, name)
             # NaN fails every comparison, infinity none: neither is a setting.
@@ -98,15 +98,31 @@ class SamplingParams:
                 raise ValidationError(message, field=name)
         self._check_stop(limits)
         self._check_alternatives(limits)
-        if self.n not in (None, 1):
-            raise ValidationError(f"`n` = {self.n} is not supported yet", field="n")
 
-    def _check_best_of(self) -> None:
-        if self.best_of is None or self.best_of <= 1:
-            return
-        if not self.samples:
-            raise ValidationError("you must use sampling when `best_of` is > 1", field="best_of")
-        raise ValidationError(f"`best_of` = {self.best_of} is not supported yet", field="best_of")
+    def _check_answers(self, limits: ParameterLimits) -> None:
+        n, best_of = 1 if self.n is None else self.n, self.best_of
+        if best_of is not None and best_of > 1:
+            if not self.samples:
+                raise ValidationError(
+                    "you must use sampling when `best_of` is > 1", field="best_of"
+                )
+            if limits.max_best_of == 1:
+                raise ValidationError(
+                    "`best_of` != 1 is not allowed for this endpoint", field="best_of"
+                )
+        if best_of is not None and not 0 < best_of <= limits.max_best_of:
+            raise ValidationError(
+                f"`best_of` must be > 0 and <= {limits.max_best_of}. Given: {best_of}",
+                field="best_of",
+            )
+        if not 0 < n <= limits.max_answers:
+            raise ValidationError(
+                f"`n` must be > 0 and <= {limits.max_answers}. Given: {n}", field="n"
+            )
+        if best_of is not None and best_of < n:
+            raise ValidationError(
+                f"`best_of` must be >= `n` = {n}. Given: {best_of}", field="best_of"
+            )
 
     def _check_stop(self, limits: ParameterLimits) -> None:
         if len(self.stop) > limits.max_stop_sequences:
@@ -136,6 +152,8 @@ class ParameterLimits:
 
     max_stop_sequences: int
     max_top_n_tokens: int
+    max_best_of: int
+    max_answers: int
 
 
 def _below_one(value: float | None) -> bool:

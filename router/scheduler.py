@@ -208,27 +208,60 @@ class Scheduler:
             if not opened:
                 self._admission.open(self._running)
                 opened = True
-            hits = self._kv.match(request)
-            if not self._admission.fits(request, hits, alone=not self._running):
+            leader = _leader_to_fork(request)
+            admitted = (
+                self._admit_fork(request, leader, draft, now)
+                if leader is not None
+                else self._admit(request, draft, now)
+            )
+            if not admitted:
                 return
-            cached = len(hits) * self._config.block_size
-            count = min(draft.budget, request.num_tokens - cached)
-            if not self._kv.admit(request, hits, cached + count):
-                return
-            self._waiting.pop()
-            self._start(request, cached, now)
-            draft.add(request, count, [])
 
-    def _start(self, request: Request, cached: int, now: float) -> None:
+    def _admit(self, request: Request, draft: StepDraft, now: float) -> bool:
+        """Starts the head of the queue from what the prefix cache has of it, if it fits in."""
+        hits = self._kv.match(request)
+        if not self._admission.fits(request, hits, alone=not self._running):
+            return False
+        cached = len(hits) * self._config.block_size
+        count = min(draft.budget, request.num_tokens - cached)
+        if not self._kv.admit(request, hits, cached + count):
+            return False
         if not request.skip_prefix_cache and self._config.prefix_caching:
             self._totals["prefix_queries"] += request.num_tokens
             self._totals["prefix_hits"] += cached
         if request.first_scheduled is None:
-            request.first_scheduled = now
             request.num_cached_tokens = min(cached, len(request.prompt_ids))
+        self._start(request, cached, now)
+        draft.add(request, count, [])
+        return True
+
+    def _admit_fork(self, request: Request, leader: Request, draft: StepDraft, now: float) -> bool:
+        """Starts the head of the queue with its leader's KV of the prompt, if it fits in.
+
+        It computes the prompt's last token itself, for the logits to sample from. Until the
+        leader's prompt is planned up to there, it waits.
+        """
+        shared = len(request.prompt_ids) - 1
+        if draft.planned_before(leader) < shared:
+            return False
+        blocks = leader.block_ids[: shared // self._config.block_size]
+        if not self._admission.fits(request, blocks, alone=False):
+            return False
+        copies = self._kv.fork(leader, request, shared)
+        if copies is None:
+            return False
+        self._start(request, shared, now)
+        draft.add_fork(request, leader, shared + 1, copies)
+        return True
+
+    def _start(self, request: Request, num_computed: int, now: float) -> None:
+        """The head of the queue runs from now on, with this many positions computed."""
+        self._waiting.pop()
+        if request.first_scheduled is None:
+            request.first_scheduled = now
         request.status = RequestStatus.RUNNING
         request.num_prefill_tokens = request.num_tokens
-        request.num_scheduled = request.num_confirmed = cached
+        request.num_scheduled = request.num_confirmed = num_computed
         insort(self._running, request, key=_order)
 
     def _check_draft(self, draft: StepDraft) -> None:
@@ -302,6 +335,11 @@ class Scheduler:
                 return
 
     def _void(self, refused: OutstandingStep) -> None:
+        for plan in self._outstanding:
+            for row in plan.forked:
+                if row.is_running:  # the KV it was to share or copy is not there
+                    self._leave(row)
+                    self._requeue(row)
         self._drop_outstanding()
         for row in self._running:
             row.num_scheduled = row.num_confirmed
@@ -405,6 +443,12 @@ def _order(request: Request) -> tuple[float, int]:
 
 def _turn(row: Request) -> tuple[int, float, int]:
     return row.last_sequence, *row.order
+
+
+def _leader_to_fork(request: Request) -> Request | None:
+    """Where a request that has no token of its own finds the KV of its prompt."""
+    leader = request.leader
+    return leader if leader is not None and leader.is_running and not request.output_ids else None
 
 
 def _can_go_on(row: Request) -> bool:

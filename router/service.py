@@ -57,7 +57,8 @@ class EventQueue:
             self._engine.fail(self.live, SlowClientError())
 
     async def events(self) -> AsyncIterator[router_pb2.GenerateEvent]:
-        """Up to `finished`. Raises RouterError for an error event."""
+        """Up to the last `finished`. Raises RouterError for an error event."""
+        unfinished = 0
         while True:
             while not self._events:
                 self._ready.clear()
@@ -67,8 +68,12 @@ class EventQueue:
             if kind == "error":
                 raise from_proto(event.error)
             yield event
-            if kind == "finished":
-                return
+            if kind == "accepted":
+                unfinished = event.accepted.num_answers
+            elif kind == "finished":
+                unfinished -= 1
+                if not unfinished:
+                    return
 
 
 class RouterService(router_pb2_grpc.RouterServicer):
@@ -98,16 +103,11 @@ class RouterService(router_pb2_grpc.RouterServicer):
                 self._generate(request, EventQueue(self._engine))
             ) as all_:
                 async for event in all_:
-                    kind = event.WhichOneof("event")
-                    if kind == "tokens":
-                        response.tokens.extend(event.tokens.tokens)
-                    elif kind == "accepted":
-                        response.accepted.CopyFrom(event.accepted)
-                    else:
-                        response.finished.CopyFrom(event.finished)
+                    _add(event, response)
         except RouterError as error:
             await abort(context, error)
-        if not response.HasField("finished"):
+        answers = (response, *response.others)
+        if not all(answer.HasField("finished") for answer in answers):
             await abort(context, IncompleteGenerationError())
         return response
 
@@ -189,6 +189,22 @@ class RouterService(router_pb2_grpc.RouterServicer):
 async def abort(context: Context, error: RouterError) -> NoReturn:
     await context.abort(error.grpc_code, error.message, trailing_metadata=error.metadata())
     raise AssertionError("abort raises")
+
+
+def _add(event: router_pb2.GenerateEvent, response: router_pb2.GenerateResponse) -> None:
+    """Puts an event into its place in a whole response."""
+    kind = event.WhichOneof("event")
+    if kind == "accepted":
+        response.accepted.CopyFrom(event.accepted)
+        for _ in range(1, event.accepted.num_answers):
+            response.others.add()
+        return
+    index = event.tokens.index if kind == "tokens" else event.finished.index
+    answer = response.others[index - 1] if index else response
+    if kind == "tokens":
+        answer.tokens.extend(event.tokens.tokens)
+    else:
+        answer.finished.CopyFrom(event.finished)
 
 
 def _tokenize_response(spans: Sequence[Span]) -> router_pb2.TokenizeResponse:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from headgate.proto import router_pb2
 from headgate.proto.messages import RowSampling
@@ -30,6 +30,7 @@ class Progress:
 
     tokens: tuple[router_pb2.Token, ...]
     text_offset: int  # characters
+    finished: bool  # to its end
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +49,10 @@ class ValidRequest:
     include_stop: bool
     skip_special_tokens: bool
     arrival: float  # seconds, time.monotonic()
-    progress: Progress | None = None
+    num_answers: int = 1  # to generate
+    num_given: int = 1  # of them; fewer than all: the best
+    ranked: bool = False  # best first, when all have ended
+    progress: Mapping[int, Progress] = field(default_factory=dict)  # by the answer's index
 
 
 class Validator:
@@ -57,7 +61,12 @@ class Validator:
     def __init__(self, config: RouterConfig, tokenizer: Tokenizer) -> None:
         self._config = config
         self._tokenizer = tokenizer
-        self._limits = ParameterLimits(config.max_stop_sequences, config.max_top_n_tokens)
+        self._limits = ParameterLimits(
+            max_stop_sequences=config.max_stop_sequences,
+            max_top_n_tokens=config.max_top_n_tokens,
+            max_best_of=min(config.max_best_of, config.max_concurrent_requests),
+            max_answers=config.max_concurrent_requests,
+        )
         self._compiler = GrammarCompiler(config.model_path)
         self.vocab_size = tokenizer.vocab_size
         self._eos_token_ids: tuple[int, ...] | None = None
@@ -92,6 +101,8 @@ class Validator:
         grammar = await self._compile(parameters)
         text = message.text if message.WhichOneof("prompt") == "text" else None
         seed = self._seed(parameters, delivered)
+        num_given = parameters.n or 1
+        num_answers = parameters.best_of or num_given
         return ValidRequest(
             request_id=message.request_id or secrets.token_hex(8),
             call_id=message.call_id,
@@ -105,7 +116,10 @@ class Validator:
             include_stop=parameters.include_stop is not False,
             skip_special_tokens=parameters.skip_special_tokens is not False,
             arrival=arrival,
-            progress=self._progress(delivered, max_new_tokens),
+            num_answers=num_answers,
+            num_given=num_given,
+            ranked=num_answers > 1 and parameters.best_of is not None,
+            progress=self._progress(delivered, num_answers, max_new_tokens),
         )
 
     # ------------------------------------------------------------------ rules
@@ -231,19 +245,27 @@ class Validator:
             min_new_tokens=p.min_new_tokens or 0,
             ignore_eos=bool(p.ignore_eos),
             stop_token_ids=p.stop_token_ids,
-            # Alternatives without the chosen token's own logprob would be of no use.
-            logprobs=p.logprobs is not False or bool(p.top_n_tokens),
+            # Alternatives without the chosen token's own logprob would be of no use, and
+            # `best_of` ranks by them.
+            logprobs=p.logprobs is not False or bool(p.top_n_tokens) or (p.best_of or 0) > 1,
             top_n_tokens=min(p.top_n_tokens or 0, self.vocab_size),
             prompt_logprobs=bool(p.prompt_logprobs or p.prompt_top_n_tokens),
             prompt_top_n_tokens=min(p.prompt_top_n_tokens or 0, self.vocab_size),
         )
 
     def _progress(
-        self, delivered: router_pb2.Delivered | None, max_new_tokens: int
-    ) -> Progress | None:
-        if delivered is None or not (delivered.tokens or delivered.text_offset):
-            return None
-        if len(delivered.tokens) > max_new_tokens:
-            raise ValidationError("`delivered` holds more tokens than `max_new_tokens` allows")
-        self._check_vocabulary([token.id for token in delivered.tokens], "delivered")
-        return Progress(tuple(delivered.tokens), delivered.text_offset)
+        self, delivered: router_pb2.Delivered | None, num_answers: int, max_new_tokens: int
+    ) -> dict[int, Progress]:
+        progress: dict[int, Progress] = {}
+        for answer in delivered.answers if delivered is not None else ():
+            if answer.index >= num_answers:
+                raise ValidationError(f"`delivered` has answer {answer.index} of {num_answers}")
+            if len(answer.tokens) > max_new_tokens:
+                raise ValidationError("`delivered` holds more tokens than `max_new_tokens` allows")
+            self._check_vocabulary([token.id for token in answer.tokens], "delivered")
+            progress[answer.index] = Progress(
+                tuple(answer.tokens), answer.text_offset, answer.finished
+            )
+        if sum(answer.finished for answer in progress.values()) == num_answers:
+            raise ValidationError("`delivered` holds the ends of all answers")
+        return progress

@@ -192,21 +192,40 @@ class InputBatch:
 
     def _fork(self, fork: Fork) -> None:
         parent = self.slot_of(fork.parent)
-        blocks_needed = -(-self.num_computed[parent] // self.limits.block_size)
-        if len(fork.block_ids) < blocks_needed:
-            raise PlanError(f"row {fork.child} has fewer blocks than its parent's tokens fill")
+        shared, known = fork.num_tokens, fork.num_tokens + len(fork.token_ids)
+        self._check_fork(fork, parent, known)
         child = self._new_slot(fork.child)
-        for column in (self.num_prompt, self.num_tokens, self.num_computed, self.params):
-            column[child] = column[parent]
-        self.ended[child] = self.ended[parent]
-        self.token_ids[child] = self.token_ids[parent]
-        self.stop_ids[child] = self.stop_ids[parent]
+        self.num_prompt[child] = self.num_prompt[parent]
+        self.num_tokens[child] = known
+        self.num_computed[child] = known - 1
+        self.token_ids[child, :shared] = self.token_ids[parent, :shared]
+        self.token_ids[child, shared:known] = fork.token_ids
+        self.params[child] = self.params[parent]
         self.constrained[child] = self.constrained[parent]
-        grammar = self.grammars[parent]
-        num_output = int(self.num_tokens[child] - self.num_prompt[child])
-        self.grammars[child] = grammar.fork(num_output) if grammar is not None else None
         self.params[child]["sample_index"] = fork.sample_index
+        self.stop_ids[child] = self.stop_ids[parent]
+        grammar = self.grammars[parent]
+        num_output = shared - int(self.num_prompt[parent])
+        self.grammars[child] = grammar.fork(max(num_output, 0)) if grammar is not None else None
         self._append_blocks(child, fork.block_ids)
+
+    def _check_fork(self, fork: Fork, parent: int, known: int) -> None:
+        """`parent`: its slot; `known`: tokens of the child."""
+        problem = ""
+        if fork.num_tokens > self.num_tokens[parent]:
+            problem = f"shares {fork.num_tokens} tokens of {self.num_tokens[parent]}"
+        elif known < self.num_prompt[parent]:
+            problem = f"has {known} tokens of a prompt of {self.num_prompt[parent]}"
+        elif known - 1 > min(self.num_computed[parent], fork.num_tokens):
+            problem = "begins with tokens whose KV its parent does not have"
+        elif known - self.num_prompt[parent] >= self.params["max_new_tokens"][parent]:
+            problem = "has all of its tokens already"
+        elif known - 1 > len(fork.block_ids) * self.limits.block_size:
+            problem = "has fewer blocks than its tokens fill"
+        elif any(not 0 <= token < self.limits.vocab_size for token in fork.token_ids):
+            problem = "holds a token outside the vocabulary"
+        if problem:
+            raise PlanError(f"row {fork.child}, a fork, {problem}")
 
     def _append_blocks(self, slot: int, blocks: Sequence[int]) -> None:
         row_id = self.ids[slot]

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import ClassVar, Protocol
 
 from headgate.proto import router_pb2
-from headgate.router.errors import RouterError
+from headgate.router.errors import RouterError, ValidationError
 from headgate.router.gateway.exchange import Exchange, Headers
 from headgate.router.gateway.router_client import Call
 from headgate.router.gateway.services import Services
@@ -26,6 +27,7 @@ class Answer:
     accepted: router_pb2.Accepted
     tokens: Sequence[router_pb2.Token]
     finished: router_pb2.Finished
+    prefill: Sequence[router_pb2.Token] = ()  # the prompt's tokens, where they were asked for
 
 
 class Formatter(Protocol):
@@ -44,19 +46,22 @@ class Formatter(Protocol):
 
 
 class _Collector:
-    """Sink of a call whose answer is sent as a whole."""
+    """Sink of a call whose answers are sent as a whole."""
 
-    def __init__(self) -> None:
-        self.result: asyncio.Future[router_pb2.Finished] = (
+    def __init__(self, num_answers: int) -> None:
+        self.result: asyncio.Future[list[router_pb2.Finished]] = (
             asyncio.get_running_loop().create_future()
         )
+        self._num_answers = num_answers
+        self._ends: list[router_pb2.Finished] = []
 
-    def tokens(self, tokens: Sequence[router_pb2.Token], text: str) -> None:
+    def tokens(self, index: int, tokens: Sequence[router_pb2.Token], text: str) -> None:
         """The call itself keeps what was delivered."""
 
     def finished(self, finished: router_pb2.Finished) -> None:
-        if not self.result.done():
-            self.result.set_result(finished)
+        self._ends.append(finished)
+        if len(self._ends) == self._num_answers and not self.result.done():
+            self.result.set_result(sorted(self._ends, key=lambda end: end.index))
 
     def failed(self, error: RouterError) -> None:
         if not self.result.done():
@@ -70,22 +75,38 @@ class _Collector:
 async def collect(
     services: Services, exchange: Exchange, requests: Sequence[router_pb2.GenerateRequest]
 ) -> list[Answer]:
-    """The answers in the order of the requests. Raises RouterError, ClientGoneError."""
+    """The answers in the order of the requests, `num_answers` of each.
+
+    Raises RouterError, ClientGoneError.
+    """
     calls: list[tuple[Call, _Collector]] = []
     try:
         for request in requests:
-            sink = _Collector()
+            sink = _Collector(num_answers(request))
             calls.append((services.client.submit(request, sink), sink))
         exchange.submitted = True
         accepted = await exchange.until(asyncio.gather(*(call.accepted for call, _ in calls)))
         finished = await exchange.until(asyncio.gather(*(sink.result for _, sink in calls)))
         return [
-            Answer(begin, call.delivered, end)
-            for begin, (call, _), end in zip(accepted, calls, finished, strict=True)
+            Answer(begin, answer.tokens, end, ends[0].prefill)
+            for begin, (call, _), ends in zip(accepted, calls, finished, strict=True)
+            for answer, end in zip(call.answers, ends, strict=True)
         ]
     finally:
         for call, _ in calls:
             services.client.cancel(call)
+
+
+def num_answers(request: router_pb2.GenerateRequest) -> int:
+    """How many the request's call will bring."""
+    return max(request.parameters.n, 1)
+
+
+def check_num_answers(n: int, info: router_pb2.InfoResponse) -> None:
+    """Raises ValidationError for an `n` out of range, before anything is made `n` times."""
+    limit = info.max_concurrent_requests
+    if not 0 < n <= limit:
+        raise ValidationError(f"`n` must be > 0 and <= {limit}. Given: {n}", field="n")
 
 
 # ------------------------------------------------------------------ streams
@@ -118,10 +139,17 @@ class AnswerStream:
     async def run(
         self, requests: Sequence[router_pb2.GenerateRequest], formatters: Sequence[Formatter]
     ) -> None:
-        """Streams until the end. Raises RouterError only before the response has begun."""
+        """Streams until the end. `formatters`: one for each answer, in the order of `collect`.
+
+        Raises RouterError only before the response has begun.
+        """
         client, housekeeper = self._services.client, self._services.housekeeper
-        self._sinks = [_StreamSink(self, formatter) for formatter in formatters]
-        self._open = len(self._sinks)
+        of_answers = iter(formatters)
+        self._sinks = [
+            _StreamSink(self, list(islice(of_answers, num_answers(request))))
+            for request in requests
+        ]
+        self._open = len(formatters)
         try:
             for request, sink in zip(requests, self._sinks, strict=True):
                 self._calls.append(client.submit(request, sink))
@@ -161,8 +189,7 @@ class AnswerStream:
         """One of the answers is complete."""
         self._open -= 1
         if self._open == 0:
-            ends = [sink.end for sink in self._sinks if sink.end is not None]
-            self._writer.write(self.tail(ends))
+            self._writer.write(self.tail([end for sink in self._sinks for end in sink.ends]))
             self._writer.close()
 
     # What the writer calls:
@@ -184,45 +211,62 @@ class AnswerStream:
         self._writer.close()
 
 
-class _StreamSink:
-    """Sink of one streamed answer.
+class _StreamedAnswer:
+    """One answer of a call. Its last token is held, to travel in the same event as the end."""
 
-    A token waits for its flush, since the last one travels in the same event as the end.
-    """
+    __slots__ = ("_formatter", "_text", "_token", "_write")
 
-    __slots__ = ("_formatter", "_stream", "_text", "_token", "end")
-
-    def __init__(self, stream: AnswerStream, formatter: Formatter) -> None:
-        self._stream = stream
+    def __init__(self, write: Callable[[bytes], None], formatter: Formatter) -> None:
+        self._write = write
         self._formatter = formatter
         self._token: router_pb2.Token | None = None
         self._text = ""
-        self.end: router_pb2.Finished | None = None
 
     def tokens(self, tokens: Sequence[router_pb2.Token], text: str) -> None:
         for token in tokens:
-            self._write_token()
+            self.write_token()
             self._token = token
         self._text += text
 
     def finished(self, finished: router_pb2.Finished) -> None:
-        self.end = finished
-        self._stream.write(self._formatter.last(self._token, self._text, finished))
+        self._write(self._formatter.last(self._token, self._text, finished))
         self._token = None
+
+    def write_token(self) -> None:
+        if self._token is not None:
+            self._write(self._formatter.token(self._token, self._text))
+            self._token, self._text = None, ""
+
+
+class _StreamSink:
+    """Sink of one call's answers."""
+
+    __slots__ = ("_answers", "_stream", "ends")
+
+    def __init__(self, stream: AnswerStream, formatters: Sequence[Formatter]) -> None:
+        self._stream = stream
+        self._answers = [_StreamedAnswer(stream.write, formatter) for formatter in formatters]
+        self.ends: list[router_pb2.Finished] = []
+
+    def tokens(self, index: int, tokens: Sequence[router_pb2.Token], text: str) -> None:
+        self._answers[index].tokens(tokens, text)
+
+    def finished(self, finished: router_pb2.Finished) -> None:
+        self.ends.append(finished)
+        self._answers[finished.index].finished(finished)
         self._stream.ended()
 
     def failed(self, error: RouterError) -> None:
-        self._write_token()
+        self._write_tokens()
         self._stream.abort(error)
 
     def flush(self) -> None:
-        self._write_token()
+        self._write_tokens()
         self._stream.flush()
 
-    def _write_token(self) -> None:
-        if self._token is not None:
-            self._stream.write(self._formatter.token(self._token, self._text))
-            self._token, self._text = None, ""
+    def _write_tokens(self) -> None:
+        for answer in self._answers:
+            answer.write_token()
 
 
 # ------------------------------------------------------------------ headers
@@ -231,19 +275,25 @@ class _StreamSink:
 def timing_headers(
     services: Services, exchange: Exchange, answers: Sequence[Answer], *, compute_time: bool
 ) -> Headers:
-    """TGI's x- headers of a whole response; counts and milliseconds are sums over the answers."""
+    """TGI's x- headers of a whole response.
+
+    Counts and milliseconds are sums over the prompts; answers to the same prompt wait together,
+    and their inference counts for each.
+    """
     ends = [answer.finished for answer in answers]
+    prompts = [answer for answer in answers if answer.finished.index == 0]
     total = time.monotonic() - exchange.started_at
     generated = sum(end.generated_tokens for end in ends)
     inference = sum(end.timings.inference for end in ends)
+    waits = [answer.finished.timings for answer in prompts]
     numbers = {
-        b"x-compute-characters": sum(answer.accepted.prompt_characters for answer in answers),
+        b"x-compute-characters": sum(answer.accepted.prompt_characters for answer in prompts),
         b"x-total-time": int(total * 1e3),
-        b"x-validation-time": _milliseconds(sum(end.timings.validation for end in ends)),
-        b"x-queue-time": _milliseconds(sum(end.timings.queue for end in ends)),
+        b"x-validation-time": _milliseconds(sum(timings.validation for timings in waits)),
+        b"x-queue-time": _milliseconds(sum(timings.queue for timings in waits)),
         b"x-inference-time": _milliseconds(inference),
         b"x-time-per-token": _milliseconds(inference // max(generated, 1)),
-        b"x-prompt-tokens": sum(end.input_tokens for end in ends),
+        b"x-prompt-tokens": sum(answer.finished.input_tokens for answer in prompts),
         b"x-generated-tokens": generated,
     }
     headers: Headers = [(name, b"%d" % value) for name, value in numbers.items()]

@@ -10,12 +10,13 @@ from headgate.router.errors import ValidationError
 from headgate.router.gateway.chat_deltas import ParsedDeltas, parsed_message
 from headgate.router.gateway.chat_messages import flatten
 from headgate.router.gateway.exchange import JSON_HEADERS, Exchange
-from headgate.router.gateway.generation import Answer, collect, timing_headers
+from headgate.router.gateway.generation import Answer, collect, num_answers, timing_headers
 from headgate.router.gateway.grammar_fields import grammar_of, with_grammar_field
 from headgate.router.gateway.openai_common import (
     FIELD_NAMES,
     OpenAIStream,
     Reply,
+    add_choices,
     alternatives,
     check_model,
     finish_reason,
@@ -36,10 +37,10 @@ _FIELD_NAMES = {**FIELD_NAMES, "inputs": "messages", "top_n_tokens": "top_logpro
 
 @dataclass(frozen=True, slots=True)
 class ChatCall:
-    """A chat as the router's request, and what reads its answer."""
+    """A chat as the router's request, and what reads its answers."""
 
     request: router_pb2.GenerateRequest
-    parser: Parser | None  # None: the answer is plain text
+    parsers: Sequence[Parser | None]  # one for each answer; None: it is plain text
 
 
 class ChatRoute:
@@ -58,17 +59,23 @@ class ChatRoute:
         top_n = _alternatives(body)
         reply = Reply.of(info, "chatcmpl")
         if body.stream:
-            events = _Chunks(reply, logprobs=top_n is not None)
-            formatter = events if call.parser is None else events.parsed(call.parser)
+            events = [
+                _Chunks(reply, index, logprobs=top_n is not None)
+                for index in range(len(call.parsers))
+            ]
+            formatters = [
+                one if parser is None else one.parsed(parser)
+                for one, parser in zip(events, call.parsers, strict=True)
+            ]
             wanted = body.stream_options is not None and body.stream_options.include_usage
-            usage_event = events.usage_event() if wanted else None
+            usage_event = events[0].usage_event() if wanted else None
             stream = OpenAIStream(self._services, exchange, usage_event)
-            await stream.run([call.request], [formatter])
+            await stream.run([call.request], formatters)
             return
-        (answer,) = await collect(self._services, exchange, [call.request])
-        headers = timing_headers(self._services, exchange, [answer], compute_time=True)
+        answers = await collect(self._services, exchange, [call.request])
+        headers = timing_headers(self._services, exchange, answers, compute_time=True)
         await exchange.respond(
-            _document(reply, answer, call.parser, logprobs=top_n is not None),
+            _document(reply, answers, call.parsers, logprobs=top_n is not None),
             headers=JSON_HEADERS + headers,
         )
 
@@ -84,6 +91,7 @@ class ChatRoute:
             top_n=_alternatives(body),
             grammar=grammar_of(body),
         )
+        add_choices(parameters, body, info)
         chat, use = self._chats.of(info), tools_of(body, nested=True)
         prompt = await self._prompt(chat, body, use)
         if chat.needs_special_tokens(use):
@@ -95,7 +103,8 @@ class ChatRoute:
             request_id=request_id,
             adapter_id=body.adapter_id or "",
         )
-        return ChatCall(request, chat.parser(use, prompt))
+        parsers = [chat.parser(use, prompt) for _ in range(num_answers(request))]
+        return ChatCall(request, parsers)
 
     async def prompt(self, body: ChatRequest, info: router_pb2.InfoResponse) -> str:
         """The chat as the template writes it. Raises ValidationError, TemplateError."""
@@ -137,7 +146,27 @@ def _max_tokens(body: ChatRequest) -> int | None:
 # ------------------------------------------------------------------- shapes
 
 
-def _document(reply: Reply, answer: Answer, parser: Parser | None, *, logprobs: bool) -> bytes:
+def _document(
+    reply: Reply, answers: Sequence[Answer], parsers: Sequence[Parser | None], *, logprobs: bool
+) -> bytes:
+    choices = [
+        _choice(index, answer, parser, logprobs=logprobs)
+        for index, (answer, parser) in enumerate(zip(answers, parsers, strict=True))
+    ]
+    return (
+        b'{"object":"chat.completion","id":%s,"created":%s,"model":%s,"system_fingerprint":%s,'
+        b'"choices":[%s],"usage":%s}'
+    ) % (
+        reply.id,
+        reply.created,
+        reply.model,
+        reply.fingerprint,
+        b",".join(choices),
+        usage(answer.finished for answer in answers),
+    )
+
+
+def _choice(index: int, answer: Answer, parser: Parser | None, *, logprobs: bool) -> bytes:
     if parser is None:
         text = json_string(answer.finished.generated_text)
         message, reason = (
@@ -146,19 +175,11 @@ def _document(reply: Reply, answer: Answer, parser: Parser | None, *, logprobs: 
         )
     else:
         message, reason = parsed_message(parser, answer.finished)
-    return (
-        b'{"object":"chat.completion","id":%s,"created":%s,"model":%s,"system_fingerprint":%s,'
-        b'"choices":[{"index":0,"message":%s,"logprobs":%s,'
-        b'"finish_reason":%s}],"usage":%s}'
-    ) % (
-        reply.id,
-        reply.created,
-        reply.model,
-        reply.fingerprint,
+    return b'{"index":%d,"message":%s,"logprobs":%s,"finish_reason":%s}' % (
+        index,
         message,
         _logprobs(answer.tokens) if logprobs else b"null",
         reason,
-        usage((answer.finished,)),
     )
 
 
@@ -167,20 +188,21 @@ def _logprobs(tokens: Sequence[router_pb2.Token]) -> bytes:
 
 
 class _Chunks:
-    """chat.completion.chunk events; the constant parts are made once."""
+    """chat.completion.chunk events of one choice; the constant parts are made once."""
 
-    def __init__(self, reply: Reply, *, logprobs: bool) -> None:
+    def __init__(self, reply: Reply, index: int, *, logprobs: bool) -> None:
+        self._index = index
         self._logprobs = logprobs
         self._head = (
             b'data: {"object":"chat.completion.chunk","id":%s,"created":%s,"model":%s,'
             b'"system_fingerprint":%s,"choices":['
         ) % (reply.id, reply.created, reply.model, reply.fingerprint)
-        self._before = self._head + b'{"index":0,"delta":{"role":"assistant","content":'
+        self._before = self._head + (b'{"index":%d,"delta":{"role":"assistant","content":' % index)
         self._after = b',"finish_reason":null}],"usage":null}\n\n'
 
     def parsed(self, parser: Parser) -> ParsedDeltas:
         """The same stream for an answer that is parsed."""
-        before = self._head + b'{"index":0,"delta":'
+        before = self._head + b'{"index":%d,"delta":' % self._index
         return ParsedDeltas(parser, before, _logprobs if self._logprobs else None)
 
     def usage_event(self) -> tuple[bytes, bytes]:

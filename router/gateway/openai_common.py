@@ -12,7 +12,7 @@ from headgate.proto import router_pb2
 from headgate.router.errors import RouterError, ValidationError
 from headgate.router.gateway.errors import ModelNotFoundError, openai_error
 from headgate.router.gateway.exchange import Exchange
-from headgate.router.gateway.generation import AnswerStream
+from headgate.router.gateway.generation import AnswerStream, check_num_answers
 from headgate.router.gateway.openai_schemas import CommonFields, SamplingFields
 from headgate.router.gateway.services import Services
 from headgate.router.gateway.sse import DONE, event, json_number, json_string
@@ -28,7 +28,6 @@ _GREEDY_BELOW = 1e-5  # a temperature that float32 logits cannot tell from 0
 # Where the router's name of a field is not the one that these routes' clients know.
 FIELD_NAMES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}
 _MAX_SHOWN = 128  # characters of a client's own word in a message
-_SINGLE_ANSWER = ("n", "best_of")
 _UNSERVED = ("logit_bias",)
 
 
@@ -68,10 +67,6 @@ def check_model(model: str | None, info: router_pb2.InfoResponse) -> None:
 
 def refuse_unserved(body: CommonFields) -> None:
     """Raises ValidationError naming the first field that asks for what is not served."""
-    for name in _SINGLE_ANSWER:
-        value = getattr(body, name)
-        if value is not None and value != 1:
-            raise ValidationError(f"`{name}` must be 1: more is not supported", field=name)
     for name in _UNSERVED:
         if getattr(body, name):
             raise ValidationError(f"`{name}` is not supported", field=name)
@@ -121,6 +116,20 @@ def to_parameters(
     )
 
 
+def add_choices(
+    parameters: router_pb2.Parameters, body: CommonFields, info: router_pb2.InfoResponse
+) -> None:
+    """Puts into the parameters how many answers there are to be. Raises ValidationError."""
+    if body.n is not None:
+        check_num_answers(body.n, info)
+        parameters.n = body.n
+    if body.best_of is None or body.best_of == (body.n or 1):
+        return  # all that are made are given: they need not wait for each other
+    if body.stream:
+        raise ValidationError("`best_of` > `n` cannot be streamed", field="best_of")
+    parameters.best_of = body.best_of
+
+
 def _top_k(value: int | None) -> int | None:
     if value is None or value in (0, -1):  # vLLM's ways to say off
         return None
@@ -152,10 +161,10 @@ def alternatives(asked: int | None, top_n: int | None) -> int | None:
 
 
 def usage(finished: Iterable[router_pb2.Finished]) -> bytes:
-    """Token counts, summed."""
+    """Token counts, summed; a prompt with several answers counts once."""
     prompt = completion = 0
     for entry in finished:
-        prompt += entry.input_tokens
+        prompt += entry.input_tokens if entry.index == 0 else 0
         completion += entry.generated_tokens
     return b'{"prompt_tokens":%d,"completion_tokens":%d,"total_tokens":%d}' % (
         prompt,

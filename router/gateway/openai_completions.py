@@ -8,12 +8,13 @@ from typing import Any
 from headgate.proto import router_pb2
 from headgate.router.errors import ValidationError
 from headgate.router.gateway.exchange import JSON_HEADERS, Exchange
-from headgate.router.gateway.generation import Answer, collect, timing_headers
+from headgate.router.gateway.generation import Answer, collect, num_answers, timing_headers
 from headgate.router.gateway.grammar_fields import grammar_of, with_grammar_field
 from headgate.router.gateway.openai_common import (
     FIELD_NAMES,
     OpenAIStream,
     Reply,
+    add_choices,
     alternatives,
     check_model,
     finish_reason,
@@ -51,14 +52,17 @@ class CompletionsRoute:
         prompts = parse_prompts(body.prompt, config.max_client_batch_size)
         top_n = alternatives(body.logprobs, body.top_n)
         requests = _requests(body, prompts, top_n, exchange.request_id)
+        for request in requests:
+            add_choices(request.parameters, body, info)
         reply = Reply.of(info, "cmpl")
         if body.stream:
             await self._stream(exchange, body, requests, reply, top_n)
             return
         answers = await collect(self._services, exchange, requests)
+        of_choices = [prompt for prompt in prompts for _ in range(body.n or 1)]
         choices = [
             _choice(index, prompt, answer, echo=bool(body.echo), logprobs=top_n is not None)
-            for index, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
+            for index, (prompt, answer) in enumerate(zip(of_choices, answers, strict=True))
         ]
         document = _document(reply, choices, answers)
         headers = timing_headers(self._services, exchange, answers, compute_time=False)
@@ -72,7 +76,7 @@ class CompletionsRoute:
         reply: Reply,
         top_n: int | None,
     ) -> None:
-        texts = [request.text for request in requests]
+        texts = [request.text for request in requests for _ in range(num_answers(request))]
         if body.echo and (top_n is not None or not all(texts)):
             raise ValidationError(
                 "`echo` with `logprobs` or token ids is not supported when streaming", field="echo"
@@ -170,7 +174,7 @@ def _choice(index: int, prompt: Prompt, answer: Answer, *, echo: bool, logprobs:
     finished = answer.finished
     text, tokens = finished.generated_text, list(answer.tokens)
     if echo:
-        prefill = finished.prefill
+        prefill = answer.prefill
         shown = prompt if isinstance(prompt, str) else "".join(token.text for token in prefill)
         text, tokens = shown + text, [*prefill, *tokens]
     return b'{"index":%d,"text":%s,"logprobs":%s,"finish_reason":%s}' % (

@@ -14,6 +14,7 @@ import os
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import grpc
@@ -50,9 +51,11 @@ _CHANNEL_OPTIONS = [
 
 
 class Sink(Protocol):
-    """Takes a call's events, in order, without waiting. `finished` or `failed` is the last."""
+    """Takes a call's events, in order, without waiting. The last is `failed`, or `finished` of the
+    last answer to end. `index`: of the answer among the call's.
+    """
 
-    def tokens(self, tokens: Sequence[router_pb2.Token], text: str) -> None: ...
+    def tokens(self, index: int, tokens: Sequence[router_pb2.Token], text: str) -> None: ...
 
     def finished(self, finished: router_pb2.Finished) -> None: ...
 
@@ -62,12 +65,21 @@ class Sink(Protocol):
         """All events that arrived together have been handed over."""
 
 
+@dataclass(slots=True)
+class CallAnswer:
+    """What was delivered of one of a call's answers."""
+
+    tokens: list[router_pb2.Token] = field(default_factory=list)
+    text_offset: int = 0  # characters
+    finished: bool = False
+
+
 class Call:
     """One request at the router, with what it takes to submit it again."""
 
     __slots__ = (
-        "accepted", "attempt", "delivered", "ended", "key", "paused", "request", "seed", "sent",
-        "sink", "text_offset", "waiting_since",
+        "accepted", "answers", "attempt", "ended", "key", "paused", "request", "seed", "sent",
+        "sink", "unfinished", "waiting_since",
     )  # fmt: skip
 
     def __init__(self, key: int, request: router_pb2.GenerateRequest, sink: Sink) -> None:
@@ -78,8 +90,8 @@ class Call:
         self.accepted: asyncio.Future[router_pb2.Accepted] = (
             asyncio.get_running_loop().create_future()
         )
-        self.delivered: list[router_pb2.Token] = []
-        self.text_offset = 0  # characters of text delivered
+        self.answers: list[CallAnswer] = []  # once it is accepted
+        self.unfinished = 0  # of them
         self.seed: int | None = None
         self.sent = False  # on the stream that is open now
         self.paused = False
@@ -214,11 +226,7 @@ class RouterClient:
         call.waiting_since = None
         submit = router_pb2.Submit(key=call.key, attempt=call.attempt, request=call.request)
         if call.attempt > 1 and call.accepted.done():
-            submit.delivered.CopyFrom(
-                router_pb2.Delivered(
-                    tokens=call.delivered, text_offset=call.text_offset, seed=call.seed
-                )
-            )
+            submit.delivered.CopyFrom(_delivered(call))
         self._post(router_pb2.ClientMessage(submit=submit))
         if call.paused:
             self._post(router_pb2.ClientMessage(pause=call.key))
@@ -345,10 +353,15 @@ class RouterClient:
             if not call.accepted.done():  # a resubmission is accepted again
                 if event.accepted.HasField("seed"):
                     call.seed = event.accepted.seed
+                call.unfinished = event.accepted.num_answers
+                call.answers = [CallAnswer() for _ in range(call.unfinished)]
                 call.accepted.set_result(event.accepted)
         elif kind == "finished":
-            del self._calls[call.key]
-            call.ended = True
+            call.answers[event.finished.index].finished = True
+            call.unfinished -= 1
+            if not call.unfinished:
+                del self._calls[call.key]
+                call.ended = True
             call.sink.finished(event.finished)
         elif kind == "error":
             del self._calls[call.key]
@@ -356,17 +369,18 @@ class RouterClient:
 
     @staticmethod
     def _deliver_tokens(call: Call, event: router_pb2.Tokens) -> None:
+        answer = call.answers[event.index]
         tokens: Sequence[router_pb2.Token] = event.tokens
         text = event.text
-        known = len(call.delivered) - event.first_index
+        known = len(answer.tokens) - event.first_index
         if known > 0:  # a new router began before what the client has
             tokens = tokens[known:]
-        if event.text_offset < call.text_offset:
-            text = text[call.text_offset - event.text_offset :]
-        call.delivered.extend(tokens)
-        call.text_offset += len(text)
+        if event.text_offset < answer.text_offset:
+            text = text[answer.text_offset - event.text_offset :]
+        answer.tokens.extend(tokens)
+        answer.text_offset += len(text)
         if tokens or text:
-            call.sink.tokens(tokens, text)
+            call.sink.tokens(event.index, tokens, text)
 
     @staticmethod
     def _fail(call: Call, error: RouterError) -> None:
@@ -385,3 +399,19 @@ class RouterClient:
             calls, self._calls = self._calls, {}
             for call in calls.values():
                 self._fail(call, UnavailableError(status.detail or "The server has failed"))
+
+
+def _delivered(call: Call) -> router_pb2.Delivered:
+    return router_pb2.Delivered(
+        seed=call.seed,
+        answers=[
+            router_pb2.DeliveredAnswer(
+                index=index,
+                tokens=answer.tokens,
+                text_offset=answer.text_offset,
+                finished=answer.finished,
+            )
+            for index, answer in enumerate(call.answers)
+            if answer.tokens or answer.finished
+        ],
+    )

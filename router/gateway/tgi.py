@@ -59,17 +59,21 @@ class TgiRoutes:
     ) -> None:
         parameters = body.parameters or GenerateParameters()
         request = to_request(body, exchange.request_id)
-        (answer,) = await collect(self._services, exchange, [request])
+        answers = await collect(self._services, exchange, [request])
         prompt = body.inputs if _wants_full_text(parameters, full_text) else ""
         details = parameters.details or parameters.decoder_input_details
-        document = _document(answer, prompt, details=bool(details))
-        headers = timing_headers(self._services, exchange, [answer], compute_time=True)
+        document = _document(answers, prompt, details=bool(details))
+        headers = timing_headers(self._services, exchange, answers, compute_time=True)
         await exchange.respond(
             b"[" + document + b"]" if as_list else document, headers=JSON_HEADERS + headers
         )
 
     async def _stream(self, exchange: Exchange, body: GenerateRequest, *, full_text: bool) -> None:
         parameters = body.parameters or GenerateParameters()
+        if parameters.best_of not in (None, 1):
+            raise ValidationError(
+                "`best_of` != 1 is not supported when streaming tokens", field="best_of"
+            )
         if parameters.decoder_input_details:
             raise ValidationError(
                 "`decoder_input_details` == true is not supported when streaming tokens",
@@ -87,18 +91,24 @@ def to_request(body: GenerateRequest, request_id: str) -> router_pb2.GenerateReq
     # TGI samples where `parameters` is left out altogether, and is greedy where it is empty.
     do_sample = True if given is None else given.do_sample
     given = given or GenerateParameters()
-    _refuse_unserved(given)
     if given.top_k is not None and not 0 < given.top_k <= MAX_UINT32:
         raise ValidationError("`top_k` must be strictly positive", field="top_k")
     if given.seed is not None and given.seed > MAX_UINT64:
         raise ValidationError(f"`seed` must be <= {MAX_UINT64}", field="seed")
+    if given.max_new_tokens == 0:  # which the router takes beside prompt logprobs
+        raise ValidationError("`max_new_tokens` must be strictly positive", field="max_new_tokens")
     wish = bool(given.decoder_input_details)
+    best_of = given.best_of if (given.best_of or 0) > 1 else None
+    if best_of and given.seed is not None:
+        raise ValidationError("`seed` must not be set when `best_of` > 1", field="seed")
     parameters = router_pb2.Parameters(
         **{name: getattr(given, name) for name in _SAME_NAME},
         do_sample=do_sample,
         ignore_eos=given.ignore_eos_token,
         prompt_logprobs=wish or None,
         grammar=tgi_grammar(given.grammar),
+        n=best_of,  # all of them are shown, the best first
+        best_of=best_of,
     )
     return router_pb2.GenerateRequest(
         text=body.inputs,
@@ -106,11 +116,6 @@ def to_request(body: GenerateRequest, request_id: str) -> router_pb2.GenerateReq
         request_id=request_id,
         adapter_id=given.adapter_id or "",
     )
-
-
-def _refuse_unserved(given: GenerateParameters) -> None:
-    if given.best_of is not None and given.best_of > 1:
-        raise ValidationError("`best_of` > 1 is not supported", field="best_of")
 
 
 def _wants_full_text(parameters: GenerateParameters, default: bool) -> bool:
@@ -121,28 +126,35 @@ def _wants_full_text(parameters: GenerateParameters, default: bool) -> bool:
 # ------------------------------------------------------------------- shapes
 
 
-def _document(answer: Answer, prompt: str, *, details: bool) -> bytes:
-    text = json_string(prompt + answer.finished.generated_text)
+def _document(answers: Sequence[Answer], prompt: str, *, details: bool) -> bytes:
+    """The first answer; others, from `best_of`, are shown in its details."""
+    best, *others = answers
+    text = json_string(prompt + best.finished.generated_text)
     if not details:
         return b'{"generated_text":%s}' % text
-    return b'{"generated_text":%s,"details":%s}' % (text, _details(answer))
+    sequences = b""
+    if others:
+        sequences = b',"best_of_sequences":[%s]' % b",".join(
+            b'{"generated_text":%s,%s}'
+            % (json_string(prompt + other.finished.generated_text), _details(other))
+            for other in others
+        )
+    return b'{"generated_text":%s,"details":{%s%s}}' % (text, _details(best), sequences)
 
 
 def _details(answer: Answer) -> bytes:
+    """The members of an answer's details."""
     finished, tokens = answer.finished, answer.tokens
     top = b""
     if any(token.top for token in tokens):
         top = b',"top_tokens":[%s]' % b",".join(_token_list(token.top) for token in tokens)
-    return (
-        b'{"finish_reason":"%s","generated_tokens":%d,"seed":%s,"prefill":[%s],"tokens":%s%s}'
-        % (
-            FINISH_REASONS.get(finished.reason, b"length"),
-            finished.generated_tokens,
-            _seed(finished),
-            b",".join(map(_prefill_token, finished.prefill)),
-            _answer_tokens(tokens, finished),
-            top,
-        )
+    return b'"finish_reason":"%s","generated_tokens":%d,"seed":%s,"prefill":[%s],"tokens":%s%s' % (
+        FINISH_REASONS.get(finished.reason, b"length"),
+        finished.generated_tokens,
+        _seed(finished),
+        b",".join(map(_prefill_token, answer.prefill)),
+        _answer_tokens(tokens, finished),
+        top,
     )
 
 

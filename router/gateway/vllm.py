@@ -14,7 +14,13 @@ from headgate.proto import router_pb2
 from headgate.router.errors import RouterError, ValidationError
 from headgate.router.gateway.errors import tgi_error
 from headgate.router.gateway.exchange import JSON_HEADERS, Exchange, Headers
-from headgate.router.gateway.generation import AnswerStream, collect, timing_headers
+from headgate.router.gateway.generation import (
+    AnswerStream,
+    check_num_answers,
+    collect,
+    num_answers,
+    timing_headers,
+)
 from headgate.router.gateway.services import Services
 from headgate.router.gateway.sse import json_string
 from headgate.router.gateway.vllm_schemas import VllmGenerateRequest
@@ -38,14 +44,18 @@ class VllmRoute:
             parameters=_parameters(body, exchange.warnings),
             request_id=exchange.request_id,
         )
+        n = num_answers(request)
+        check_num_answers(n, self._services.serving_info())
         if body.stream:
             stream = self._stream(self._services, exchange)
-            await stream.run([request], [_Texts(body.prompt, stream.delimiter)])
+            texts = [json_string(body.prompt)[:-1]] * n  # their closing quotes come with the rest
+            await stream.run([request], [_Texts(texts, i, stream.delimiter) for i in range(n)])
             return
         answers = await collect(self._services, exchange, [request])
         texts = [json_string(body.prompt + answer.finished.generated_text) for answer in answers]
+        document = b'{"text":[%s]}' % b",".join(texts)
         headers = timing_headers(self._services, exchange, answers, compute_time=True)
-        await exchange.respond(b'{"text":[%s]}' % b",".join(texts), headers=JSON_HEADERS + headers)
+        await exchange.respond(document, headers=JSON_HEADERS + headers)
 
 
 def _parameters(body: VllmGenerateRequest, notes: list[str]) -> router_pb2.Parameters:
@@ -99,15 +109,17 @@ class NulStream(LineStream):
 
 
 class _Texts:
-    """Objects with the whole text so far, one for each token."""
+    """Objects with the whole texts so far of all answers, one for each token of this one."""
 
-    def __init__(self, prompt: str, delimiter: bytes) -> None:
-        self._text = json_string(prompt)[:-1]  # its closing quote follows what comes
+    def __init__(self, texts: list[bytes], index: int, delimiter: bytes) -> None:
+        """`texts`: of all answers, as JSON but for the closing quote; `index`: this one's."""
+        self._texts = texts
+        self._index = index
         self._delimiter = delimiter
 
     def token(self, token: router_pb2.Token, text: str) -> bytes:
-        self._text += json_string(text)[1:-1]
-        return b'{"text":[%s"]}%s' % (self._text, self._delimiter)
+        self._texts[self._index] += json_string(text)[1:-1]
+        return b'{"text":[%s"]}%s' % (b'",'.join(self._texts), self._delimiter)
 
     def last(
         self, token: router_pb2.Token | None, text: str, finished: router_pb2.Finished

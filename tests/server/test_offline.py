@@ -77,6 +77,14 @@ def test_parameters(llm: LLM) -> None:
     free = SamplingParams(temperature=1.0, max_tokens=12, ignore_eos=True)
     first, second = ids(llm.generate(["abc", "abc"], free))
     assert first != second  # each has a seed of its own
+    several = SamplingParams(temperature=0.9, seed=5, max_tokens=12, ignore_eos=True, n=5)
+    (answers,) = llm.generate("abc", several)
+    assert [answer.index for answer in answers.outputs] == list(range(5))
+    assert len({tuple(answer.token_ids) for answer in answers.outputs}) == 5
+    assert answers.outputs[0].token_ids == ids(outputs)[1]
+    best = SamplingParams(temperature=0.9, seed=5, max_tokens=12, best_of=5, logprobs=0)
+    (chosen,) = llm.generate("abc", best)
+    assert len(chosen.outputs) == 1
     asked = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1)
     (output,) = llm.generate("abc", asked)
     assert output.prompt_logprobs is not None and output.prompt_logprobs[0] is None

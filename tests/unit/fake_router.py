@@ -167,15 +167,23 @@ class FakeRouter(router_pb2_grpc.RouterServicer):
 # ------------------------------------------------------------------- events
 
 
-def accepted(input_tokens: int = 3, seed: int | None = None) -> pb.GenerateEvent:
+def accepted(
+    input_tokens: int = 3, seed: int | None = None, num_answers: int = 1
+) -> pb.GenerateEvent:
     return pb.GenerateEvent(
-        accepted=pb.Accepted(input_tokens=input_tokens, seed=seed, prompt_characters=12)
+        accepted=pb.Accepted(
+            input_tokens=input_tokens, seed=seed, prompt_characters=12, num_answers=num_answers
+        )
     )
 
 
-def tokens(first_index: int, *new: pb.Token, text: str, offset: int) -> pb.GenerateEvent:
+def tokens(
+    first_index: int, *new: pb.Token, text: str, offset: int, index: int = 0
+) -> pb.GenerateEvent:
     return pb.GenerateEvent(
-        tokens=pb.Tokens(first_index=first_index, tokens=new, text=text, text_offset=offset)
+        tokens=pb.Tokens(
+            first_index=first_index, tokens=new, text=text, text_offset=offset, index=index
+        )
     )
 
 
@@ -185,6 +193,7 @@ def finished(
     reason: pb.FinishReason = pb.FINISH_REASON_LENGTH,
     seed: int | None = None,
     prefill: list[pb.Token] | None = None,
+    index: int = 0,
 ) -> pb.GenerateEvent:
     return pb.GenerateEvent(
         finished=pb.Finished(
@@ -194,6 +203,7 @@ def finished(
             input_tokens=3,
             seed=seed,
             prefill=prefill,
+            index=index,
             timings=pb.Timings(validation=1_000_000, queue=2_000_000, inference=30_000_000),
         )
     )
@@ -209,19 +219,37 @@ WORDS = (" Tokyo", " is", " big")
 
 
 async def answer(conversation: Conversation, submit: pb.Submit) -> None:
-    """Goes on from what was delivered; the last token comes with the end."""
+    """Goes on from what was delivered; the last token comes with the end.
+
+    Of several answers, all with the same words, each is a word shorter than the one before.
+    """
     parameters = submit.request.parameters
     seed = 7 if parameters.do_sample else None
-    conversation.send(submit, accepted(seed=seed))
-    done = len(submit.delivered.tokens)
-    for index in range(done, len(WORDS)):
-        word = WORDS[index]
-        new = token(11 + index, word, -0.5 - index)
-        new.top.extend(token(100 + n, f" alt{n}", -1.0 - n) for n in range(parameters.top_n_tokens))
-        events = [tokens(index, new, text=word, offset=sum(map(len, WORDS[:index])))]
-        if index == len(WORDS) - 1:
-            prefill = None
-            if parameters.prompt_logprobs:
-                prefill = [pb.Token(id=1, text="Hi"), token(2, " there", -3.25)]
-            events.append(finished("".join(WORDS), len(WORDS), seed=seed, prefill=prefill))
+    delivered = {entry.index: entry for entry in submit.delivered.answers}
+    open_ = [
+        index
+        for index in range(parameters.n or 1)
+        if index not in delivered or not delivered[index].finished
+    ]
+    conversation.send(submit, accepted(seed=seed, num_answers=len(open_)))
+    done = min((len(delivered[i].tokens) if i in delivered else 0 for i in open_), default=0)
+    for place in range(done, len(WORDS)):
+        events: list[pb.GenerateEvent] = []
+        for index in open_:
+            words = WORDS[: len(WORDS) - index]
+            if place >= len(words):
+                continue
+            new = token(11 + place, words[place], -0.5 - place)
+            new.top.extend(
+                token(100 + n, f" alt{n}", -1.0 - n) for n in range(parameters.top_n_tokens)
+            )
+            offset = sum(map(len, words[:place]))
+            events.append(tokens(place, new, text=words[place], offset=offset, index=index))
+            if place == len(words) - 1:
+                prefill = None
+                if parameters.prompt_logprobs and not index:
+                    prefill = [pb.Token(id=1, text="Hi"), token(2, " there", -3.25)]
+                events.append(
+                    finished("".join(words), len(words), seed=seed, prefill=prefill, index=index)
+                )
         conversation.send(submit, *events)

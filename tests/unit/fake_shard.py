@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 
 from headgate.proto.messages import (
+    Fork,
     NewRow,
     PromptLogprobs,
     RowEnd,
@@ -101,17 +102,24 @@ class _Row:
         self.histories.append(_chain(self.histories[-1] if self.histories else self.root, token))
         self.tokens.append(token)
 
-    def copy(self, sampling: RowSampling, blocks: Sequence[int]) -> _Row:
-        return _Row(
+    def fork(self, fork: Fork) -> _Row:
+        known = fork.num_tokens + len(fork.token_ids)
+        _require(fork.num_tokens <= len(self.tokens), "a fork shares tokens there are none of")
+        _require(self.prompt_length <= known, "a fork lacks a part of the prompt")
+        _require(known - 1 <= min(self.computed, fork.num_tokens), "a fork lacks KV")
+        child = _Row(
             self.prompt_length,
-            sampling,
-            list(self.tokens),
-            list(self.histories),
+            replace(self.sampling, sample_index=fork.sample_index),
+            self.tokens[: fork.num_tokens],
+            self.histories[: fork.num_tokens],
             self.root,
-            list(blocks),
-            self.computed,
+            list(fork.block_ids),
+            known - 1,
             self.lockstep,
         )
+        for token in fork.token_ids:
+            child.append(token)
+        return child
 
 
 @dataclass(slots=True)
@@ -162,9 +170,7 @@ class FakeShard:
             self._add(new)
         for fork in plan.forks:
             _require(fork.child not in self._rows, f"row {fork.child} is here already")
-            parent = self._row(fork.parent)
-            sampling = replace(parent.sampling, sample_index=fork.sample_index)
-            self._rows[fork.child] = parent.copy(sampling, fork.block_ids)
+            self._rows[fork.child] = self._row(fork.parent).fork(fork)
         for source, target in plan.copies:
             for offset in range(self.block_size):
                 slot = source * self.block_size + offset

@@ -52,6 +52,18 @@ class Simulation:
 
     # ------------------------------------------------------------ requests
 
+    def add_samples(self, n: int, prompt: Sequence[int] | int, **fields: Any) -> list[Request]:
+        """`n` answers to one prompt, as one request of a client's has them."""
+        sampling = fields.pop("sampling", {})
+        seed = sampling.pop("seed", len(self.requests))
+        leader = self.add(prompt, sampling={**sampling, "seed": seed}, **fields)
+        fields |= {"leader": leader, "arrival": leader.arrival, "skip_prefix_cache": False}
+        samples = [leader]
+        for index in range(1, n):
+            own = {**sampling, "seed": seed, "sample_index": index, "prompt_logprobs": False}
+            samples.append(self.add(leader.prompt_ids, sampling=own, **fields))
+        return samples
+
     def add(
         self, prompt: Sequence[int] | int, new: int = 4, *, eos: bool = False, **fields: Any
     ) -> Request:
@@ -66,7 +78,9 @@ class Simulation:
         request = Request(
             id=number,
             prompt_ids=ids,
-            sampling=RowSampling(max_new_tokens=new, seed=number, ignore_eos=not eos, **sampling),
+            sampling=RowSampling(
+                max_new_tokens=new, ignore_eos=not eos, **{"seed": number, **sampling}
+            ),
             arrival=fields.pop("arrival", float(number)),
             **fields,
         )

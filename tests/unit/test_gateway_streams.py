@@ -188,8 +188,10 @@ async def test_streams_go_on_when_the_router_died() -> None:
             assert (await late).json() == {"generated_text": " Tokyo is big"}
             submit = next(s for s in router.submits if s.attempt == 2)
             assert submit.delivered.seed == 9
-            assert submit.delivered.text_offset == len(" Tokyo")
-            assert [token.id for token in submit.delivered.tokens] == [11]
+            (progress,) = submit.delivered.answers
+            assert progress.text_offset == len(" Tokyo")
+            assert [token.id for token in progress.tokens] == [11]
+            assert not progress.finished
             assert b" Tokyo" not in rest and b" is" in rest and b'"length"' in rest
         writer.close()
 

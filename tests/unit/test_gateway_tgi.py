@@ -205,7 +205,7 @@ async def test_all_parameters_reach_the_router() -> None:
 
 
 REFUSALS: list[tuple[dict[str, Any], str]] = [
-    ({"best_of": 2}, "best_of"),
+    ({"max_new_tokens": 0}, "max_new_tokens"),
     ({"grammar": {"type": "yaml", "value": "a"}}, "grammar"),
     ({"grammar": {"type": "json", "value": 5}}, "grammar"),
     ({"grammar": {"type": "json", "value": "{"}}, "grammar"),
@@ -236,6 +236,65 @@ async def test_what_is_not_served_is_named() -> None:
             assert body["error"].startswith("Input validation error: ")
             assert f"`{field}`" in body["error"]
         assert not running.router.requests
+
+
+async def test_best_of_is_ranked_by_the_router_and_shown_in_details() -> None:
+    async with RunningGateway() as running:
+        parameters = {"best_of": 2, "do_sample": True, "details": True}
+        body = {"inputs": "Hi", "parameters": {**parameters, "decoder_input_details": True}}
+        response = await running.http.post("/generate", json=body)
+        sent = running.router.requests[0].parameters
+        assert (sent.n, sent.best_of) == (2, 2)
+        answer = response.json()
+        details = answer["details"]
+        assert answer["generated_text"] == " Tokyo is big"
+        assert "best_of_sequences" not in details["best_of_sequences"][0]
+        (other,) = details["best_of_sequences"]
+        assert other["generated_text"] == " Tokyo is"
+        assert other["generated_tokens"] == len(other["tokens"]) == 2
+        assert other["prefill"] == details["prefill"] != []
+        assert other["seed"] == details["seed"] == 7
+        assert other.keys() == {*details, "generated_text"} - {"best_of_sequences"}
+        assert response.headers["x-prompt-tokens"] == "3"
+        assert response.headers["x-generated-tokens"] == "5"
+        plain = await running.http.post(
+            "/generate", json={"inputs": "Hi", "parameters": {"best_of": 2, "do_sample": True}}
+        )
+        assert plain.json() == {"generated_text": " Tokyo is big"}
+
+
+@pytest.mark.parametrize(
+    ("path", "parameters", "message"),
+    [
+        (
+            "/generate",
+            {"best_of": 2, "do_sample": True, "seed": 3},
+            "`seed` must not be set when `best_of` > 1",
+        ),
+        (
+            "/generate_stream",
+            {"best_of": 2, "do_sample": True},
+            "`best_of` != 1 is not supported when streaming tokens",
+        ),
+        (
+            "/generate_stream",
+            {"best_of": 0},
+            "`best_of` != 1 is not supported when streaming tokens",
+        ),
+    ],
+)
+async def test_rules_of_best_of(path: str, parameters: dict[str, Any], message: str) -> None:
+    async with RunningGateway() as running:
+        response = await running.http.post(path, json={"inputs": "Hi", "parameters": parameters})
+        assert response.status_code == 422
+        assert response.json()["error"] == f"Input validation error: {message}"
+
+
+async def test_best_of_0_is_as_1() -> None:
+    async with RunningGateway() as running:
+        body = {"inputs": "Hi", "parameters": {"best_of": 0}}
+        assert (await running.http.post("/generate", json=body)).status_code == 200
+        assert not running.router.requests[0].parameters.HasField("best_of")
 
 
 async def test_prompt_details_are_refused_while_streaming() -> None:

@@ -94,23 +94,23 @@ def test_changes_apply_in_the_documented_order() -> None:
     scheduled = target.apply(
         plan(
             removed=[1, 77],
-            new_rows=[new_row(1, 8, blocks=[4])],
-            forks=[Fork(1, 2, 1, [5])],
+            new_rows=[new_row(1, 8, blocks=[4, 9], num_computed_tokens=7)],
+            forks=[Fork(1, 2, 1, [5, 3], 8)],
             copies=[(4, 5)],
             block_rows=[1, 2, 1],
             block_ids=[6, 7, 8],
             rows=[1, 2],
-            counts=[8, 8],
+            counts=[1, 1],
         )
     )
     tables = [target.block_tables[slot, : target.num_blocks[slot]] for slot in scheduled.slots]
-    assert [table.tolist() for table in tables] == [[4, 6, 8], [5, 7]]
+    assert [table.tolist() for table in tables] == [[4, 9, 6, 8], [5, 3, 7]]
 
 
 def test_a_fork_has_its_parents_tokens_and_a_sample_index_of_its_own() -> None:
     target = batch()
     run(target, [60], new_rows=[new_row(1, seed=9)], rows=[1], counts=[5])
-    target.apply(plan(forks=[Fork(1, 2, 3, [8, 9])]))
+    target.apply(plan(forks=[Fork(1, 2, 3, [8, 9], 6)]))
     parent, child = target.slot_of(1), target.slot_of(2)
     assert target.token_ids[child, :6].tolist() == [0, 1, 2, 3, 4, 60]
     assert target.num_computed[child] == target.num_computed[parent] == 5
@@ -119,6 +119,19 @@ def test_a_fork_has_its_parents_tokens_and_a_sample_index_of_its_own() -> None:
     assert run(target, [61, 62], rows=[1, 2], counts=[1, 1]) == [RowEnd.NONE] * 2
     assert target.token_ids[parent, 6] == 61
     assert target.token_ids[child, 6] == 62
+
+
+def test_a_fork_may_leave_its_parent_earlier_or_go_on_otherwise_and_outlives_its_end() -> None:
+    target = batch()
+    assert run(target, [EOS], new_rows=[new_row(1)], rows=[1], counts=[5]) == [RowEnd.EOS]
+    of_prompt, other = Fork(1, 2, 1, [8, 9], 5), Fork(1, 3, 2, [6, 7], 5, [44])
+    scheduled = target.apply(plan(forks=[of_prompt, other], rows=[1, 2, 3], counts=[1, 1, 1]))
+    children = [target.slot_of(2), target.slot_of(3)]
+    assert scheduled.slots.tolist() == children  # the parent is dead
+    assert scheduled.samples.all()
+    assert target.num_tokens[children].tolist() == [5, 6]
+    assert target.num_computed[children].tolist() == [4, 5]
+    assert target.token_ids[children[1], :6].tolist() == [0, 1, 2, 3, 4, 44]
 
 
 def test_more_rows_than_expected_are_kept_intact() -> None:
@@ -237,9 +250,14 @@ def test_prompt_chunks_meet_without_gap_or_overlap() -> None:
         ({"block_rows": [1], "block_ids": []}, "0 new blocks for 1 rows"),
         ({"block_rows": [1] * 9, "block_ids": [0] * 9}, "row 1 gets more blocks"),
         ({"copies": [(1, 20)]}, "a block copy refers to block 20"),
-        ({"forks": [Fork(5, 6, 1, [])]}, "row 5 is unknown"),
-        ({"forks": [Fork(1, 1, 1, [0, 1])]}, "row 1 is already here"),
-        ({"rows": [1], "counts": [6]}, "row 1 is scheduled for tokens that are not known"),
+        ({"forks": [Fork(5, 6, 1, [], 5)]}, "row 5 is unknown"),
+        ({"forks": [Fork(1, 1, 1, [0, 1], 5)]}, "row 1 is already here"),
+        ({"forks": [Fork(1, 2, 1, [0, 1], 6)]}, "a fork, shares 6 tokens of 5"),
+        ({"forks": [Fork(1, 2, 1, [0, 1], 4)]}, "a fork, has 4 tokens of a prompt of 5"),
+        ({"forks": [Fork(1, 2, 1, [0, 1], 5, [9])]}, "a fork, begins with tokens whose KV"),
+        ({"forks": [Fork(1, 2, 1, [], 5)]}, "a fork, has fewer blocks"),
+        ({"forks": [Fork(1, 2, 1, [0, 1], 4, [100])]}, "a fork, holds a token outside"),
+        ({"rows": [1], "counts": [2]}, "row 1 is scheduled for tokens that are not known"),
         ({"rows": [1], "counts": [0]}, "row 1 is scheduled for no token"),
         ({"rows": [1, 1], "counts": [1, 1]}, "scheduled twice"),
         ({"rows": [1], "counts": []}, "0 counts for 1 rows"),
@@ -265,6 +283,6 @@ def test_prompt_chunks_meet_without_gap_or_overlap() -> None:
 )
 def test_what_does_not_fit_is_refused(fields: dict[str, Any], message: str) -> None:
     target = batch()
-    target.apply(plan(new_rows=[new_row(1)]))
+    target.apply(plan(new_rows=[new_row(1, num_computed_tokens=4)]))
     with pytest.raises(PlanError, match=message):
         target.apply(plan(**fields))

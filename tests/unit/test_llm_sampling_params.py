@@ -14,7 +14,7 @@ def test_defaults_sample_sixteen_tokens() -> None:
     wanted = SamplingParams().to_router()
     assert wanted.samples and wanted.max_new_tokens == 16
     assert (wanted.include_stop, wanted.logprobs, wanted.top_k) == (False, False, None)
-    wanted.check(router.ParameterLimits(4, 5))
+    wanted.check(router.ParameterLimits(4, 5, 2, 128))
 
 
 def test_greedy_sends_nothing_about_sampling() -> None:
@@ -89,8 +89,8 @@ def test_every_served_field_arrives() -> None:
         ("logprobs", -1),
         ("prompt_logprobs", -2),
         ("truncate_prompt_tokens", -1),
-        ("n", 2),
-        ("best_of", 2),
+        ("n", 0),
+        ("best_of", 0),
         ("logit_bias", {1: 2.0}),
         ("structured_outputs", object()),
         ("structured_outputs", {}),

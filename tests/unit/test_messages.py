@@ -79,7 +79,16 @@ plans = st.builds(
     block_ids=ids,
     copies=st.lists(st.tuples(uint32, uint32), max_size=3),
     forks=st.lists(
-        st.builds(Fork, parent=uint32, child=uint32, sample_index=uint32, block_ids=ids), max_size=2
+        st.builds(
+            Fork,
+            parent=uint32,
+            child=uint32,
+            sample_index=uint32,
+            block_ids=ids,
+            num_tokens=uint32,
+            token_ids=ids,
+        ),
+        max_size=2,
     ),
     reset=st.booleans(),
 )

@@ -121,7 +121,7 @@ def test_a_cached_prefix_is_not_computed_again(step: Driver) -> None:
 def test_forked_rows_share_blocks_until_they_are_copied(step: Driver) -> None:
     step(new_rows=[row(1, PROMPT, [0, 1])], rows=[1], counts=[5])
     # The second block is half full: the child writes into a copy of it.
-    result = step(forks=[Fork(1, 2, 1, [0, 5])], copies=[(1, 5)], rows=[2, 1], counts=[1, 1])
+    result = step(forks=[Fork(1, 2, 1, [0, 5], 6)], copies=[(1, 5)], rows=[2, 1], counts=[1, 1])
     assert result.token_ids == greedy(PROMPT, 1) * 2
     assert step(rows=[1, 2], counts=[1, 1]).token_ids == [greedy(PROMPT, 2)[1]] * 2
 

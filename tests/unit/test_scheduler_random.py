@@ -21,9 +21,10 @@ def arrive(rng: random.Random, simulation: Simulation) -> None:
     prompt = prompt[: capacity - 1]
     new = rng.randrange(1, min(40, capacity - len(prompt) + 2))
     whole = rng.random() < 0.1
-    simulation.add(
+    simulation.add_samples(
+        rng.choice([1, 1, 1, 2, 5]),
         prompt,
-        new,
+        new=new,
         eos=rng.random() < 0.5,
         lockstep=rng.random() < 0.1,
         adapter_id=rng.choice(["", "", "", "french"]),

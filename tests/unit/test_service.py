@@ -366,10 +366,12 @@ async def test_an_answer_goes_on_at_a_new_router(tmp_path: Path, cut: int, sampl
         gateway.submit(1, message)
         await until(lambda: gateway.ended(1))
         accepted = gateway.of(1)[0].accepted
-        delivered = router_pb2.Delivered(
+        progress = router_pb2.DeliveredAnswer(
             tokens=gateway.tokens(1)[:cut],
             text_offset=len("".join(e.tokens.text for e in gateway.of(1)[1 : cut + 1])),
-            seed=accepted.seed if sampled else None,
+        )
+        delivered = router_pb2.Delivered(
+            answers=[progress], seed=accepted.seed if sampled else None
         )
         gateway.submit(1, message, attempt=2, delivered=delivered)
         await until(lambda: gateway.ended(1, 2))
@@ -378,7 +380,7 @@ async def test_an_answer_goes_on_at_a_new_router(tmp_path: Path, cut: int, sampl
         assert [t.id for t in gateway.tokens(1, 2)] == [t.id for t in gateway.tokens(1)[cut:]]
         assert again[-1].finished.generated_text == gateway.of(1)[-1].finished.generated_text
         assert again[-1].finished.generated_tokens == 30
-        assert gateway.text(1)[delivered.text_offset :] == gateway.text(1, 2)
+        assert gateway.text(1)[progress.text_offset :] == gateway.text(1, 2)
         router.assert_idle()
         await gateway.leave()
 
@@ -389,7 +391,10 @@ async def test_an_answer_that_was_complete_but_for_its_end(tmp_path: Path) -> No
         message = request([1, 2, 3], max_new_tokens=5)
         gateway.submit(1, message)
         await until(lambda: gateway.ended(1))
-        delivered = router_pb2.Delivered(tokens=gateway.tokens(1), text_offset=len(gateway.text(1)))
+        progress = router_pb2.DeliveredAnswer(
+            tokens=gateway.tokens(1), text_offset=len(gateway.text(1))
+        )
+        delivered = router_pb2.Delivered(answers=[progress])
         gateway.submit(1, message, attempt=2, delivered=delivered)
         await until(lambda: gateway.ended(1, 2))
         assert not gateway.tokens(1, 2)

@@ -52,7 +52,13 @@ def validate(
 
 REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"best_of": 2}, "best_of", "you must use sampling when `best_of` is > 1"),
-    ({"best_of": 2, "do_sample": True}, "best_of", "`best_of` = 2 is not supported yet"),
+    ({"best_of": 3, "do_sample": True}, "best_of", "`best_of` must be > 0 and <= 2. Given: 3"),
+    ({"best_of": 0}, "best_of", "`best_of` must be > 0 and <= 2. Given: 0"),
+    (
+        {"best_of": 2, "n": 3, "do_sample": True},
+        "best_of",
+        "`best_of` must be >= `n` = 3. Given: 2",
+    ),
     ({"temperature": 0.0}, "temperature", "`temperature` must be strictly positive"),
     ({"temperature": math.nan}, "temperature", "`temperature` must be strictly positive"),
     ({"temperature": math.inf}, "temperature", "`temperature` must be strictly positive"),
@@ -86,7 +92,8 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
         "prompt_top_n_tokens",
         "`prompt_top_n_tokens` must be >= 0 and <= 5. Given: 6",
     ),
-    ({"n": 2}, "n", "`n` = 2 is not supported yet"),
+    ({"n": 0}, "n", "`n` must be > 0 and <= 128. Given: 0"),
+    ({"n": 129}, "n", "`n` must be > 0 and <= 128. Given: 129"),
     ({"text": ""}, "inputs", "`inputs` cannot be empty"),
     ({"text": None}, "inputs", "`inputs` cannot be empty"),
     (
@@ -231,11 +238,30 @@ def test_largest_request_that_fits(validator: Validator) -> None:
 
 
 def test_delivered_progress(validator: Validator) -> None:
-    delivered = router_pb2.Delivered(tokens=[router_pb2.Token(id=5)], text_offset=1, seed=77)
-    valid = validate(validator, delivered=delivered, do_sample=True)
+    begun = router_pb2.DeliveredAnswer(tokens=[router_pb2.Token(id=5)], text_offset=1)
+    done = router_pb2.DeliveredAnswer(index=2, finished=True)
+    delivered = router_pb2.Delivered(answers=[begun, done], seed=77)
+    valid = validate(validator, delivered=delivered, do_sample=True, n=3)
     assert valid.seed == valid.sampling.seed == 77
-    assert valid.progress is not None
-    assert [token.id for token in valid.progress.tokens] == [5]
+    assert [token.id for token in valid.progress[0].tokens] == [5]
+    assert valid.progress[2].finished and not valid.progress[0].finished
+    assert 1 not in valid.progress
+
+
+@pytest.mark.parametrize(
+    ("answers", "message"),
+    [
+        ([{"index": 2}], "has answer 2 of 2"),
+        ([{"index": 0, "finished": True}, {"index": 1, "finished": True}], "ends of all answers"),
+        ([{"index": 1, "tokens": [router_pb2.Token()] * 2}], "more tokens than"),
+    ],
+)
+def test_progress_that_cannot_be(
+    validator: Validator, answers: list[dict[str, Any]], message: str
+) -> None:
+    delivered = router_pb2.Delivered(answers=[router_pb2.DeliveredAnswer(**a) for a in answers])
+    with pytest.raises(ValidationError, match=message):
+        validate(validator, delivered=delivered, n=2, max_new_tokens=1)
 
 
 def test_parameters_survive_the_wire() -> None:
