@@ -26,6 +26,15 @@ class RowEnd(IntEnum):
     EOS = 2
     STOP_TOKEN = 3
     FAILED = 4  # no token could be chosen
+    POOLED = 5  # no token was asked for: the prompt is pooled
+
+
+class Pooling(IntEnum):
+    """What a row gives instead of tokens: its prompt's final hidden states, pooled."""
+
+    NONE = 0
+    MEAN = 1  # over all prompt tokens
+    LAST = 2  # of the last one
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +61,7 @@ class RowSampling:
     top_n_tokens: int = 0
     prompt_logprobs: bool = False
     prompt_top_n_tokens: int = 0
+    pooling: Pooling = Pooling.NONE  # else no token is sampled, and max_new_tokens is 1
     grammar: str = ""  # llguidance's form of what the output must be; "": anything
 
 
@@ -121,6 +131,16 @@ class PromptLogprobs:
 
 
 @dataclass(frozen=True, slots=True)
+class PooledStates:
+    """What a step adds to a pooled row: the sum of its hidden states at [start, stop)."""
+
+    row: int
+    start: int
+    stop: int
+    sums: Sequence[float]  # hidden_size of them, in double precision
+
+
+@dataclass(frozen=True, slots=True)
 class StepResult:
     """What a step produced: a token of each scheduled row that reached the end of what is known."""
 
@@ -135,6 +155,7 @@ class StepResult:
     refused: str = ""  # why the group refused the plan; empty: it ran
     forward_ns: int = 0
     total_ns: int = 0
+    pooled: Sequence[PooledStates] = ()
     failures: Mapping[int, str] = field(default_factory=dict)  # by row id: why it ended FAILED
 
 
@@ -248,6 +269,7 @@ def _encode_row(row: NewRow) -> shard_pb2.NewRow:
 def _decode_row(message: shard_pb2.NewRow) -> NewRow:
     sampling = {name: getattr(message.sampling, name) for name in _SAMPLING_FIELDS}
     sampling["stop_token_ids"] = tuple(sampling["stop_token_ids"])
+    sampling["pooling"] = Pooling(sampling["pooling"])
     return NewRow(
         id=message.id,
         prompt_ids=unpack_ids(message.prompt_ids),
@@ -308,6 +330,15 @@ def encode_result(result: StepResult) -> shard_pb2.StepResult:
         prompt_logprobs=[_encode_prompt_logprobs(entry) for entry in result.prompt_logprobs],
         forward_ns=result.forward_ns,
         total_ns=result.total_ns,
+        pooled=[
+            shard_pb2.PooledStates(
+                row=entry.row,
+                start=entry.start,
+                stop=entry.stop,
+                sums=_to_bytes(array("d", entry.sums)),
+            )
+            for entry in result.pooled
+        ],
         failures=result.failures,
     )
 
@@ -325,6 +356,10 @@ def decode_result(message: shard_pb2.StepResult) -> StepResult:
         refused=message.refused,
         forward_ns=message.forward_ns,
         total_ns=message.total_ns,
+        pooled=[
+            PooledStates(entry.row, entry.start, entry.stop, _from_bytes("d", entry.sums).tolist())
+            for entry in message.pooled
+        ],
         failures=dict(message.failures),
     )
 

@@ -56,6 +56,8 @@ class Request:
     block_hashes: list[bytes] = field(default_factory=list)  # of its leading full blocks, as needed
     num_published: int = 0  # leading blocks that were offered to the prefix cache
     num_cached_tokens: int = 0  # prompt tokens its first admission found in the prefix cache
+    num_pooled: int = 0  # prompt positions that pooled_sum covers
+    pooled_sum: Sequence[float] = ()  # of their hidden states
     next_prompt_logprob: int = 1  # position of the first prompt logprob not yet delivered
     preemptions: int = 0
     recoveries: int = 0  # times the shards were lost while it ran

@@ -289,6 +289,7 @@ class Scheduler:
         self._outstanding.popleft()
         self._budget.grow()
         prompt_logprobs = {entry.row: entry for entry in result.prompt_logprobs}
+        pooled = {entry.row: entry for entry in result.pooled}
         outputs: list[RowOutput] = []
         for (request, count, _), place in zip(plan.rows, places, strict=True):
             request.in_flight -= 1
@@ -297,13 +298,16 @@ class Scheduler:
             output = RowOutput(request, None)
             if request.id in prompt_logprobs:
                 output.take_prompt_logprobs(prompt_logprobs[request.id])
+            if request.id in pooled:
+                output.take_pooled(pooled[request.id])
             if place >= 0:
                 output.take_token(result, place)
             if request.status is RequestStatus.RUNNING:  # else its blocks are gone
                 request.num_confirmed += count
                 self._kv.publish(request)
             if output.end:
-                self._admission.record(request)
+                if output.pooled is None:  # else there was no answer to learn from
+                    self._admission.record(request)
                 self._end(request, output.end.name.lower())
             if place >= 0 or output.prompt_logprobs:
                 outputs.append(output)

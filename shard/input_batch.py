@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from headgate.proto.messages import Fork, NewRow, RowEnd, RowSampling, StepPlan
+from headgate.proto.messages import Fork, NewRow, Pooling, RowEnd, RowSampling, StepPlan
 from headgate.shard.sampling.grammar import NO_MASKS, ConstrainedRow, Masks, RowGrammar
 from headgate.shard.sampling.params import (
     NO_TOKEN,
@@ -270,6 +270,8 @@ class InputBatch:
     def advance(self, scheduled: ScheduledRows, tokens: IntArray) -> npt.NDArray[np.uint8]:
         """Takes one token for each row that samples, or NO_TOKEN; returns their RowEnds.
 
+        A pooled row's token counts for nothing.
+
         A row may end here, by EOS before a stop token before length. The decision needs only the
         tokens, so every rank comes to the same. EOS always ends a row with a grammar, which allows
         it only where nothing else is left if the row is to ignore it.
@@ -289,6 +291,7 @@ class InputBatch:
         heeds_eos = self.constrained[slots] | ~params["ignore_eos"]
         ends[np.isin(tokens, self._eos) & heeds_eos] = RowEnd.EOS
         ends[failed] = RowEnd.FAILED
+        ends[params["pooling"] != Pooling.NONE] = RowEnd.POOLED
         self.ended[slots] = ends != RowEnd.NONE
         return ends
 

@@ -13,7 +13,15 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from headgate.proto.messages import PromptLogprobs, RowEnd, StepPlan, StepResult, TopTokens
+from headgate.proto.messages import (
+    PooledStates,
+    Pooling,
+    PromptLogprobs,
+    RowEnd,
+    StepPlan,
+    StepResult,
+    TopTokens,
+)
 from headgate.shard.config import ShardConfig, ShardIdentity
 from headgate.shard.distributed import Group
 from headgate.shard.errors import ModelError
@@ -26,7 +34,7 @@ from headgate.shard.sampling.grammar import NO_MASKS, GrammarMasks, Masks
 from headgate.shard.sampling.logprobs import NO_TOP, token_logprobs
 from headgate.shard.sampling.params import NO_TOKEN, IntArray
 from headgate.shard.sampling.sampler import sample
-from headgate.shard.step_inputs import PromptChunk, StepInputs, build_inputs
+from headgate.shard.step_inputs import PooledChunk, PromptChunk, StepInputs, build_inputs
 from headgate.shard.vote import plan_tag, vote
 from headgate.shard.warmup import warm_up
 
@@ -232,6 +240,7 @@ class ModelRunner:
             ends=[RowEnd(end) for end in ends.tolist()],
             top=top,
             prompt_logprobs=prompt_logprobs,
+            pooled=[_pooled(hidden, chunk) for chunk in inputs.pooled_chunks],
             failures={
                 row: masks.failures[slot]
                 for row, slot in zip(row_ids, slots.tolist(), strict=True)
@@ -254,20 +263,22 @@ class ModelRunner:
     ) -> tuple[IntArray, list[float], list[TopTokens]]:
         """Each row's token on all ranks; logprobs and alternatives on rank 0. slots: int64[S].
 
-        A row that its grammar cannot go on with gets NO_TOKEN.
+        A row that its grammar cannot go on with gets NO_TOKEN, a pooled one 0.
         """
         assert self._batch is not None
         tokens = np.zeros(len(slots), np.int64)
         logprobs = [0.0] * len(slots)
         top: list[TopTokens] = []
-        for start in range(0, len(slots), _LOGITS_ROWS):
-            part = slice(start, start + _LOGITS_ROWS)
-            logits = self.model.logits(hidden[sample_tokens[part]])
+        drawn = np.flatnonzero(self._batch.params["pooling"][slots] == Pooling.NONE)
+        for start in range(0, len(drawn), _LOGITS_ROWS):
+            part = drawn[start : start + _LOGITS_ROWS]
+            rows = sample_tokens[torch.from_numpy(part).to(sample_tokens.device)]
+            logits = self.model.logits(hidden[rows])
             self.heartbeat.beat()
             if logits is None:
                 continue
             tokens[part] = sample(logits, self._batch.sampled_rows(slots[part], masks))
-            self._add_logprobs(logits, tokens[part], slots[part], (start, logprobs, top))
+            self._add_logprobs(logits, tokens[part], slots[part], (part, logprobs, top))
         if masks.failures:
             tokens[np.isin(slots, list(masks.failures))] = NO_TOKEN
         if top:
@@ -282,11 +293,11 @@ class ModelRunner:
         logits: torch.Tensor,
         tokens: IntArray,
         slots: IntArray,
-        found: tuple[int, list[float], list[TopTokens]],
+        found: tuple[IntArray, list[float], list[TopTokens]],
     ) -> None:
-        """Fills in what the rows asked for. found: (first row's index, logprobs, top tokens)."""
+        """Fills in what the rows asked for. found: (the rows' places, logprobs, top tokens)."""
         assert self._batch is not None
-        start, logprobs, top = found
+        places, logprobs, top = found
         params = self._batch.params[slots]
         asking = np.flatnonzero(params["logprobs"] | (params["top_n_tokens"] > 0))
         if not len(asking):
@@ -296,11 +307,12 @@ class ModelRunner:
             rows = logits[torch.from_numpy(asking).to(logits.device)]
         top_n = params["top_n_tokens"][asking].tolist()
         values, alternatives = token_logprobs(rows, tokens[asking], top_n)
-        for row, value in zip(asking.tolist(), values, strict=True):
-            logprobs[start + row] = value
-        for row, places in zip(asking.tolist(), alternatives, strict=False):  # or no alternatives
-            top.extend([NO_TOP] * (start + row - len(top)))
-            top.append(places)
+        asking = places[asking]
+        for place, value in zip(asking.tolist(), values, strict=True):
+            logprobs[place] = value
+        for place, tops in zip(asking.tolist(), alternatives, strict=False):  # or no alternatives
+            top.extend([NO_TOP] * (place - len(top)))
+            top.append(tops)
 
     def _prompt_logprobs(self, hidden: torch.Tensor, chunk: PromptChunk) -> PromptLogprobs | None:
         """The chunk's entry on rank 0; all ranks take part. hidden: [T, H] of the whole step."""
@@ -318,3 +330,13 @@ class ModelRunner:
         if self.group.rank:
             return None
         return PromptLogprobs(chunk.row_id, chunk.start, values, top)
+
+
+def _pooled(hidden: torch.Tensor, chunk: PooledChunk) -> PooledStates:
+    """hidden: [T, H] of the whole step, the same on all ranks.
+
+    In double precision, so that the sum does not show how the prompt was cut into chunks.
+    """
+    states = hidden[chunk.first : chunk.first + chunk.stop - chunk.start]
+    sums = states.double().sum(0).tolist()
+    return PooledStates(chunk.row_id, chunk.start, chunk.stop, sums)

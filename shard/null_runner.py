@@ -2,7 +2,8 @@
 
 A row's answer is its prompt, over and over, so that the text is real text and the same for the
 same request. Ends of sequence never come; stop tokens and lengths end a row as always. Sampling
-parameters change nothing, logprobs are 0, there are no alternatives and no prompt logprobs.
+parameters change nothing, logprobs are 0, there are no alternatives and no prompt logprobs; a
+pooled prompt is the number 1.
 """
 
 from __future__ import annotations
@@ -11,7 +12,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from headgate.proto.messages import NewRow, RowEnd, StepPlan, StepResult
+from headgate.proto.messages import (
+    NewRow,
+    PooledStates,
+    Pooling,
+    RowEnd,
+    StepPlan,
+    StepResult,
+)
 from headgate.shard.config import ShardConfig, ShardIdentity
 from headgate.shard.input_batch import PlanError
 from headgate.shard.model_config import ModelConfig
@@ -25,6 +33,8 @@ class _Row:
     left: int  # tokens it may still get
     given: int  # tokens it got
     uncomputed: int  # known tokens that no plan has computed
+    num_prompt: int
+    pooled: bool
     ended: bool = False
 
     def next_token(self) -> tuple[int, RowEnd]:
@@ -81,21 +91,28 @@ class NullRunner:
             raise PlanError(problem)
         self._apply(plan)
         rows, tokens, ends = [], [], []
+        pooled: list[PooledStates] = []
         held = self._rows
         for row_id, count in zip(plan.rows, plan.counts, strict=True):
             row = held[row_id]
             row.uncomputed -= count
             if row.uncomputed > 0 or row.ended:
                 continue
-            token, end = row.next_token()
+            if row.pooled:
+                row.ended = True
+                token, end = 0, RowEnd.POOLED
+                pooled.append(PooledStates(row_id, 0, row.num_prompt, [1.0]))
+            else:
+                token, end = row.next_token()
             rows.append(row_id)
             tokens.append(token)
             ends.append(end)
         self.heartbeat.beat()
         result = StepResult(plan.epoch, plan.sequence)
         if not self.identity.rank:
+            logprobs = [0.0] * len(rows)
             result = replace(
-                result, rows=rows, token_ids=tokens, ends=ends, logprobs=[0.0] * len(rows)
+                result, rows=rows, token_ids=tokens, ends=ends, logprobs=logprobs, pooled=pooled
             )
         spent = time.perf_counter_ns() - started
         return replace(result, forward_ns=spent, total_ns=spent)
@@ -119,4 +136,6 @@ class NullRunner:
             left=new.sampling.max_new_tokens - len(new.output_ids),
             given=len(new.output_ids),
             uncomputed=known - new.num_computed_tokens,
+            num_prompt=len(new.prompt_ids),
+            pooled=new.sampling.pooling is not Pooling.NONE,
         )

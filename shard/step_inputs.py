@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from headgate.proto.messages import Pooling
 from headgate.shard.attention_metadata import AttentionMetadata
 from headgate.shard.input_batch import InputBatch, ScheduledRows
 from headgate.shard.sampling.params import IntArray
@@ -24,6 +25,16 @@ class PromptChunk:
     targets: IntArray  # int64[n]: the tokens predicted, one per position
 
 
+@dataclass(frozen=True, slots=True)
+class PooledChunk:
+    """Prompt positions of one pooled row whose hidden states count."""
+
+    row_id: int
+    first: int  # index of the first of them among the step's tokens
+    start: int  # its position in the prompt
+    stop: int  # the position after the last of them
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class StepInputs:
     """T tokens of R rows."""
@@ -33,6 +44,7 @@ class StepInputs:
     attention: AttentionMetadata
     sample_tokens: torch.Tensor  # int64[S]: index of the last token of each row that samples
     prompt_chunks: tuple[PromptChunk, ...]
+    pooled_chunks: tuple[PooledChunk, ...]
 
 
 def build_inputs(
@@ -51,6 +63,7 @@ def build_inputs(
         attention=_attention(batch, scheduled, token_slots, positions, device),
         sample_tokens=_tensor(ends[scheduled.samples] - 1, device),
         prompt_chunks=_prompt_chunks(batch, scheduled, ends - counts),
+        pooled_chunks=_pooled_chunks(batch, scheduled, ends),
     )
 
 
@@ -99,6 +112,29 @@ def _prompt_chunks(
                 top_n=int(batch.params["prompt_top_n_tokens"][slot]),
                 start=start + 1,
                 targets=batch.token_ids[slot, start + 1 : end + 1].astype(np.int64),
+            )
+        )
+    return tuple(chunks)
+
+
+def _pooled_chunks(
+    batch: InputBatch, scheduled: ScheduledRows, ends: IntArray
+) -> tuple[PooledChunk, ...]:
+    kinds = batch.params["pooling"][scheduled.slots]
+    chunks = []
+    for row in np.flatnonzero(kinds != Pooling.NONE).tolist():
+        slot, count = int(scheduled.slots[row]), int(scheduled.counts[row])
+        stop = int(batch.num_computed[slot]) + count
+        if kinds[row] == Pooling.LAST:
+            if not scheduled.samples[row]:
+                continue  # the last position is yet to come
+            count = 1
+        chunks.append(
+            PooledChunk(
+                row_id=int(batch.ids[slot]),
+                first=int(ends[row]) - count,
+                start=stop - count,
+                stop=stop,
             )
         )
     return tuple(chunks)

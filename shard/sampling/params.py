@@ -38,6 +38,7 @@ PARAMS_DTYPE = np.dtype(
         ("top_n_tokens", np.int64),
         ("prompt_logprobs", np.bool_),
         ("prompt_top_n_tokens", np.int64),
+        ("pooling", np.int64),
     ]
 )
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from headgate.kernels import ops
-from headgate.proto.messages import RowSampling
+from headgate.proto.messages import Pooling, RowSampling
 from headgate.router.request import Request
 from headgate.router.scheduler import Scheduler, SchedulerConfig
 from headgate.shard.config import ShardConfig, ShardIdentity
@@ -30,10 +30,11 @@ class Job:
 
 @dataclass(slots=True)
 class Answer:
-    """All output tokens, and the logprobs of those computed here."""
+    """All output tokens, and the logprobs of those computed here; or the pooled prompt."""
 
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    pooled: list[float] = field(default_factory=list)
 
 
 class Server:
@@ -79,7 +80,13 @@ class Server:
         """Answers of jobs that all arrive at once, planned one step ahead."""
         answers: dict[int, Answer] = {}
         for job in jobs:
-            request = Request(self._next_id, job.prompt_ids, job.sampling, arrival=self._next_id)
+            request = Request(
+                self._next_id,
+                job.prompt_ids,
+                job.sampling,
+                arrival=self._next_id,
+                skip_prefix_cache=job.sampling.pooling is Pooling.MEAN,
+            )
             request.output_ids.extend(job.output_ids)
             self._next_id += 1
             self.scheduler.add(request)
@@ -94,6 +101,7 @@ class Server:
                 result = self._runner.step(in_flight.popleft())
                 assert not result.refused, result.refused
                 for output in self.scheduler.update(result):
+                    answers[output.request.id].pooled += output.pooled or ()
                     if output.token_id is not None:
                         answers[output.request.id].token_ids.append(output.token_id)
                         answers[output.request.id].logprobs.append(output.logprob)

@@ -15,6 +15,8 @@ from hashlib import blake2b
 from headgate.proto.messages import (
     Fork,
     NewRow,
+    PooledStates,
+    Pooling,
     PromptLogprobs,
     RowEnd,
     RowSampling,
@@ -84,6 +86,24 @@ def expected_prompt_logprobs(prompt_ids: Sequence[int], adapter_id: str = "") ->
     for token in prompt_ids:
         histories.append(_chain(histories[-1], token))
     return [_prompt_logprob(history) for history in histories[2:]]
+
+
+def expected_pooled(
+    prompt_ids: Sequence[int], pooling: Pooling, adapter_id: str = ""
+) -> list[float]:
+    """The mean over all positions, or the last one's state."""
+    states = [_root(adapter_id)]
+    for token in prompt_ids:
+        states.append(_chain(states[-1], token))
+    if pooling is Pooling.LAST:
+        return _hidden(states[-1])
+    columns = zip(*map(_hidden, states[1:]), strict=True)
+    return [sum(column) / len(prompt_ids) for column in columns]
+
+
+def _hidden(history: int) -> list[float]:
+    """A hidden state; sums of such numbers are exact."""
+    return [float(history % 1000), float(history // 1000 % 1000)]
 
 
 @dataclass(slots=True)
@@ -230,6 +250,7 @@ class FakeShard:
         tokens: list[int] = []
         ends: list[RowEnd] = []
         prompt_logprobs: list[PromptLogprobs] = []
+        pooled: list[PooledStates] = []
         # All writes, then all reads: as one batch would.
         batch = [
             (row_id, self._rows[row_id], count)
@@ -250,7 +271,15 @@ class FakeShard:
                 )
             if row.sampling.prompt_logprobs and start < row.prompt_length - 1:
                 prompt_logprobs.append(self._describe(row_id, row, start))
-            if row.computed == len(row.tokens):
+            complete = row.computed == len(row.tokens)
+            if row.sampling.pooling is Pooling.MEAN or (row.sampling.pooling and complete):
+                pooled.append(self._pool(row_id, row, start))
+            if complete and row.sampling.pooling:
+                rows.append(row_id)
+                tokens.append(0)
+                ends.append(RowEnd.POOLED)
+                row.dead = True
+            elif complete:
                 rows.append(row_id)
                 tokens.append(self._next(row))
                 ends.append(
@@ -267,7 +296,15 @@ class FakeShard:
             ends=ends,
             top=[TopTokens((token,), (-token / 4,)) for token in tokens],
             prompt_logprobs=prompt_logprobs,
+            pooled=pooled,
         )
+
+    def _pool(self, row_id: int, row: _Row, start: int) -> PooledStates:
+        if row.sampling.pooling is Pooling.LAST:
+            start = row.computed - 1
+        states = [_hidden(history) for history in row.histories[start : row.computed]]
+        sums = [sum(column) for column in zip(*states, strict=True)]
+        return PooledStates(row_id, start, row.computed, sums)
 
     def _next(self, row: _Row) -> int:
         position = len(row.tokens) - row.prompt_length

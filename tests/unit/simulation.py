@@ -10,7 +10,12 @@ from typing import Any
 from headgate.proto.messages import RowSampling, StepPlan
 from headgate.router.request import Request
 from headgate.router.scheduler import RowOutput, Scheduler, SchedulerConfig
-from tests.unit.fake_shard import FakeShard, expected_answer, expected_prompt_logprobs
+from tests.unit.fake_shard import (
+    FakeShard,
+    expected_answer,
+    expected_pooled,
+    expected_prompt_logprobs,
+)
 
 VOCABULARY = 40
 EOS = 0
@@ -32,6 +37,7 @@ class Simulation:
         self.requests: list[Request] = []
         self.answers: dict[int, list[int]] = {}  # tokens as they came out, by request id
         self.prompt_logprobs: dict[int, list[float]] = {}
+        self.pooled: dict[int, list[float]] = {}
         self.plans: deque[StepPlan] = deque()  # sent, not delivered
         self.epoch = 0
         self.start_shard()
@@ -125,6 +131,8 @@ class Simulation:
             number = output.request.id
             if output.token_id is not None:
                 self.answers[number].append(output.token_id)
+            if output.pooled is not None:
+                self.pooled[number] = list(output.pooled)
             if output.prompt_logprobs is not None:
                 known = self.prompt_logprobs.setdefault(number, [])
                 assert output.prompt_logprobs.start == len(known) + 1
@@ -160,6 +168,11 @@ class Simulation:
         """Each request that was not cancelled has the tokens it would have had alone."""
         for request in self.requests:
             assert request.is_finished
+            if request.finish_reason == "pooled":
+                pooling = request.sampling.pooling
+                wanted = expected_pooled(request.prompt_ids, pooling, request.adapter_id)
+                assert self.pooled[request.id] == wanted
+                continue
             expected = self.expected(request)
             answer = self.answers[request.id]
             assert answer == request.output_ids

@@ -12,6 +12,7 @@ from headgate.proto import shard_pb2
 from headgate.proto.messages import (
     Fork,
     NewRow,
+    PooledStates,
     PromptLogprobs,
     RowEnd,
     RowSampling,
@@ -110,6 +111,13 @@ prompt_logprobs = st.builds(
     logprobs=st.lists(float32, max_size=4),
     top=st.lists(top_tokens(), max_size=3),
 )
+pooled_states = st.builds(
+    PooledStates,
+    row=uint32,
+    start=uint32,
+    stop=uint32,
+    sums=st.lists(st.floats(allow_nan=False), max_size=4),
+)
 results = st.builds(
     StepResult,
     epoch=uint64,
@@ -120,6 +128,7 @@ results = st.builds(
     ends=st.lists(st.sampled_from(RowEnd), max_size=4),
     top=st.lists(top_tokens(), max_size=3),
     prompt_logprobs=st.lists(prompt_logprobs, max_size=2),
+    pooled=st.lists(pooled_states, max_size=2),
     refused=st.text(max_size=9),
     forward_ns=uint64,
     total_ns=uint64,

@@ -6,6 +6,7 @@ import random
 
 import pytest
 
+from headgate.proto.messages import Pooling
 from headgate.router.request import Request
 from tests.unit.simulation import Simulation
 
@@ -21,6 +22,16 @@ def arrive(rng: random.Random, simulation: Simulation) -> None:
     prompt = prompt[: capacity - 1]
     new = rng.randrange(1, min(40, capacity - len(prompt) + 2))
     whole = rng.random() < 0.1
+    if rng.random() < 0.2:
+        pooling = rng.choice([Pooling.MEAN, Pooling.LAST])
+        simulation.add(
+            prompt,
+            1,
+            adapter_id=rng.choice(["", "french"]),
+            skip_prefix_cache=pooling is Pooling.MEAN,
+            sampling={"pooling": pooling},
+        )
+        return
     simulation.add_samples(
         rng.choice([1, 1, 1, 2, 5]),
         prompt,
