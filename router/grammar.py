@@ -29,7 +29,7 @@ class StructuralTags:
 
     tags: tuple[StructuralTag, ...]
     triggers: tuple[str, ...] = ()  # texts that begin a tag wherever they come; none: no free text
-    single: bool = False  # one tag at most
+    single: bool = False  # one tag at most, and the answer ends with it
     separator: str = ""  # between tags that follow each other, without triggers
 
 

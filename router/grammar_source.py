@@ -36,23 +36,28 @@ def to_source(grammar: Grammar, tokenizer: LLTokenizer) -> str:
     return LLMatcher.grammar_from_lark(_to_lark(value))
 
 
-def parse_schema(text: str) -> dict[str, Any] | bool:
+def parse_schema(text: str) -> dict[str, Any]:
     """Raises GrammarError for what is no JSON, or no schema."""
     try:
         schema = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise GrammarError(f"the schema is not JSON: {error}") from error
-    if not isinstance(schema, dict | bool):
+    if isinstance(schema, bool):
+        if not schema:
+            raise GrammarError("the schema `false` allows nothing")
+        return {}
+    if not isinstance(schema, dict):
         raise GrammarError("a JSON Schema is an object")
     return schema
 
 
-def schema_source(schema: dict[str, Any] | bool) -> str:
-    """The source for a JSON Schema."""
+def schema_source(schema: dict[str, Any]) -> str:
+    """The source for a JSON Schema, whose own word on white space goes before ours."""
+    own = schema.get("x-guidance")
+    spaced = isinstance(own, dict) and any(name.startswith("whitespace") for name in own)
+    defaults = {} if spaced else _SCHEMA_DEFAULTS
     try:
-        return LLMatcher.grammar_from_json_schema(
-            json.dumps(schema), _SCHEMA_DEFAULTS, _SCHEMA_OVERRIDES
-        )
+        return LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults, _SCHEMA_OVERRIDES)
     except ValueError as error:
         raise GrammarError(str(error)) from error
 
@@ -76,7 +81,7 @@ def _tags_to_lark(value: StructuralTags, tokenizer: LLTokenizer) -> str:
         rules += _tag_rules(name, tag, value.triggers, tokenizer)
     any_tag = f"({' | '.join(names)})"
     if value.triggers:
-        start = f"{any_tag}{'?' if value.single else '*'} free_text"
+        start = f"{any_tag} | free_text" if value.single else f"{any_tag}* free_text"
         rules.append("free_text: FREE_TEXT")
         rules.append(f"FREE_TEXT: {_FREE_TEXT}")
     elif value.single:
