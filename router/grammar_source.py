@@ -55,7 +55,7 @@ def schema_source(schema: dict[str, Any]) -> str:
     """The source for a JSON Schema, whose own word on white space goes before ours."""
     own = schema.get("x-guidance")
     spaced = isinstance(own, dict) and any(name.startswith("whitespace") for name in own)
-    defaults = {} if spaced else _SCHEMA_DEFAULTS
+    defaults: Any = {} if spaced else _SCHEMA_DEFAULTS
     try:
         return LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults, _SCHEMA_OVERRIDES)
     except ValueError as error:

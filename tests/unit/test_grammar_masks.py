@@ -148,8 +148,9 @@ def test_a_row_sent_anew_goes_on_in_its_grammar(step: Driver, keep: int) -> None
 def test_forked_rows_follow_the_grammar(step: Driver) -> None:
     sampling = {"temperature": 3.0, "seed": 5, "grammar": LLMatcher.grammar_from_regex("[a-p]{6}")}
     step(new_rows=[row(1, PROMPT, range(6), **sampling)], rows=[1], counts=[len(PROMPT)])
-    fork = Fork(parent=1, child=2, sample_index=1, block_ids=range(8, 12))
-    results = [step(forks=[fork], copies=[(0, 8)], rows=[1, 2], counts=[1, 1])]
+    # The prompt and a token; the last block, of which the child fills its own, is copied.
+    fork = Fork(1, 2, sample_index=1, block_ids=[0, 1, 8, 9, 10], num_tokens=len(PROMPT) + 1)
+    results = [step(forks=[fork], copies=[(2, 8)], rows=[1, 2], counts=[1, 1])]
     results += [step(rows=[1, 2], counts=[1, 1]) for _ in range(6)]
     texts = [text_of(results, row_id) for row_id in (1, 2)]
     assert all(len(text) == 5 and set(text) <= set(b"abcdefghijklmnop") for text in texts)

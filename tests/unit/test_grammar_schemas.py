@@ -19,7 +19,7 @@ from tests.unit.grammar_cases import FAMILIES, Case
 
 MAX_TOKENS = 600
 _WALKS = 3
-_ENDING = {ord(character): 12.0 for character in '"}],'} | {IM_END: 60.0}
+_ENDING = {ord(character): 12.0 for character in '"}],@'} | {IM_END: 60.0}
 
 
 @pytest.fixture(scope="module")
