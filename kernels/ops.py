@@ -9,6 +9,7 @@ in `headgate.kernels.reference`. A back end is a module with `available() -> boo
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +52,12 @@ def use(name: str = "", device: str = "cpu") -> str:
     return _active
 
 
+def can_record() -> bool:
+    """Whether the back end's calls can be recorded and replayed, on this machine."""
+    module = sys.modules.get(f"headgate.kernels.{_active}")
+    return bool(getattr(module, "can_record", lambda: False)())
+
+
 def active() -> str:
     """Name of the back end in use."""
     return _active
@@ -75,6 +82,10 @@ def embedding(
     ids: torch.Tensor, weight: torch.Tensor, first_id: int, dtype: torch.dtype
 ) -> torch.Tensor:
     return _table["embedding"](ids, weight, first_id, dtype)
+
+
+def take_rows(x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    return _table["take_rows"](x, indices)
 
 
 def pack_linear(weight: torch.Tensor, dtype: torch.dtype, quantize: str = "") -> Any:

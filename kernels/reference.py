@@ -38,6 +38,11 @@ def embedding(
     return rows.masked_fill_(~inside.unsqueeze(-1), 0)
 
 
+def take_rows(x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """Rows `indices`[S] of x[T, N]: [S, N]."""
+    return x[indices]
+
+
 def pack_linear(
     weight: torch.Tensor, dtype: torch.dtype, quantize: str = ""
 ) -> torch.Tensor | QuantisedTensor:
@@ -272,6 +277,7 @@ OPS: dict[str, Callable[..., Any]] = {
     function.__name__: function
     for function in (
         embedding,
+        take_rows,
         pack_linear,
         linear,
         rms_norm,

@@ -50,7 +50,7 @@ class KVCache:
         self.layout = layout
         self.num_blocks = num_blocks
         # One tensor, so that copying a block is one operation for all layers.
-        self._data = torch.zeros(
+        self.data = torch.zeros(
             layout.num_layers,
             2,
             num_blocks,
@@ -62,7 +62,7 @@ class KVCache:
         )
         # Per layer (k, v), each [num_blocks, block_size, num_kv_heads, head_dim], contiguous.
         self.layers: list[tuple[torch.Tensor, torch.Tensor]] = [
-            (layer[0], layer[1]) for layer in self._data
+            (layer[0], layer[1]) for layer in self.data
         ]
 
     @property
@@ -76,5 +76,5 @@ class KVCache:
         """
         if not pairs:
             return
-        sources, targets = torch.tensor(list(pairs), device=self._data.device).unbind(1)
-        self._data[:, :, targets] = self._data[:, :, sources]
+        sources, targets = torch.tensor(list(pairs), device=self.data.device).unbind(1)
+        self.data[:, :, targets] = self.data[:, :, sources]

@@ -13,6 +13,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from headgate.kernels import ops
 from headgate.proto.messages import (
     PooledStates,
     Pooling,
@@ -29,6 +30,7 @@ from headgate.shard.input_batch import BatchLimits, InputBatch, PlanError, Sched
 from headgate.shard.kv_cache import KVCache, KVCacheLayout
 from headgate.shard.memory import is_out_of_memory
 from headgate.shard.models.base import CausalLM
+from headgate.shard.recorded_model import RecordedModel, StepLimits, record_model
 from headgate.shard.runner import Heartbeat, RunnerFacts
 from headgate.shard.sampling.grammar import NO_MASKS, GrammarMasks, Masks
 from headgate.shard.sampling.logprobs import NO_TOP, token_logprobs
@@ -69,6 +71,7 @@ class ModelRunner:
             model.config.eos_token_ids,
             config.num_threads,
         )
+        self._recorded: RecordedModel | None = None
         self._kv_cache: KVCache | None = None
         self._batch: InputBatch | None = None
         self._refusing = ""  # why every plan is refused until one resets
@@ -90,6 +93,14 @@ class ModelRunner:
         """See warmup.py."""
         return warm_up(self, max_tokens, max_rows)
 
+    def record(self) -> None:
+        """Has steps replayed from now on, where the model allows that. Collective."""
+        config = self.config
+        limits = StepLimits(config.max_batch_prefill_tokens, config.max_total_tokens, _LOGITS_ROWS)
+        self._recorded = record_model(
+            self.model, self.group, self.kv_layout, limits, self.heartbeat.address
+        )
+
     def allocate(self, num_blocks: int) -> None:
         """Makes the KV cache; drops the one before it, and all rows.
 
@@ -106,6 +117,8 @@ class ModelRunner:
                 f"the KV cache of {num_blocks} blocks takes {size} bytes, "
                 "and there is not enough memory for it"
             ) from error
+        if self._recorded is not None:
+            self._recorded.bind(self._kv_cache)
         self._batch = self._new_batch(num_blocks)
         self.reset()
         logger.info(
@@ -218,9 +231,12 @@ class ModelRunner:
             return answer
         slots = scheduled.slots[scheduled.samples]
         finish_masks = self._begin_masks(plan, slots)
-        hidden = self.model.forward(
-            inputs.input_ids, inputs.positions, self._kv_cache, inputs.attention
-        )
+        if self._recorded is not None:
+            hidden = self._recorded.forward(inputs)
+        else:
+            hidden = self.model.forward(
+                inputs.input_ids, inputs.positions, self._kv_cache, inputs.attention
+            )
         prompt_logprobs = tuple(
             entry
             for chunk in inputs.prompt_chunks
@@ -273,7 +289,10 @@ class ModelRunner:
         for start in range(0, len(drawn), _LOGITS_ROWS):
             part = drawn[start : start + _LOGITS_ROWS]
             rows = sample_tokens[torch.from_numpy(part).to(sample_tokens.device)]
-            logits = self.model.logits(hidden[rows])
+            if self._recorded is not None:
+                logits = self._recorded.logits(rows)
+            else:
+                logits = self.model.logits(ops.take_rows(hidden, rows))
             self.heartbeat.beat()
             if logits is None:
                 continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -23,14 +24,24 @@ class RunnerFacts:
 
 
 class Heartbeat:
-    """Signs of life, read by another thread."""
+    """Signs of life, given by the model's thread and read by another."""
 
     def __init__(self) -> None:
-        self.beats = 0  # stands still while the model hangs or has nothing to do
+        self._beats = ctypes.c_int64(0)
         self.busy = False  # a step is being computed
 
+    @property
+    def beats(self) -> int:
+        """Stands still while the model hangs or has nothing to do."""
+        return self._beats.value
+
+    @property
+    def address(self) -> int:
+        """Of the counter, an int64, for C++ to beat."""
+        return ctypes.addressof(self._beats)
+
     def beat(self) -> None:
-        self.beats += 1
+        self._beats.value += 1
 
 
 class Runner(Protocol):

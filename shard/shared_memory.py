@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from headgate.kernels.cpu import library
+from headgate.kernels.cpu.calls import allocate, call
 from headgate.shard.errors import PeerLost
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ class SharedMemory:
         self._rank, self._library = rank, loaded
         self._world_size = len(process_ids)
         self._mapping = mapping
+        self._known_widths: dict[tuple[int, ...], ctypes.Array[ctypes.c_int64]] = {}
         self._fds = [_process_fd(process_id) for process_id in process_ids]
         numbers = ctypes.c_int32 * self._world_size
         crowded = self._world_size * torch.get_num_threads() > len(os.sched_getaffinity(0))
@@ -76,13 +78,13 @@ class SharedMemory:
     def sum(self, tensor: torch.Tensor) -> bool:
         """Sums a float32 or int64 tensor over the ranks, in place; False for other dtypes."""
         if tensor.dtype == torch.float32:
-            reduce = self._library.hg_shared_sum_float
+            name = "hg_shared_sum_float"
         elif tensor.dtype == torch.int64:
-            reduce = self._library.hg_shared_sum_int64
+            name = "hg_shared_sum_int64"
         else:
             return False
         data = tensor.contiguous()
-        self._check(reduce(self._group, data.data_ptr(), data.numel()))
+        self._call(name, data.data_ptr(), data.numel())
         if data is not tensor:
             tensor.copy_(data)
         return True
@@ -91,29 +93,33 @@ class SharedMemory:
         """Joins the ranks' tensors along `dim`, where they are `sizes[rank]` long, on rank 0."""
         rows = tensor.shape[:dim].numel()
         unit = tensor.shape[dim + 1 :].numel() * tensor.element_size()
-        widths = (ctypes.c_int64 * self._world_size)(*(size * unit for size in sizes))
+        widths = self._widths(tuple(size * unit for size in sizes))
         part, whole = tensor.contiguous(), None
         if self._rank == 0:
             shape = (*tensor.shape[:dim], sum(sizes), *tensor.shape[dim + 1 :])
-            whole = torch.empty(shape, dtype=tensor.dtype)
+            whole = allocate(shape, tensor.dtype)
         address = None if whole is None else whole.data_ptr()
-        self._check(
-            self._library.hg_shared_gather(self._group, part.data_ptr(), rows, widths, address)
-        )
+        self._call("hg_shared_gather", part.data_ptr(), rows, widths, address)
         return whole
+
+    def _widths(self, widths: tuple[int, ...]) -> int:
+        """The address of these numbers, which stay there: a recorded call goes on using it."""
+        if widths not in self._known_widths:
+            self._known_widths[widths] = (ctypes.c_int64 * self._world_size)(*widths)
+        return ctypes.addressof(self._known_widths[widths])
 
     def broadcast(self, tensor: torch.Tensor) -> None:
         """Copies rank 0's tensor into everyone's, in place."""
         data = tensor.contiguous()
         size = data.numel() * data.element_size()
-        self._check(self._library.hg_shared_broadcast(self._group, data.data_ptr(), size))
+        self._call("hg_shared_broadcast", data.data_ptr(), size)
         if data is not tensor:
             tensor.copy_(data)
 
     def min(self, value: int) -> int:
         """The smallest of all ranks' values."""
         smallest = ctypes.c_int64(value)
-        self._check(self._library.hg_shared_min_int64(self._group, ctypes.addressof(smallest), 1))
+        self._call("hg_shared_min_int64", ctypes.addressof(smallest), 1)
         return smallest.value
 
     def close(self) -> None:
@@ -124,13 +130,14 @@ class SharedMemory:
             if fd >= 0:
                 os.close(fd)
 
-    def _check(self, failure: int) -> None:
-        if not failure:
-            return
-        reason, peer = failure & 0xFF, failure >> 8
+    def _call(self, name: str, *arguments: int | None) -> None:
+        call(name, self._group, *arguments, failure=self._failure)
+
+    def _failure(self, status: int) -> PeerLost:
+        reason, peer = status & 0xFF, status >> 8
         if reason == _DIFFERENT_CALLS:
-            raise PeerLost(f"shard {self._rank} and shard {peer} made different collectives")
-        raise PeerLost(f"shard {self._rank} lost shard {peer} in a collective: {_REASONS[reason]}")
+            return PeerLost(f"shard {self._rank} and shard {peer} made different collectives")
+        return PeerLost(f"shard {self._rank} lost shard {peer} in a collective: {_REASONS[reason]}")
 
 
 def open_shared_memory(group: Group, timeout: float) -> SharedMemory | None:

@@ -35,6 +35,7 @@ def warm_up(runner: ModelRunner, max_tokens: int, max_rows: int) -> int:
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     try:
+        runner.record()
         runner.allocate(num_blocks)
         for plan in plans:
             refused = runner.step(plan).refused

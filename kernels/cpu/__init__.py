@@ -12,7 +12,7 @@ import torch
 from headgate.kernels.cpu import library
 from headgate.kernels.cpu.operations import OPS
 
-__all__ = ["OPS", "available", "set_num_threads"]
+__all__ = ["OPS", "available", "can_record", "set_num_threads"]
 
 
 def available() -> bool:
@@ -22,6 +22,12 @@ def available() -> bool:
     if loaded is not None and loaded.hg_num_threads() == 1:
         set_num_threads(torch.get_num_threads())
     return loaded is not None
+
+
+def can_record() -> bool:
+    """Whether calls can be recorded and replayed (program.py) on this machine."""
+    loaded = library.load()
+    return loaded is not None and loaded.hg_replay_most_integers() > 0
 
 
 def set_num_threads(count: int) -> None:

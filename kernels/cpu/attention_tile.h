@@ -81,16 +81,6 @@ void load_queries(Tile& t) {
   t.last_key = last + 1;
 }
 
-template <bool BF16>
-void widen_row(const uint16_t* from, float* to, int dim) {
-  int d = 0;
-  for (; d + VL <= dim; d += VL) store(to + d, BF16 ? load_bf16(from + d) : load_f16(from + d));
-  if (d < dim) {
-    const int n = dim - d;
-    store_n(to + d, BF16 ? load_bf16_n(from + d, n) : load_f16_n(from + d, n), n);
-  }
-}
-
 // Finds the places of positions [first, last) of the block that starts at `base`.
 void find_places(const Tile& t, int32_t base, int32_t first, int32_t last, int64_t* places) {
   const int64_t size = t.job->block_size, step = int64_t(t.job->kv_heads) * t.dim;

@@ -103,7 +103,7 @@ def _compile(compiler: str, target: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="headgate-build-") as scratch:
         objects = Path(scratch)
         commands: list[tuple[str, ...]] = []
-        for source in ("interface", "quantised_interface", "thread_pool", "shared_sum"):
+        for source in ("interface", "quantised_interface", "thread_pool", "shared_sum", "replay"):
             target_object = str(objects / f"{source}.o")
             commands.append(("-c", str(SOURCES / f"{source}.cpp"), "-o", target_object))
         for name, flags in _INSTRUCTION_SETS.items():

@@ -1,4 +1,5 @@
-// Norms, gated activations, rotary embedding and the write into the paged cache, on float32.
+// Embedding, norms, gated activations, rotary embedding and the write into the paged cache, with
+// float32 results.
 //
 // A row's result depends on that row alone.
 #pragma once
@@ -17,6 +18,24 @@ struct Rows {
 HG_INLINE Rows rows_of_tile(int64_t rows, int64_t rows_per_tile, int64_t tile) {
   const int64_t first = tile * rows_per_tile;
   return {first, first + rows_per_tile < rows ? first + rows_per_tile : rows};
+}
+
+// Rows of the table; zeros for ids that it does not hold.
+void embedding_tile(const void* data, int64_t tile) {
+  const EmbeddingJob& job = *(const EmbeddingJob*)data;
+  const Rows rows = rows_of_tile(job.tokens, job.tokens_per_tile, tile);
+  for (int64_t t = rows.first; t < rows.last; ++t) {
+    const int64_t row = job.ids[t] - job.first_id;
+    float* out = job.out + t * job.size;
+    if (row < 0 || row >= job.rows) {
+      memset(out, 0, sizeof(float) * job.size);
+      continue;
+    }
+    const uint16_t* narrow = (const uint16_t*)job.table + row * job.size;
+    if (job.dtype == kFloat32) memcpy(out, (const float*)job.table + row * job.size, sizeof(float) * job.size);
+    else if (job.dtype == kBFloat16) widen_row<true>(narrow, out, job.size);
+    else widen_row<false>(narrow, out, job.size);
+  }
 }
 
 // Calls body(offset, load function, store function) for each vector of `size` floats.

@@ -228,6 +228,20 @@ HG_API int32_t hg_paged_attention(const float* q, int64_t q_token_stride, int64_
   return 0;
 }
 
+HG_API void hg_embedding(const int64_t* ids, int64_t tokens, const void* table, int32_t dtype,
+                         int64_t rows, int64_t size, int64_t first_id, float* out) {
+  const int64_t cost = size / 2, per_tile = rows_per_tile(tokens, cost);
+  const EmbeddingJob job = {ids, table, out, tokens, per_tile, rows, size, first_id, dtype};
+  run(kernels->embedding, job, divide_up(tokens, per_tile), tokens * cost);
+}
+
+// out[i] = x[indices[i]]
+HG_API void hg_take_rows(const float* x, int64_t x_stride, const int64_t* indices, int64_t rows,
+                         int64_t size, float* out) {
+  for (int64_t r = 0; r < rows; ++r)
+    memcpy(out + r * size, x + indices[r] * x_stride, sizeof(float) * size);
+}
+
 // out = rms_norm(x) * weight; with a residual: total = x + residual, out = rms_norm(total) * weight.
 HG_API void hg_rms_norm(const float* x, int64_t x_stride, const float* residual,
                         int64_t residual_stride, const float* weight, float* out, float* total,

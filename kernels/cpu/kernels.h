@@ -94,6 +94,14 @@ struct MergeJob {
   const MergeItem* items;
 };
 
+struct EmbeddingJob {
+  const int64_t* ids;
+  const void* table;                         // [rows, size], the first row for `first_id`
+  float* out;
+  int64_t tokens, tokens_per_tile, rows, size, first_id;
+  int32_t dtype;
+};
+
 struct NormJob {
   const float* x;
   const float* residual;                     // or null
@@ -141,6 +149,7 @@ struct Kernels {
   void (*linear)(const void* job, int64_t tile);
   void (*attention)(const void* job, int64_t tile);
   void (*attention_merge)(const void* job, int64_t tile);
+  void (*embedding)(const void* job, int64_t tile);
   void (*rms_norm)(const void* job, int64_t tile);
   void (*gate)(const void* job, int64_t tile);
   void (*rotary)(const void* job, int64_t tile);

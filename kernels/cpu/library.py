@@ -14,8 +14,11 @@ _log = logging.getLogger(__name__)
 _P, _I, _L, _F = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
 _D = ctypes.c_double
 
-# Result and arguments of each function in interface.cpp, and then of those in shared_sum.cpp.
-_SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
+FLOATS = (_F, _D)  # argument types that travel in floating-point registers
+
+# Result and arguments of each function in interface.cpp, then of those in shared_sum.cpp and in
+# replay.cpp. Where a function has a result of 32 bits and may be recorded, 0 is success.
+SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "hg_init": (ctypes.c_char_p, (ctypes.c_char_p,)),
     "hg_set_num_threads": (None, (_I,)),
     "hg_num_threads": (_I, ()),
@@ -31,6 +34,8 @@ _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
         _I,
         (_P, _L, _L, _P, _P, _I, _P, _P, _P, _L, _I, _I, _I, _I, _I, _F, _I, _F, _P),
     ),
+    "hg_embedding": (None, (_P, _L, _P, _I, _L, _L, _L, _P)),
+    "hg_take_rows": (None, (_P, _L, _P, _L, _L, _P)),
     "hg_rms_norm": (None, (_P, _L, _P, _L, _P, _P, _P, _L, _L, _F)),
     "hg_gate": (None, (_P, _L, _P, _L, _L, _I)),
     "hg_rotary": (None, (_P, _L, _L, _P, _L, _L, _P, _P, _L, _I, _I, _I)),
@@ -43,6 +48,9 @@ _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "hg_shared_min_int64": (_I, (_P, _P, _L)),
     "hg_shared_gather": (_I, (_P, _P, _L, _P, _P)),
     "hg_shared_broadcast": (_I, (_P, _P, _L)),
+    "hg_replay_most_integers": (_I, ()),
+    "hg_replay_most_floats": (_I, ()),
+    "hg_replay": (_I, (_P, _L, _P, _P, _I, _P, _P)),
 }
 
 
@@ -57,7 +65,7 @@ def load() -> ctypes.CDLL | None:
     except (build.BuildError, OSError) as error:
         _log.warning("the C++ kernels are not used, which makes this CPU slower: %s", error)
         return None
-    for name, (result, arguments) in _SIGNATURES.items():
+    for name, (result, arguments) in SIGNATURES.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
     wanted = os.environ.get("HEADGATE_CPU_ISA", "")

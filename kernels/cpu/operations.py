@@ -1,19 +1,19 @@
 """The operations as Python functions over tensors: checks what the C++ takes, allocates, calls.
 
 What a call means is said in `headgate.kernels.reference`, which also does whatever the C++ does not
-take: other dtypes, odd strides, head dims above 256. The GIL is free during a call.
+take: other dtypes, odd strides, head dims above 256. The GIL is free during a call. All calls go
+through `calls.call` and all results are `calls.allocate`d, so that a step can be recorded.
 """
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from headgate.kernels import reference
-from headgate.kernels.cpu import library
+from headgate.kernels.cpu.calls import allocate, call
 from headgate.kernels.cpu.packed import DTYPES, PackedWeight
 from headgate.kernels.cpu.quantised import QuantisedWeight
 from headgate.kernels.quantised import QuantisedTensor
@@ -25,12 +25,6 @@ _MAX_HEAD_DIM = 256
 _SILU, _GELU_TANH, _GELU_ERF = 0, 1, 2
 
 
-def _library() -> ctypes.CDLL:
-    loaded = library.load()
-    assert loaded is not None, "asked for without available()"
-    return loaded
-
-
 def _is_rows(x: torch.Tensor) -> bool:
     """float32 whose last dimension is without gaps."""
     return x.dtype == torch.float32 and x.stride(-1) == 1
@@ -39,6 +33,46 @@ def _is_rows(x: torch.Tensor) -> bool:
 def _as_matrix(x: torch.Tensor) -> torch.Tensor:
     """[..., N] as [rows, N] with one stride between rows; copied where there is no such view."""
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
+def embedding(
+    ids: torch.Tensor, weight: torch.Tensor, first_id: int, dtype: torch.dtype
+) -> torch.Tensor:
+    code = DTYPES.get(weight.dtype)
+    plain = ids.dtype == torch.int64 and ids.is_contiguous() and weight.is_contiguous()
+    if code is None or not plain or dtype != torch.float32:
+        return reference.embedding(ids, weight, first_id, dtype)
+    rows, size = weight.shape
+    out = allocate((*ids.shape, size))
+    call(
+        "hg_embedding",
+        ids.data_ptr(),
+        ids.numel(),
+        weight.data_ptr(),
+        code,
+        rows,
+        size,
+        first_id,
+        out.data_ptr(),
+    )
+    return out
+
+
+def take_rows(x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    plain = indices.dtype == torch.int64 and indices.is_contiguous() and x.dim() == 2
+    if not (plain and _is_rows(x)):
+        return reference.take_rows(x, indices)
+    out = allocate((len(indices), x.shape[1]))
+    call(
+        "hg_take_rows",
+        x.data_ptr(),
+        x.stride(0),
+        indices.data_ptr(),
+        len(indices),
+        x.shape[1],
+        out.data_ptr(),
+    )
+    return out
 
 
 def linear(
@@ -56,8 +90,9 @@ def linear(
     if bias is not None and not (_is_rows(bias) and bias.shape == (weight.columns,)):
         raise ValueError(f"linear's bias must be float32[{weight.columns}]")
     rows = _as_matrix(x)
-    out = torch.empty((*x.shape[:-1], weight.columns), dtype=torch.float32)
-    status = getattr(_library(), weight.function)(
+    out = allocate((*x.shape[:-1], weight.columns))
+    call(
+        weight.function,
         rows.data_ptr(),
         rows.shape[0],
         weight.inner,
@@ -69,8 +104,6 @@ def linear(
         out.data_ptr(),
         weight.columns,
     )
-    if status:
-        raise MemoryError("no memory for the inputs of a linear layer")
     return out
 
 
@@ -89,8 +122,9 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     if not (_is_rows(x) and _is_rows(weight)):
         return reference.rms_norm(x, weight, eps)
     rows = _as_matrix(x)
-    out = torch.empty(x.shape, dtype=torch.float32)
-    _library().hg_rms_norm(
+    out = allocate(x.shape)
+    call(
+        "hg_rms_norm",
         rows.data_ptr(),
         rows.stride(0),
         None,
@@ -111,9 +145,10 @@ def rms_norm_residual(
     if not (_is_rows(x) and _is_rows(residual) and _is_rows(weight)):
         return reference.rms_norm_residual(x, residual, weight, eps)
     rows, residual_rows = _as_matrix(x), _as_matrix(residual)
-    out = torch.empty(x.shape, dtype=torch.float32)
-    total = torch.empty(x.shape, dtype=torch.float32)
-    _library().hg_rms_norm(
+    out = allocate(x.shape)
+    total = allocate(x.shape)
+    call(
+        "hg_rms_norm",
         rows.data_ptr(),
         rows.stride(0),
         residual_rows.data_ptr(),
@@ -141,9 +176,9 @@ def gelu_and_mul(x: torch.Tensor, tanh: bool) -> torch.Tensor:
 def _gate(x: torch.Tensor, activation: int) -> torch.Tensor:
     rows = _as_matrix(x)
     size = x.shape[-1] // 2
-    out = torch.empty((*x.shape[:-1], size), dtype=torch.float32)
-    _library().hg_gate(
-        rows.data_ptr(), rows.stride(0), out.data_ptr(), rows.shape[0], size, activation
+    out = allocate((*x.shape[:-1], size))
+    call(
+        "hg_gate", rows.data_ptr(), rows.stride(0), out.data_ptr(), rows.shape[0], size, activation
     )
     return out
 
@@ -155,7 +190,8 @@ def rotary_embedding(
     whole = cos_sin.is_contiguous() and positions.is_contiguous()
     if not (whole and all(map(_is_rows, (q, k, cos_sin))) and positions.dtype == torch.int64):
         return reference.rotary_embedding(q, k, positions, cos_sin)
-    _library().hg_rotary(
+    call(
+        "hg_rotary",
         q.data_ptr(),
         q.stride(0),
         q.stride(1),
@@ -191,7 +227,8 @@ def write_kv(
     if code is None or not (plain and _is_rows(k) and _is_rows(v)):
         reference.write_kv(k, v, k_cache, v_cache, slot_mapping)
         return
-    _library().hg_write_kv(
+    call(
+        "hg_write_kv",
         k.data_ptr(),
         k.stride(0),
         k.stride(1),
@@ -223,8 +260,9 @@ def paged_attention(
     plain = tables.stride(-1) == 1 and tables.dtype == torch.int32
     if code is None or not (plain and _is_rows(q)) or dim > _MAX_HEAD_DIM:
         return reference.paged_attention(q, k_cache, v_cache, attention, scale, window, soft_cap)
-    out = torch.empty(q.shape, dtype=torch.float32)
-    status = _library().hg_paged_attention(
+    out = allocate(q.shape)
+    call(
+        "hg_paged_attention",
         q.data_ptr(),
         q.stride(0),
         q.stride(1),
@@ -245,14 +283,14 @@ def paged_attention(
         soft_cap,
         out.data_ptr(),
     )
-    if status:
-        raise MemoryError("no memory for the partial results of attention")
     return out
 
 
 OPS: dict[str, Callable[..., Any]] = {
     function.__name__: function
     for function in (
+        embedding,
+        take_rows,
         linear,
         pack_linear,
         rms_norm,

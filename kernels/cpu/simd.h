@@ -212,6 +212,16 @@ HG_INLINE vf load_f16_n(const uint16_t* p, int n) {
   return load_f16(part);
 }
 
+template <bool BF16>
+void widen_row(const uint16_t* from, float* to, int64_t size) {
+  int64_t i = 0;
+  for (; i + VL <= size; i += VL) store(to + i, BF16 ? load_bf16(from + i) : load_f16(from + i));
+  if (i < size) {
+    const int n = (int)(size - i);
+    store_n(to + i, BF16 ? load_bf16_n(from + i, n) : load_f16_n(from + i, n), n);
+  }
+}
+
 // The bfloat16 in the lower and in the upper half of each 32-bit lane.
 HG_INLINE vf widen_low(vi pair) { return as_float(shift_left(pair, 16)); }
 HG_INLINE vf widen_high(vi pair) { return as_float(and_int(pair, set1i((int)0xffff0000u))); }

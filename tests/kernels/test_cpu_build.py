@@ -40,7 +40,7 @@ def test_without_a_compiler_there_is_one_warning_and_no_kernels(
 
 
 def test_what_the_compiler_says_is_passed_on(elsewhere: Path) -> None:
-    for name in ("interface", "thread_pool", "shared_sum", "kernels"):
+    for name in ("interface", "thread_pool", "shared_sum", "replay", "kernels"):
         (elsewhere / f"{name}.cpp").write_text("int broken() { return nonsense; }")
     if build._compiler() is None:
         pytest.skip("no compiler")

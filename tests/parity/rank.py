@@ -5,6 +5,8 @@ Run as `python -m tests.parity.rank CHECKPOINTS OUTPUT` with the group's environ
 
 from __future__ import annotations
 
+import ctypes
+import logging
 import sys
 from pathlib import Path
 
@@ -12,7 +14,10 @@ import torch
 
 from headgate.kernels import ops
 from headgate.shard.distributed import Group, init_group
+from headgate.shard.kv_cache import KVCacheLayout
+from headgate.shard.models.base import CausalLM
 from headgate.shard.models.registry import load_model
+from headgate.shard.recorded_model import StepLimits, record_model
 from tests.parity.cases import CASES, KERNELS, Case
 from tests.parity.paged import PagedRows
 
@@ -32,6 +37,8 @@ def run_case(case: Case, checkpoints: Path, group: Group) -> torch.Tensor | None
         group=group,
         max_positions=case.max_positions,
     )
+    if case.architecture != "qwen3":  # norms its heads by way of a copy that torch makes
+        check_replay(model, group)
     beats: list[int] = []
     model.heartbeat = lambda: beats.append(1)
     ids = torch.load(checkpoints / f"{case.name}.pt")["ids"].tolist()
@@ -51,8 +58,23 @@ def run_case(case: Case, checkpoints: Path, group: Group) -> torch.Tensor | None
     return rows.logits(0)
 
 
+def check_replay(model: CausalLM, group: Group) -> None:
+    """The C++ kernels' steps can be recorded, and replays give the same bits, on all ranks."""
+    if ops.active() != "cpu":
+        return
+    layout = KVCacheLayout(
+        model.num_layers, 8, model.num_local_kv_heads, model.head_dim, torch.float32
+    )
+    beats = ctypes.c_int64(0)
+    limits = StepLimits(tokens=64, context=48, logits_rows=16)
+    recorded = record_model(model, group, layout, limits, ctypes.addressof(beats))
+    assert recorded is not None, "the log says why"
+    assert beats.value > model.num_layers
+
+
 def main() -> None:
     torch.set_num_threads(1)
+    logging.basicConfig(level=logging.INFO)
     checkpoints, output = Path(sys.argv[1]), Path(sys.argv[2])
     group = init_group("cpu", timeout=60)
     results: dict[tuple[str, str], torch.Tensor | str | None] = {}

@@ -57,6 +57,7 @@ class Server:
         group = single_group()
         model = load_model(checkpoint, dtype="bfloat16", device="cpu", group=group)
         self._runner = ModelRunner(model, group, self._config, ShardIdentity(0, 1, 1))
+        self._runner.record()
         self.limits()
 
     def limits(

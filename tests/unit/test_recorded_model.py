@@ -1,0 +1,149 @@
+"""Steps that are replayed: the model's own bits, heartbeats, and models that can't be."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from headgate.kernels import ops
+from headgate.proto.messages import NewRow, RowSampling, StepPlan, StepResult
+from headgate.shard.config import ShardIdentity
+from headgate.shard.distributed import single_group
+from headgate.shard.kv_cache import KVCache
+from headgate.shard.model_runner import ModelRunner
+from headgate.shard.models.base import CausalLM
+from headgate.shard.models.registry import load_model
+from tests.unit.fake_model import shard_config
+
+PROMPT = list(b"a quick brown fox")
+LOG = "headgate.shard.recorded_model"
+
+
+@pytest.fixture(autouse=True)
+def cpu_kernels() -> Any:
+    before = ops.active()
+    if ops.use("", "cpu") != "cpu":
+        pytest.skip("the C++ kernels are not built")
+    yield
+    ops.use(before)
+
+
+def load(path: Path) -> CausalLM:
+    return load_model(path, dtype="bfloat16", device="cpu", group=single_group())
+
+
+def make_runner(model: CausalLM) -> ModelRunner:
+    return ModelRunner(model, single_group(), shard_config(), ShardIdentity(0, 1, epoch=1))
+
+
+def generate(runner: ModelRunner, **sampling: Any) -> list[StepResult]:
+    """Two rows, the second one coming later and in chunks."""
+    sampling = {"max_new_tokens": 20, "ignore_eos": True, "logprobs": True, **sampling}
+    runner.allocate(40)
+    first, second = (
+        NewRow(i, PROMPT * (1 + i), RowSampling(**sampling), block_ids=range(20 * i, 20 * i + 20))
+        for i in (0, 1)
+    )
+    steps: list[dict[str, Any]] = [
+        {"new_rows": [first], "rows": [0], "counts": [len(PROMPT)]},
+        {"new_rows": [second], "rows": [0, 1], "counts": [1, 20]},
+        {"rows": [1, 0], "counts": [len(PROMPT) * 2 - 20, 1]},
+        *[{"rows": [0, 1], "counts": [1, 1]}] * 9,
+    ]
+    return [
+        runner.step(StepPlan(epoch=1, sequence=number, **step))
+        for number, step in enumerate(steps, 1)
+    ]
+
+
+def forwards_of(model: CausalLM, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by one for each forward that the model itself computes."""
+    counted: list[int] = []
+    forward = model.forward
+
+    def count(input_ids: torch.Tensor, *rest: Any) -> torch.Tensor:
+        counted.append(len(input_ids))
+        return forward(input_ids, *rest)
+
+    monkeypatch.setattr(model, "forward", count)
+    return counted
+
+
+def test_replayed_steps_give_the_models_results(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = load(tiny_llama)
+    runner = make_runner(model)
+    wishes = ({}, {"temperature": 0.8, "seed": 3, "prompt_logprobs": True, "top_n_tokens": 2})
+    expected = [generate(runner, **wish) for wish in wishes]
+    with caplog.at_level(logging.INFO, LOG):
+        runner.record()
+    assert "steps are replayed" in caplog.text
+    forwards = forwards_of(model, monkeypatch)
+    for wish, results in zip(wishes, expected, strict=True):
+        before = runner.heartbeat.beats
+        got = generate(runner, **wish)
+        for ours, theirs in zip(got, results, strict=True):
+            assert (ours.token_ids, ours.logprobs) == (theirs.token_ids, theirs.logprobs)
+            assert (ours.top, ours.prompt_logprobs) == (theirs.top, theirs.prompt_logprobs)
+        assert runner.heartbeat.beats - before > len(got) * model.num_layers
+    assert not forwards, "the model's own code did not run"
+
+
+def test_activations_share_memory(tiny_llama: Path) -> None:
+    runner = make_runner(load(tiny_llama))
+    runner.record()
+    assert runner._recorded is not None
+    planned, apart = runner._recorded.activation_bytes
+    assert planned < apart / 2  # of two layers, not more
+
+
+def doubled(model: CausalLM) -> None:
+    head = model.head
+    model.head = lambda hidden: head(hidden * 2)  # type: ignore[assignment,return-value]
+
+
+def normed_twice(model: CausalLM) -> None:
+    """In steps of more than 10 tokens, which recordings are not."""
+    forward = model.forward
+
+    def changed(
+        input_ids: torch.Tensor, positions: torch.Tensor, kv_cache: KVCache, attention: Any
+    ) -> torch.Tensor:
+        hidden = forward(input_ids, positions, kv_cache, attention)
+        if len(input_ids) > 10:
+            hidden = ops.rms_norm(hidden, torch.ones(hidden.shape[1]), 1e-5)
+        return hidden
+
+    model.forward = changed  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (doubled, "it calls aten.mul.Tensor of torch"),
+        (normed_twice, "a replay of 16 tokens differs from the model's own step"),
+    ],
+)
+def test_models_that_cannot_be_replayed_run_as_they_are(
+    tiny_llama: Path, caplog: pytest.LogCaptureFixture, change: Any, reason: str
+) -> None:
+    model = load(tiny_llama)
+    change(model)
+    runner = make_runner(model)
+    expected = generate(runner)
+    with caplog.at_level(logging.INFO, LOG):
+        runner.record()
+    assert caplog.messages == [f"steps are not replayed: {reason}"]
+    results = generate(runner)
+    assert [r.token_ids for r in results] == [r.token_ids for r in expected]
+
+
+def test_other_kernels_are_not_recorded(tiny_llama: Path, reference_kernels: None) -> None:
+    runner = make_runner(load(tiny_llama))
+    runner.record()
+    assert runner._recorded is None
