@@ -22,7 +22,7 @@ from headgate.router.gateway.answer_schemas import (
 )
 from headgate.router.gateway.exchange import JSON_HEADERS, Exchange
 from headgate.router.gateway.openapi_fields import PHRASES, SHAPES, ranges
-from headgate.router.gateway.openapi_routes import OPERATIONS, Operation
+from headgate.router.gateway.openapi_routes import EVENTS, OPERATIONS, Operation
 from headgate.router.gateway.services import Services
 
 _REASONS = {
@@ -45,6 +45,11 @@ _PAGE_HEADERS = [
      b"script-src 'unsafe-inline'; connect-src 'self'"),
 ]  # fmt: skip
 Schema = dict[str, Any]
+_EVENT: Schema = {
+    "type": "object",
+    "description": "One event of the stream.",
+    "properties": {"data": {"type": "string"}, "event": {"type": "string"}},
+}
 
 
 class OpenApiRoutes:
@@ -134,7 +139,10 @@ def _operation(operation: Operation, by_type: dict[str, Schema], has_key: bool) 
 
 
 def _content(operation: Operation, by_type: dict[str, Schema]) -> Schema:
-    content: Schema = {kind: {"schema": {"type": "string"}} for kind in operation.streams}
+    content: Schema = {
+        kind: {"schema": _EVENT if kind == EVENTS else {"type": "string"}}
+        for kind in operation.streams
+    }
     if operation.answers:
         shapes = [by_type[_key(answer)] for answer in operation.answers]
         content["application/json"] = {"schema": _any_of(shapes)}

@@ -101,29 +101,86 @@ _ONE = {"enum": [1, None], "description": "Only 1 is served."}
 _NOT_FORCED = {"enum": ["auto", "none", None]}
 _ANY_OBJECT = {"type": ["object", "null"]}
 
+_SCHEMA = {
+    "type": "object",
+    "required": ["type"],
+    "properties": {"type": {"enum": ["string", "integer", "boolean"]}},
+    "additionalProperties": False,
+}
+_PATTERN = {"type": "string", "pattern": r"^[a-c]{1,3}(\[xyz\]){0,2}$"}
+
+
+def _kinds(**kinds: Any) -> dict[str, Any]:
+    """Objects with `type` and one more field; or null."""
+    return {"anyOf": [*kinds.values(), {"type": "null"}]}
+
+
+def _object(**properties: Any) -> dict[str, Any]:
+    """An object that has all of these and nothing else."""
+    return {
+        "type": "object",
+        "required": list(properties),
+        "properties": properties,
+        "additionalProperties": False,
+    }
+
+
+_GRAMMAR = _kinds(
+    regex=_object(type={"const": "regex"}, value=_PATTERN),
+    json=_object(type={"enum": ["json", "json_object"]}, value=_SCHEMA),
+    json_schema=_object(type={"const": "json_schema"}, value=_object(schema=_SCHEMA)),
+)
+_FORMAT = _kinds(
+    text=_object(type={"enum": ["text", "json_object"]}),
+    json_schema=_object(
+        type={"const": "json_schema"},
+        json_schema=_object(name={"type": "string"}, schema=_SCHEMA),
+    ),
+)
+_STRUCTURED = _kinds(
+    regex=_object(regex=_PATTERN),
+    json=_object(json=_SCHEMA),
+    choice=_object(choice={"type": "array", "minItems": 1, "items": _TEXT}),
+    json_object=_object(json_object={"const": True}),
+)
+_COMMON: Mapping[str, Any] = {
+    "logit_bias": _ABSENT,
+    "adapter_id": _ABSENT,
+    "grammar": _GRAMMAR,
+    "response_format": _FORMAT,
+    "structured_outputs": _STRUCTURED,
+    "guided_json": {"anyOf": [_SCHEMA, {"type": "null"}]},
+    "guided_regex": {"anyOf": [_PATTERN, {"type": "null"}]},
+    "guided_choice": {
+        "anyOf": [{"type": "array", "minItems": 1, "items": _TEXT}, {"type": "null"}]
+    },
+    "guided_grammar": {"type": ["string", "null"]},
+    "guided_json_object": {"type": ["boolean", "null"]},
+}
+
 # Fields whose types leave open what they hold, and those that are not served, by schema.
 _UNSERVED: Mapping[str, Mapping[str, Any]] = {
-    "GenerateParameters": {"best_of": _ONE, "grammar": _ABSENT, "adapter_id": _ABSENT},
+    "GenerateParameters": {"best_of": _ONE, "grammar": _GRAMMAR, "adapter_id": _ABSENT},
     "ChatRequest": {
+        **_COMMON,
         **dict.fromkeys(("n", "best_of"), _ONE),
-        **dict.fromkeys(("logit_bias", "adapter_id", "grammar", "functions", "audio"), _ABSENT),
+        **dict.fromkeys(("functions", "audio"), _ABSENT),
         **dict.fromkeys(("function_call", "tool_choice"), _NOT_FORCED),
         "tools": {"type": ["array", "null"], "items": _TOOL},
-        "response_format": {"enum": [{"type": "text"}, None]},
         "modalities": {"enum": [["text"], None]},
     },
     "ChatMessage": dict.fromkeys(("tool_calls", "function_call", "audio"), _ABSENT),
     "CompletionRequest": {
+        **_COMMON,
         **dict.fromkeys(("n", "best_of"), _ONE),
-        **dict.fromkeys(("logit_bias", "adapter_id", "grammar", "suffix"), _ABSENT),
-        "response_format": {"enum": [{"type": "text"}, None]},
+        "suffix": _ABSENT,
     },
     "ResponsesRequest": {
-        **dict.fromkeys(("best_of",), _ONE),
+        "adapter_id": _ABSENT,
         **dict.fromkeys(
             (
-                "logit_bias", "adapter_id", "grammar", "previous_response_id", "conversation",
-                "prompt", "context_management", "moderation",
+                "previous_response_id", "conversation", "prompt", "context_management",
+                "moderation",
             ),
             _ABSENT,
         ),
@@ -134,18 +191,19 @@ _UNSERVED: Mapping[str, Mapping[str, Any]] = {
         "tool_choice": _NOT_FORCED,
         "prompt_cache_options": _ANY_OBJECT,
     },
-    "TextConfig": {"format": {"enum": [{"type": "text"}, None]}},
+    "TextConfig": {"format": _FORMAT},
     "VllmGenerateRequest": {
         **dict.fromkeys(("n", "best_of"), _ONE),
         **dict.fromkeys(("use_beam_search", "flat_logprobs", "early_stopping"), _OFF),
         **dict.fromkeys(
             (
                 "logit_bias", "allowed_token_ids", "bad_words", "logits_processors",
-                "structured_outputs", "guided_decoding", "logprob_token_ids",
+                "guided_decoding", "logprob_token_ids",
                 "thinking_token_budget", "repetition_detection", "extra_args",
             ),
             _ABSENT,
         ),
+        "structured_outputs": _STRUCTURED,
         "length_penalty": _ONE,
         "spaces_between_special_tokens": {"enum": [True, None]},
     },
