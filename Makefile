@@ -2,6 +2,7 @@
 #
 #   make serve [MODEL_ID=...] [NUM_SHARD=N] [PORT=3000] [ARGS="more flags of headgate serve"]
 #   make test [PYTEST_ARGS="..."]   all tests
+#   make test-api [SECONDS=900]     requests made up from the server's own OpenAPI document
 #   make setup [TORCH_INDEX=URL]    the virtual environment, in steps (deploy/setup.sh)
 #   make proto                      gRPC stubs from proto/*.proto
 #   make lint, make format          ruff and mypy; ruff's formatter
@@ -13,7 +14,7 @@
 VENV ?= .venv
 export VENV TORCH_INDEX PYTHON
 
-.PHONY: help serve test setup setup-dev proto lint format wheel bench-host test-fresh clean
+.PHONY: help serve test test-api setup setup-dev proto lint format wheel bench-host test-fresh clean
 .DEFAULT_GOAL := help
 
 help:
@@ -35,6 +36,9 @@ serve:
 test: setup-dev
 	@start=$$(date +%s); $(VENV)/bin/python -m pytest $(PYTEST_ARGS) && \
 		echo "make test: passed in $$(($$(date +%s) - start)) s"
+
+test-api: setup-dev
+	@TEST_API_SECONDS=$(or $(SECONDS),900) $(VENV)/bin/python -m pytest -s tests/server/test_properties.py
 
 proto: setup
 	@$(VENV)/bin/python setup.py --quiet build_stubs && echo "stubs written to proto/"

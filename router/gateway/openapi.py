@@ -71,6 +71,7 @@ class OpenApiRoutes:
 DEFAULT_INFO = router_pb2.InfoResponse(
     served_model_name="tgi",
     max_concurrent_requests=128,
+    max_best_of=2,
     max_stop_sequences=4,
     max_top_n_tokens=5,
     max_input_tokens=4095,

@@ -54,6 +54,8 @@ PHRASES: Mapping[str, str] = {
     "request_id": "The `x-request-id` of requests that run or wait.",
     "instances": "Bodies of /generate or of chat.",
     "echo": "Put the prompt before the answer.",
+    "n": "Answers to each prompt.",
+    "best_of": "Answers made, of which the best by mean logprob are given.",
     "user": "Accepted, of no effect.",
 }
 
@@ -160,10 +162,9 @@ _COMMON: Mapping[str, Any] = {
 
 # Fields whose types leave open what they hold, and those that are not served, by schema.
 _UNSERVED: Mapping[str, Mapping[str, Any]] = {
-    "GenerateParameters": {"best_of": _ONE, "grammar": _GRAMMAR, "adapter_id": _ABSENT},
+    "GenerateParameters": {"grammar": _GRAMMAR, "adapter_id": _ABSENT},
     "ChatRequest": {
         **_COMMON,
-        **dict.fromkeys(("n", "best_of"), _ONE),
         **dict.fromkeys(("functions", "audio"), _ABSENT),
         **dict.fromkeys(("function_call", "tool_choice"), _NOT_FORCED),
         "tools": {"type": ["array", "null"], "items": _TOOL},
@@ -172,7 +173,6 @@ _UNSERVED: Mapping[str, Mapping[str, Any]] = {
     "ChatMessage": dict.fromkeys(("tool_calls", "function_call", "audio"), _ABSENT),
     "CompletionRequest": {
         **_COMMON,
-        **dict.fromkeys(("n", "best_of"), _ONE),
         "suffix": _ABSENT,
     },
     "ResponsesRequest": {
@@ -193,7 +193,6 @@ _UNSERVED: Mapping[str, Mapping[str, Any]] = {
     },
     "TextConfig": {"format": _FORMAT},
     "VllmGenerateRequest": {
-        **dict.fromkeys(("n", "best_of"), _ONE),
         **dict.fromkeys(("use_beam_search", "flat_logprobs", "early_stopping"), _OFF),
         **dict.fromkeys(
             (
@@ -250,6 +249,8 @@ def ranges(info: router_pb2.InfoResponse) -> dict[str, dict[str, Any]]:
         "truncate": {"minimum": 1, "maximum": info.max_input_tokens},
         "truncate_prompt_tokens": {"minimum": 1, "maximum": info.max_input_tokens},
         "stop": {"maxItems": info.max_stop_sequences, "items": {"type": "string", "minLength": 1}},
+        "n": {"minimum": 1, "maximum": info.max_concurrent_requests},
+        "best_of": {"minimum": 1, "maximum": info.max_best_of},
         "top_n_tokens": alternatives,
         "top_logprobs": alternatives,
         "top_n": alternatives,

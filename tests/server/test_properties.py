@@ -44,7 +44,14 @@ load_all_checks()
 @pytest.fixture(scope="module")
 def small(tiny_checkpoint: Path) -> Iterator[LiveServer]:
     """Answers are short: there is room for a hundred tokens."""
-    with launched("--model-id", str(tiny_checkpoint), "--max-total-tokens", "128") as live:
+    with launched(
+        "--model-id",
+        str(tiny_checkpoint),
+        "--max-total-tokens",
+        "128",
+        "--max-concurrent-requests",
+        "8",
+    ) as live:
         yield live
 
 
