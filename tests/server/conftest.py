@@ -28,3 +28,11 @@ def server_2_shards() -> Iterator[LiveServer]:
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("tiny"), "llama")
+
+
+@pytest.fixture(scope="session")
+def small(tiny_checkpoint: Path) -> Iterator[LiveServer]:
+    """A fast model with room for 128 tokens and 8 requests."""
+    flags = ("--max-total-tokens", "128", "--max-concurrent-requests", "8")
+    with launched("--model-id", str(tiny_checkpoint), *flags) as live:
+        yield live

@@ -10,8 +10,6 @@ import os
 import random
 import time
 from collections import Counter
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,7 +23,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from tests.server.live_server import LiveServer, launched
+from tests.server.live_server import LiveServer
 
 SECONDS = float(os.environ.get("TEST_API_SECONDS", "10"))
 LONG = "TEST_API_SECONDS" in os.environ
@@ -39,20 +37,6 @@ CALL_TIMEOUT = 30  # seconds; what takes longer hangs
 POSITIVE, NEGATIVE = GenerationMode.POSITIVE, GenerationMode.NEGATIVE
 ROUND = ((POSITIVE, 6), (NEGATIVE, 2))  # requests of an operation in a round
 load_all_checks()
-
-
-@pytest.fixture(scope="module")
-def small(tiny_checkpoint: Path) -> Iterator[LiveServer]:
-    """Answers are short: there is room for a hundred tokens."""
-    with launched(
-        "--model-id",
-        str(tiny_checkpoint),
-        "--max-total-tokens",
-        "128",
-        "--max-concurrent-requests",
-        "8",
-    ) as live:
-        yield live
 
 
 def explore(operation: Any, mode: GenerationMode, number: int, start: int) -> Counter[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -141,6 +142,13 @@ def test_an_adapter_that_is_not_loaded_is_not_found(validator: Validator) -> Non
         validate(validator, request={"adapter_id": "x"})
     assert (caught.value.field, caught.value.http_status) == ("adapter_id", 404)
     assert caught.value.message == "`adapter_id`: there is no adapter `x`"
+
+
+def test_grammars_are_refused_where_the_server_says_so() -> None:
+    config = replace(CONFIG, grammar_support=False)
+    without = Validator(config, Tokenizer(made.byte_level(), workers=1))
+    with pytest.raises(ValidationError, match="grammar is not supported"):
+        validate(without, grammar=router_pb2.Grammar(regex="a"))
 
 
 def test_watermarks_take_their_strength_from_the_server(validator: Validator) -> None:
