@@ -11,6 +11,7 @@ import sys
 
 import uvloop
 
+from headgate import garbage
 from headgate.config_file import ConfigError, load_config
 from headgate.log import set_up_logging
 from headgate.router.config import RouterConfig
@@ -36,6 +37,7 @@ async def serve(config: RouterConfig) -> int:
     keeper = GroupKeeper(
         config, parts.engine, parts.status, parts.validator, parts.outputs, control
     )
+    garbage.settle()
     stop = asyncio.Event()
     for signum in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(signum, stop.set)

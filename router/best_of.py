@@ -24,7 +24,7 @@ class _Candidate:
         return sum(logprobs) / len(logprobs)
 
 
-class BestOf:
+class BestOf(Sink):
     """A sink: `num_answers` come in, the `num_given` best go out, the best as answer 0."""
 
     def __init__(self, sink: Sink, num_answers: int, num_given: int) -> None:

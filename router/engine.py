@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -346,17 +346,20 @@ class Engine:
         if result.refused:
             self._refused(step, result)
             return
+        gaps: Counter[float] = Counter()  # when a request's token before this one came
         for output in outputs:
-            self._deliver_output(output, arrived)
+            self._deliver_output(output, arrived, gaps)
+        for last, times in gaps.items():
+            self._metrics.next_tokens(arrived - last, times)
         delivered = time.monotonic()
-        times = StepTimes(
+        seconds = StepTimes(
             inference=arrived - max(step.sent, self._last_result),
             forward=result.forward_ns / 1e9,
             decode=delivered - updated,
             filter=updated - arrived,
         )
         self._last_result = arrived
-        self._metrics.step_done(step.method, times)
+        self._metrics.step_done(step.method, seconds)
 
     def _refused(self, step: _Step, result: StepResult) -> None:
         assert self._scheduler is not None
@@ -371,7 +374,7 @@ class Engine:
 
     # --------------------------------------------------------------- delivery
 
-    def _deliver_output(self, output: RowOutput, now: float) -> None:
+    def _deliver_output(self, output: RowOutput, now: float, gaps: Counter[float]) -> None:
         answer = self._live.get(output.request.id)
         if answer is None:
             return
@@ -381,25 +384,22 @@ class Engine:
         try:
             outcome = self._outputs.process(output)
             if outcome is not None:
-                self._count_token(answer, now)
+                if answer.last_token is None:
+                    answer.first_token = now
+                    self._metrics.first_token(now - answer.live.valid.arrival)
+                else:
+                    gaps[answer.last_token] += 1
+                answer.last_token = now
                 self._deliver(answer, outcome)
         except Exception:
             # One answer's text must not take the other requests with it.
             logger.exception("request %s failed", answer.live.valid.request_id)
             self.fail(answer.live, InternalError())
 
-    def _count_token(self, answer: LiveAnswer, now: float) -> None:
-        if answer.last_token is None:
-            answer.first_token = now
-            self._metrics.first_token(now - answer.live.valid.arrival)
-        else:
-            self._metrics.next_token(now - answer.last_token)
-        answer.last_token = now
-
     def _deliver(self, answer: LiveAnswer, outcome: Outcome) -> None:
         live = answer.live
-        if outcome.tokens.tokens or outcome.tokens.text:
-            live.sink.send(router_pb2.GenerateEvent(tokens=outcome.tokens))
+        if outcome.token_id is not None or outcome.text:
+            live.sink.tokens(outcome)
         if outcome.reason and not live.ended:  # a sink that overflowed has ended it
             self._finish(answer, outcome)
 

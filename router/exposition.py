@@ -51,9 +51,9 @@ class Histogram(Series):
         self._counts = [0] * (len(bounds) + 1)
         self._sum = 0.0
 
-    def observe(self, value: float) -> None:
-        self._counts[bisect_left(self._bounds, value)] += 1
-        self._sum += value
+    def observe(self, value: float, times: int = 1) -> None:
+        self._counts[bisect_left(self._bounds, value)] += times
+        self._sum += value * times
 
     def lines(self, name: str, labels: str) -> Iterator[str]:
         prefix = f"{labels}," if labels else ""

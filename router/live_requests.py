@@ -16,7 +16,7 @@ from headgate.proto import router_pb2
 from headgate.router.errors import OverloadedError
 from headgate.router.grammar import Grammar
 from headgate.router.metrics import RequestTimes
-from headgate.router.output_processor import Answer
+from headgate.router.output_processor import Answer, Outcome
 from headgate.router.request import Request
 from headgate.router.sampling_params import SamplingParams
 from headgate.router.validation import ValidRequest
@@ -33,6 +33,10 @@ class Sink(Protocol):
 
     def send(self, event: router_pb2.GenerateEvent) -> None:
         """Must not block and not raise."""
+
+    def tokens(self, outcome: Outcome) -> None:
+        """As `send`, for a token: sinks of many requests have a cheaper way."""
+        self.send(router_pb2.GenerateEvent(tokens=outcome.tokens))
 
 
 class Permit:

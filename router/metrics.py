@@ -288,17 +288,17 @@ class Metrics:
         self.value("tgi_prompt_tokens").inc(input_tokens)
 
     def first_token(self, seconds: float) -> None:
-        self._token()
+        self._tokens(1)
         self.histogram("tgi_request_time_to_first_token_duration").observe(seconds)
 
-    def next_token(self, seconds: float) -> None:
-        """`seconds` since the request's token before."""
-        self._token()
-        self._between_tokens.observe(seconds)
+    def next_tokens(self, seconds: float, times: int) -> None:
+        """Tokens of `times` requests, `seconds` after the token before of each."""
+        self._tokens(times)
+        self._between_tokens.observe(seconds, times)
 
-    def _token(self) -> None:
-        self._generated.inc()
-        self._skipped.observe(0)
+    def _tokens(self, times: int) -> None:
+        self._generated.inc(times)
+        self._skipped.observe(0, times)
 
     def succeeded(self, times: RequestTimes, generated_tokens: int) -> None:
         self.value("tgi_request_success").inc()

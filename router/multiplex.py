@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import AsyncGenerator, Callable
 
 from headgate.proto import router_pb2
+from headgate.proto.token_columns import NO_LOGPROB, Row, encode_columns
 from headgate.router.engine import Engine
 from headgate.router.errors import RouterError, SlowClientError
 from headgate.router.intake import Intake, Submission
-from headgate.router.live_requests import LiveRequest
+from headgate.router.live_requests import LiveRequest, Sink
+from headgate.router.output_processor import Outcome
 from headgate.router.status import ServerStatus
 
 logger = logging.getLogger(__name__)
@@ -25,7 +28,20 @@ MAX_EVENTS_PER_MESSAGE = 4096
 MAX_UNSENT_EVENTS = 65536  # of a gateway that stopped reading; then its stream is ended
 
 
-class KeyedRequest:
+class _Batch:
+    """What goes out in one message: tokens in columns, then events."""
+
+    __slots__ = ("events", "tokens")
+
+    def __init__(self) -> None:
+        self.tokens: list[Row] = []
+        self.events: list[router_pb2.KeyedEvent] = []
+
+    def __len__(self) -> int:
+        return len(self.tokens) + len(self.events)
+
+
+class KeyedRequest(Sink):
     """A request of this stream: the sink of its events, held back while it is paused."""
 
     def __init__(self, key: int, attempt: int, stream: MultiplexStream) -> None:
@@ -37,6 +53,13 @@ class KeyedRequest:
         self._stream = stream
         self._held: list[router_pb2.GenerateEvent] | None = None  # None: not paused
         self._overflowed = False
+        self.last_event: _Batch | None = None  # where its last event is that is no column's
+
+    def tokens(self, outcome: Outcome) -> None:
+        if self._held is None and outcome.is_plain:
+            self._stream.post_token(self, outcome)
+        else:
+            super().tokens(outcome)
 
     def send(self, event: router_pb2.GenerateEvent) -> None:
         if self._held is None:
@@ -66,7 +89,8 @@ class MultiplexStream:
         self._intake = intake
         self._status = status
         self._requests: dict[int, KeyedRequest] = {}
-        self._events: list[router_pb2.KeyedEvent] = []
+        self._batches: deque[_Batch] = deque()  # the last one may grow
+        self._unsent = 0  # events in all of them
         self._status_due = False
         self._closed = False
         self._wake = asyncio.Event()
@@ -99,7 +123,7 @@ class MultiplexStream:
             while True:
                 await self._wake.wait()
                 self._wake.clear()
-                while self._events or self._status_due:
+                while self._batches or self._status_due:
                     yield self._next_message()
                 if self._closed:
                     return
@@ -112,7 +136,7 @@ class MultiplexStream:
         requests, self._requests = self._requests, {}
         for keyed in requests.values():
             self._cancel(keyed)
-        self._events.clear()
+        self._batches.clear()
         self._wake.set()
 
     # ----------------------------------------------------------------- events
@@ -120,15 +144,48 @@ class MultiplexStream:
     def post(self, keyed: KeyedRequest, event: router_pb2.GenerateEvent) -> None:
         if self._closed or self._requests.get(keyed.key) is not keyed:
             return  # cancelled, or replaced by a later attempt
-        self._events.append(
+        batch = self._batch()
+        batch.events.append(
             router_pb2.KeyedEvent(key=keyed.key, attempt=keyed.attempt, event=event)
         )
+        keyed.last_event = batch
         if self._is_last(keyed, event):
             del self._requests[keyed.key]
-        self._wake.set()
-        if len(self._events) > MAX_UNSENT_EVENTS:
+
+    def post_token(self, keyed: KeyedRequest, outcome: Outcome) -> None:
+        """As `post`, for a token that may travel in columns."""
+        if self._closed or self._requests.get(keyed.key) is not keyed:
+            return
+        # In a message columns come first: they must not overtake an event of the same request.
+        batch = self._batch(after=keyed.last_event)
+        logprob = NO_LOGPROB if outcome.logprob is None else outcome.logprob
+        assert outcome.token_id is not None  # is_plain
+        batch.tokens.append(
+            (
+                keyed.key,
+                keyed.attempt,
+                outcome.index,
+                outcome.position,
+                outcome.text_offset,
+                outcome.token_id,
+                logprob,
+                outcome.text,
+            )
+        )
+
+    def _batch(self, after: _Batch | None = None) -> _Batch:
+        """The batch that takes one more event, later than `after`."""
+        self._unsent += 1
+        if self._unsent > MAX_UNSENT_EVENTS:
             logger.error("gateway %s does not read: its stream is ended", self.gateway_id)
             self.close()
+            return _Batch()  # which nobody sends
+        batch = self._batches[-1] if self._batches else None
+        if batch is None or batch is after or len(batch) >= MAX_EVENTS_PER_MESSAGE:
+            batch = _Batch()
+            self._batches.append(batch)
+            self._wake.set()
+        return batch
 
     @staticmethod
     def _is_last(keyed: KeyedRequest, event: router_pb2.GenerateEvent) -> bool:
@@ -146,9 +203,13 @@ class MultiplexStream:
             self._engine.fail(keyed.live, SlowClientError())
 
     def _next_message(self) -> router_pb2.ServerMessage:
-        events = self._events[:MAX_EVENTS_PER_MESSAGE]
-        del self._events[: len(events)]
-        message = router_pb2.ServerMessage(events=events)
+        message = router_pb2.ServerMessage()
+        if self._batches:
+            batch = self._batches.popleft()
+            self._unsent -= len(batch)
+            message = router_pb2.ServerMessage(
+                tokens=encode_columns(batch.tokens), events=batch.events
+            )
         if self._status_due:
             self._status_due = False
             message.status.CopyFrom(self._status.message())

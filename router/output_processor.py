@@ -7,7 +7,7 @@ knows no clock: the engine does both.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from headgate.proto import router_pb2
 from headgate.proto.messages import PromptLogprobs, RowEnd, TopTokens
@@ -23,15 +23,51 @@ FINISH_REASONS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+_TOKEN_ENDS = (RowEnd.EOS, RowEnd.STOP_TOKEN)
+
+
+@dataclass(slots=True)  # not frozen: one is made per token, and that makes it three times as dear
 class Outcome:
     """What one token brought."""
 
-    tokens: router_pb2.Tokens
-    reason: router_pb2.FinishReason = (
-        router_pb2.FINISH_REASON_UNSPECIFIED
-    )  # unspecified: it goes on
+    index: int  # of the answer
+    position: int  # of the token in the answer, or of the next one where there is none
+    text_offset: int  # characters released before
+    text: str = ""  # released
+    token_id: int | None = None  # None: only text
+    token_text: str = ""
+    special: bool = False
+    logprob: float | None = None
+    top: Sequence[router_pb2.Token] = ()
+    # Unspecified: it goes on.
+    reason: router_pb2.FinishReason = router_pb2.FINISH_REASON_UNSPECIFIED
     by_text: bool = False  # a stop text was found: the shards do not know of the end
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the token may travel in columns (TokenColumns in router.proto)."""
+        if self.token_id is None or self.special or self.top:
+            return False
+        return self.text == self.token_text
+
+    @property
+    def tokens(self) -> router_pb2.Tokens:
+        """The token as a message."""
+        message = router_pb2.Tokens(
+            index=self.index,
+            first_index=self.position,
+            text=self.text,
+            text_offset=self.text_offset,
+        )
+        if self.token_id is not None:
+            message.tokens.add(
+                id=self.token_id,
+                text=self.token_text,
+                logprob=self.logprob,
+                special=self.special,
+                top=self.top,
+            )
+        return message
 
 
 class Answer:
@@ -66,32 +102,33 @@ class Answer:
         end: RowEnd = RowEnd.NONE,
     ) -> Outcome:
         """Takes the next token. `end`: why the shards ended the row with it."""
-        index = self.num_tokens
+        position = self.num_tokens
         self.num_tokens += 1
         # The token that ends an answer is no part of its text where stop texts are none either.
-        hidden = not self._valid.include_stop and end in (RowEnd.EOS, RowEnd.STOP_TOKEN)
+        hidden = end in _TOKEN_ENDS and not self._valid.include_stop
         text, visible = self._detokenizer.push(id_, hidden)
-        released = self._release(visible, index)
-        ended = bool(end) or self._stops.matched is not None
+        released = self._release(visible, position) if self._stops.stops else visible
+        ended = end or self._stops.matched is not None
         if ended:
             rest, visible = self._detokenizer.flush()
             text += rest
-            released += self._release(visible, index)
+            released += self._release(visible, position)
             if self._stops.matched is None:
                 released += self._stops.flush()
-        token = router_pb2.Token(id=id_, text=text, special=self._detokenizer.is_special(id_))
         sampling = self._valid.sampling
+        outcome = Outcome(self._index, position, self._sent, self._give_out(released), id_, text)
+        outcome.special = id_ in self._pieces.special_ids
         if sampling.logprobs:
-            token.logprob = logprob
+            outcome.logprob = logprob
         if top is not None and sampling.top_n_tokens:
-            token.top.extend(self._alternatives(top))
-        event = router_pb2.Tokens(first_index=index, tokens=[token], index=self._index)
-        self._give_out(event, released)
-        if not ended:
-            return Outcome(event)
-        if self._stops.matched is not None and end is not RowEnd.EOS:
-            return Outcome(event, router_pb2.FINISH_REASON_STOP_SEQUENCE, by_text=not end)
-        return Outcome(event, FINISH_REASONS[end])
+            outcome.top = self._alternatives(top)
+        if ended:
+            stopped = self._stops.matched is not None and end is not RowEnd.EOS
+            outcome.by_text = stopped and not end
+            outcome.reason = (
+                router_pb2.FINISH_REASON_STOP_SEQUENCE if stopped else FINISH_REASONS[end]
+            )
+        return outcome
 
     def replay(self, tokens: Iterable[router_pb2.Token], text_offset: int, end: RowEnd) -> Outcome:
         """Takes tokens that an earlier router delivered, with the text up to `text_offset`.
@@ -99,16 +136,18 @@ class Answer:
         `end`: what the last of them means to a shard. The outcome's event has no token: only
         text that is due, or none.
         """
+        reason, by_text = router_pb2.FINISH_REASON_UNSPECIFIED, False
         ids = [token.id for token in tokens]
-        outcome = None
         for place, id_ in enumerate(ids, start=1):
             outcome = self.push(id_, end=end if place == len(ids) else RowEnd.NONE)
-            if outcome.reason:
+            reason, by_text = outcome.reason, outcome.by_text
+            if reason:
                 break
-        event = router_pb2.Tokens(first_index=self.num_tokens, index=self._index)
         self._sent = text_offset
-        self._give_out(event, "")
-        return replace(outcome, tokens=event) if outcome else Outcome(event)
+        text = self._give_out("")
+        outcome = Outcome(self._index, self.num_tokens, text_offset, text)
+        outcome.reason, outcome.by_text = reason, by_text
+        return outcome
 
     def take_prompt_logprobs(self, entry: PromptLogprobs) -> None:
         for offset, logprob in enumerate(entry.logprobs):
@@ -141,15 +180,15 @@ class Answer:
             return visible
         return self._stops.push(visible)
 
-    def _give_out(self, event: router_pb2.Tokens, released: str) -> None:
-        """Puts into the event what it brings beyond the characters that are out already."""
+    def _give_out(self, released: str) -> str:
+        """The text that goes out: `released`, but for characters that are out already."""
         self._parts.append(released)
         self._length += len(released)
-        event.text_offset = self._sent
-        if self._length > self._sent:
-            due = self._length - self._sent
-            event.text = released if due == len(released) else self.text[self._sent :]
-            self._sent = self._length
+        due = self._length - self._sent
+        if due <= 0:
+            return ""
+        self._sent = self._length
+        return released if due == len(released) else self.text[-due:]
 
     def _alternatives(self, top: TopTokens) -> list[router_pb2.Token]:
         special = self._pieces.special_ids

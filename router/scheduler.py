@@ -156,8 +156,9 @@ class Scheduler:
             others = nsmallest(draft.budget - 1, ready[1:], key=_turn)
             ready = [ready[0], *sorted(others, key=_order)]
         extra = draft.budget - len(ready)
+        block_size = self._config.block_size
         for row in ready:
-            if row.status is not RequestStatus.RUNNING:
+            if draft.preempted and row.status is not RequestStatus.RUNNING:
                 continue  # gave way to an older one just now
             count = 1
             if extra:
@@ -165,10 +166,12 @@ class Scheduler:
                 if more > 0:
                     count += more
                     extra -= more
-            blocks = self._blocks_by_force(row, row.num_scheduled + count, draft)
-            if blocks is None:
+            if row.num_scheduled + count <= len(row.block_ids) * block_size:
+                draft.add(row, count, ())
                 continue
-            draft.add(row, count, blocks)
+            blocks = self._blocks_by_force(row, row.num_scheduled + count, draft)
+            if blocks is not None:
+                draft.add(row, count, blocks)
 
     def _blocks_by_force(
         self, row: Request, num_positions: int, draft: StepDraft
@@ -291,12 +294,13 @@ class Scheduler:
         prompt_logprobs = {entry.row: entry for entry in result.prompt_logprobs}
         pooled = {entry.row: entry for entry in result.pooled}
         outputs: list[RowOutput] = []
+        block_size = self._config.block_size
         for (request, count, _), place in zip(plan.rows, places, strict=True):
             request.in_flight -= 1
             if request.status is RequestStatus.FINISHED:
                 continue  # ended by the plan before, or stopped by the router since
             output = RowOutput(request, None)
-            if request.id in prompt_logprobs:
+            if prompt_logprobs and request.id in prompt_logprobs:
                 output.take_prompt_logprobs(prompt_logprobs[request.id])
             if request.id in pooled:
                 output.take_pooled(pooled[request.id])
@@ -304,7 +308,8 @@ class Scheduler:
                 output.take_token(result, place)
             if request.status is RequestStatus.RUNNING:  # else its blocks are gone
                 request.num_confirmed += count
-                self._kv.publish(request)
+                if request.num_confirmed // block_size > request.num_published:
+                    self._kv.publish(request)
             if output.end:
                 if output.pooled is None:  # else there was no answer to learn from
                     self._admission.record(request)

@@ -26,7 +26,7 @@ from headgate.router.errors import (
     from_proto,
 )
 from headgate.router.intake import Intake, Submission
-from headgate.router.live_requests import LiveRequest
+from headgate.router.live_requests import LiveRequest, Sink
 from headgate.router.metrics import Metrics
 from headgate.router.multiplex import MultiplexStream, Streams
 from headgate.router.status import ServerStatus
@@ -40,7 +40,7 @@ MAX_UNREAD_EVENTS = 4096  # of a plain stream; then it is ended
 Context: TypeAlias = grpc.aio.ServicerContext
 
 
-class EventQueue:
+class EventQueue(Sink):
     """The sink of a call of its own: events in order, unread ones bounded where `limit` is set."""
 
     def __init__(self, engine: Engine, limit: int = 0) -> None:

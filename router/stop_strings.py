@@ -17,16 +17,16 @@ class StopMatcher:
     """
 
     def __init__(self, stops: Sequence[str], include: bool) -> None:
-        self._stops = tuple(sorted(stops, key=len, reverse=True))
-        self._fallbacks = [[0, 0] for _ in self._stops]  # see _next_fallback
-        self._states = [0] * len(self._stops)  # characters of each stop matched so far
+        self.stops = tuple(sorted(stops, key=len, reverse=True))
+        self._fallbacks = [[0, 0] for _ in self.stops]  # see _next_fallback
+        self._states = [0] * len(self.stops)  # characters of each stop matched so far
         self._include = include
         self._held = ""
         self.matched: str | None = None  # the stop text found; nothing is released after it
 
     def push(self, text: str) -> str:
         """Takes the next text of the answer; gives what can be released."""
-        if not self._stops:
+        if not self.stops:
             return text
         if self.matched is not None:
             return ""
@@ -49,7 +49,7 @@ class StopMatcher:
 
     def _advance(self, character: str) -> str | None:
         found = None
-        for i, stop in enumerate(self._stops):
+        for i, stop in enumerate(self.stops):
             state, fallbacks = self._states[i], self._fallbacks[i]
             while state and stop[state] != character:
                 state = fallbacks[state]

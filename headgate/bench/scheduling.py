@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 
+from headgate import garbage
 from headgate.proto.messages import RowEnd, RowSampling, StepPlan, StepResult
 from headgate.router.kv_cache_manager import KVCacheManager
 from headgate.router.request import Request
@@ -29,6 +30,7 @@ def step_milliseconds(rows: int, rounds: int = 300) -> float:
         prompt = list(range(row, row + PROMPT_TOKENS))
         sampling = RowSampling(max_new_tokens=rounds + 1)
         scheduler.add(Request(row, prompt, sampling, arrival=float(row)))
+    garbage.settle()  # as the router does
     times = []
     for sequence in range(1, rounds + 1):
         started = time.perf_counter()

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 
 import uvicorn
 
+from headgate import garbage
 from headgate.config_file import ConfigError, load_config
 from headgate.log import set_up_logging
 from headgate.router.gateway.app import Gateway
@@ -66,6 +67,7 @@ def main() -> int:
             timeout_graceful_shutdown=max(1, int(config.shutdown_timeout)),
         )
     )
+    garbage.settle()
     server.run(sockets=[socket.socket(fileno=arguments.fd)])
     return 0
 

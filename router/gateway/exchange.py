@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import msgspec
@@ -30,6 +30,7 @@ Headers = list[tuple[bytes, bytes]]
 
 JSON_HEADERS: Headers = [(b"content-type", b"application/json")]
 MAX_REQUEST_ID = 128  # characters
+WRITE_CHUNK = "headgate.write_chunk"  # a scope's key: see http_protocol.py
 _MAX_WARNED_FIELDS = 16
 _MAX_SHOWN_NAME = 64
 _UNREAD = object()
@@ -52,6 +53,7 @@ class Exchange:
         self._raw: Any = _UNREAD
         self.field_names: Mapping[str, str] = {}  # the router's names of fields to this route's
         self._strict = strict
+        self._write_chunk: Callable[[bytes], bool] | None = scope.get(WRITE_CHUNK)
         self._receive = receive
         self._send = send
         self._gone: asyncio.Task[None] | None = None
@@ -175,6 +177,11 @@ class Exchange:
     def send_body(self) -> Send:
         """The bare `send`, for body messages of a stream that has been started."""
         return self._send
+
+    @property
+    def write_chunk(self) -> Callable[[bytes], bool] | None:
+        """A shorter way for body messages in the middle of a stream, where the server has one."""
+        return self._write_chunk
 
     async def respond(
         self, body: bytes, *, status: int = 200, headers: Headers = JSON_HEADERS

@@ -125,7 +125,11 @@ class AnswerStream:
         self._sinks: list[_StreamSink] = []
         self._open = 0  # answers that have not ended
         self._writer = EventWriter(
-            exchange.send_body, self, services.config.write_buffer_limit, self.keep_alive
+            exchange.send_body,
+            self,
+            services.config.write_buffer_limit,
+            self.keep_alive,
+            exchange.write_chunk,
         )
 
     def tail(self, finished: Sequence[router_pb2.Finished]) -> bytes:

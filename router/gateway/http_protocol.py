@@ -16,6 +16,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 
 from headgate.router.errors import MalformedError
 from headgate.router.gateway.errors import tgi_error
+from headgate.router.gateway.exchange import WRITE_CHUNK
 
 MAX_HEAD_BYTES = 65_536  # request line and headers
 _UPGRADE = re.compile(rb"\r\nupgrade[ \t]*:", re.IGNORECASE)
@@ -50,8 +51,13 @@ class HttpProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._head_complete = True
         super().on_headers_complete()
+        # uvicorn makes the cycles by itself
         if self.scope["http_version"] == "1.0":
-            self.cycle.__class__ = _UnchunkedCycle  # uvicorn makes them by itself
+            self.cycle.__class__ = _UnchunkedCycle
+        else:
+            cycle: Any = self.cycle
+            cycle.__class__ = _ChunkedCycle
+            cycle.scope[WRITE_CHUNK] = cycle.write_chunk
 
     def on_message_complete(self) -> None:
         self._in_message = False
@@ -66,6 +72,22 @@ class HttpProtocol(HttpToolsProtocol):
         )
         self.transport.write(head.encode() + body)
         self.transport.close()
+
+
+class _ChunkedCycle(RequestResponseCycle):
+    """A response to an HTTP/1.1 client."""
+
+    def write_chunk(self, data: bytes) -> bool:
+        """Writes a chunk in the middle of a body at once, past the coroutines of ASGI.
+
+        False, and nothing is done, where that is not possible now: `send` knows what to do.
+        """
+        if self.flow.write_paused or self.disconnected or not self.chunked_encoding:
+            return False
+        if self.response_complete or not self.response_started:
+            return False
+        self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+        return True
 
 
 class _UnchunkedCycle(RequestResponseCycle):

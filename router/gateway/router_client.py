@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import grpc
 
 from headgate.proto import router_pb2, router_pb2_grpc
+from headgate.proto.token_columns import decode_columns, token_of
 from headgate.router.errors import (
     InternalError,
     OverloadedError,
@@ -72,6 +73,22 @@ class CallAnswer:
     tokens: list[router_pb2.Token] = field(default_factory=list)
     text_offset: int = 0  # characters
     finished: bool = False
+
+    def take(
+        self, position: int, tokens: Sequence[router_pb2.Token], text: str, offset: int
+    ) -> tuple[Sequence[router_pb2.Token], str]:
+        """Keeps what its client does not have yet, and gives it.
+
+        `position` and `offset`: tokens and characters of the answer before these.
+        """
+        known = len(self.tokens) - position
+        if known > 0:  # a new router began before what the client has
+            tokens = tokens[known:]
+        if offset < self.text_offset:
+            text = text[self.text_offset - offset :]
+        self.tokens.extend(tokens)
+        self.text_offset += len(text)
+        return tokens, text
 
 
 class Call:
@@ -326,6 +343,19 @@ class RouterClient:
     def _receive(self, message: router_pb2.ServerMessage) -> None:
         touched: dict[Sink, None] = {}
         calls = self._calls
+        for row in decode_columns(message.tokens):
+            key, attempt, index, position, offset, id_, logprob, text = row
+            call = calls.get(key)
+            if call is None or attempt != call.attempt:
+                continue
+            try:
+                token = token_of(id_, logprob, text)
+                new, text = call.answers[index].take(position, (token,), text, offset)
+                if new:
+                    call.sink.tokens(index, new, text)
+            except Exception:
+                self._undeliverable(call)
+            touched[call.sink] = None
         for keyed in message.events:
             call = calls.get(keyed.key)
             if call is None or keyed.attempt != call.attempt:
@@ -333,9 +363,7 @@ class RouterClient:
             try:
                 self._deliver(call, keyed.event)
             except Exception:
-                logger.exception("an event could not be delivered")
-                self.cancel(call)
-                self._fail(call, InternalError())
+                self._undeliverable(call)
             touched[call.sink] = None
         for sink in touched:
             try:
@@ -348,7 +376,11 @@ class RouterClient:
     def _deliver(self, call: Call, event: router_pb2.GenerateEvent) -> None:
         kind = event.WhichOneof("event")
         if kind == "tokens":
-            self._deliver_tokens(call, event.tokens)
+            came = event.tokens
+            answer = call.answers[came.index]
+            tokens, text = answer.take(came.first_index, came.tokens, came.text, came.text_offset)
+            if tokens or text:
+                call.sink.tokens(came.index, tokens, text)
         elif kind == "accepted":
             if not call.accepted.done():  # a resubmission is accepted again
                 if event.accepted.HasField("seed"):
@@ -367,20 +399,10 @@ class RouterClient:
             del self._calls[call.key]
             self._fail(call, from_proto(event.error))
 
-    @staticmethod
-    def _deliver_tokens(call: Call, event: router_pb2.Tokens) -> None:
-        answer = call.answers[event.index]
-        tokens: Sequence[router_pb2.Token] = event.tokens
-        text = event.text
-        known = len(answer.tokens) - event.first_index
-        if known > 0:  # a new router began before what the client has
-            tokens = tokens[known:]
-        if event.text_offset < answer.text_offset:
-            text = text[answer.text_offset - event.text_offset :]
-        answer.tokens.extend(tokens)
-        answer.text_offset += len(text)
-        if tokens or text:
-            call.sink.tokens(event.index, tokens, text)
+    def _undeliverable(self, call: Call) -> None:
+        logger.exception("an event could not be delivered")
+        self.cancel(call)
+        self._fail(call, InternalError())
 
     @staticmethod
     def _fail(call: Call, error: RouterError) -> None:

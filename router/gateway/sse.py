@@ -59,13 +59,20 @@ class EventWriter:
     """The response body of one event stream. Used from the event loop's thread only."""
 
     def __init__(
-        self, send: Send, producer: Producer, limit: int, keep_alive: bytes = COMMENT
+        self,
+        send: Send,
+        producer: Producer,
+        limit: int,
+        keep_alive: bytes = COMMENT,
+        write_chunk: Callable[[bytes], bool] | None = None,
     ) -> None:
-        """`limit`: bytes held before the producer is paused; `keep_alive`: means nothing."""
+        """`limit`: bytes held before the producer is paused; `keep_alive`: means nothing;
+        `write_chunk`: does what `send` would, at once, or refuses."""
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.last_write = time.monotonic()
         self.stalled_since: float | None = None  # when a send began to wait for the client
         self._send = send
+        self._write_chunk = write_chunk
         self._producer = producer
         self._limit = limit
         self.keep_alive = keep_alive
@@ -111,7 +118,8 @@ class EventWriter:
         self.discard()
         self._ended = self._closing
         self.last_write = time.monotonic()
-        self._start_send(data)
+        if self._ended or self._write_chunk is None or not self._write_chunk(data):
+            self._start_send(data)
 
     def _start_send(self, data: bytes) -> None:
         """Runs `send` here and now; only if it has to wait does a task carry it on."""

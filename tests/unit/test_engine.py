@@ -12,6 +12,7 @@ import pytest
 
 from headgate.proto import router_pb2
 from headgate.proto.messages import RowEnd, RowSampling
+from headgate.proto.token_columns import all_events
 from headgate.router import errors, output_processor
 from headgate.router.group_keeper import NotEnoughMemory
 from tests.unit.fake_shard import expected_answer, expected_prompt_logprobs
@@ -341,7 +342,7 @@ async def test_a_new_router_drains_what_its_predecessor_left(tmp_path: Path) -> 
         await router.launcher.start_group()
         ids: list[int] = []
         while len(ids) < 30:
-            for keyed in (await stream.read()).events:
+            for keyed in all_events(await stream.read()):
                 ids += [token.id for token in keyed.event.tokens.tokens]
         assert ids == answer_of(router, message)[0]
         await until(lambda: bool(router.launcher.said("drained")))

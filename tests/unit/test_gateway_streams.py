@@ -7,7 +7,9 @@ import asyncio
 import grpc
 import pytest
 
+from headgate.proto.token_columns import NO_LOGPROB, Row, encode_columns
 from headgate.router.gateway.config import GatewayConfig
+from headgate.router.gateway.exchange import WRITE_CHUNK
 from headgate.router.gateway.router_client import RouterClient
 from headgate.router.gateway.server_state import ServerState, State
 from tests.unit import fake_router as fake
@@ -98,11 +100,47 @@ async def test_events_of_one_message_go_out_in_one_write() -> None:
                     sends.append(message["body"])
                 await send(message)
 
+            def spy_chunk(data: bytes) -> bool:
+                sends.append(data)
+                return bool(write_chunk(data))
+
+            write_chunk = scope[WRITE_CHUNK]
+            scope[WRITE_CHUNK] = spy_chunk
             await app(scope, receive, spy)
 
         running.gateway._app = spying  # type: ignore[assignment]
         await running.stream("/generate_stream", {"inputs": "Hi"})
     assert [send.count(b"data: ") for send in sends] == [5, 1]
+
+
+async def test_tokens_in_columns_are_as_good_as_events() -> None:
+    words = ["Ja", "pan", " é", ""]
+
+    async def script(conversation: fake.Conversation, submit: pb.Submit) -> None:
+        conversation.send(submit, fake.accepted())
+        await asyncio.sleep(0.02)
+        key, attempt = submit.key, submit.attempt
+        offsets = [len("".join(words[:index])) for index in range(len(words))]
+        rows: list[Row] = [
+            (key, attempt, 0, index, offsets[index], 40 + index, -0.5, word)
+            for index, word in enumerate(words)
+        ]
+        stale: Row = (key, attempt + 1, 0, 0, 0, 7, -1.0, "x")
+        stranger: Row = (99, 1, 0, 0, 0, 7, -1.0, "x")
+        columns = encode_columns([stale, stranger, *rows, *rows])  # what is there counts once
+        conversation.outbox.put_nowait(pb.ServerMessage(tokens=columns))
+        await asyncio.sleep(0.02)
+        last = (key, attempt, 0, 4, 7, 44, NO_LOGPROB, "!")
+        end = pb.KeyedEvent(key=key, attempt=attempt, event=fake.finished("Japan é!", 5))
+        message = pb.ServerMessage(tokens=encode_columns([last]), events=[end])
+        conversation.outbox.put_nowait(message)
+
+    async with RunningGateway(script) as running:
+        events = await running.stream("/generate_stream", {"inputs": "Hi"})
+    assert [event["token"]["text"] for event in events] == [*words, "!"]
+    assert [event["token"]["id"] for event in events] == [40, 41, 42, 43, 44]
+    assert [event["token"]["logprob"] for event in events] == [-0.5] * 4 + [None]
+    assert events[-1]["generated_text"] == "Japan é!"
 
 
 async def test_a_client_that_reads_nothing_pauses_its_own_request() -> None:

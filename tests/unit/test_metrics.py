@@ -73,7 +73,7 @@ def test_histogram_counts_up_to_and_including_its_bound(metrics: Metrics) -> Non
 
 def test_events(metrics: Metrics) -> None:
     metrics.first_token(0.5)
-    metrics.next_token(0.1)
+    metrics.next_tokens(0.1, 1)
     metrics.succeeded(RequestTimes(1.0, 0.1, 0.2, 0.7, 0.35), generated_tokens=2)
     metrics.step_planned("prefill", joined=2, was_running=True, seconds=0.001)
     metrics.step_planned("decode", joined=0, was_running=True, seconds=0.001)

@@ -16,10 +16,15 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from headgate import Client, SamplingParams
 from headgate.proto import router_pb2, router_pb2_grpc
+from headgate.proto.token_columns import all_events
 from headgate.router import errors
-from headgate.router.multiplex import MAX_HELD_EVENTS
+from headgate.router.multiplex import MAX_HELD_EVENTS, KeyedRequest, MultiplexStream
+from headgate.router.output_processor import Outcome
+from headgate.router.status import ServerStatus
+from headgate.router.tokenizer import ChatFiles
 from tests.unit.fake_shard_server import Behaviour, RunningRouter, running_router, until
 from tests.unit.test_engine import answer_of, ids_of, request
+from tests.unit.test_validation import CONFIG
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -32,6 +37,7 @@ class Gateway:
         self.events: list[router_pb2.KeyedEvent] = []
         self.statuses: list[router_pb2.ServerStatus] = []
         self.batches: list[int] = []  # events per message
+        self.in_columns = 0  # events that travelled as columns
         self._call = stub.Multiplex(self._outgoing())
         self.say(hello=router_pb2.Hello(gateway_id=gateway_id))
         self._task = asyncio.ensure_future(self._read())
@@ -42,9 +48,11 @@ class Gateway:
 
     async def _read(self) -> None:
         async for message in self._call:
-            self.events.extend(message.events)
-            if message.events:
-                self.batches.append(len(message.events))
+            events = list(all_events(message))
+            self.in_columns += len(message.tokens.texts)
+            self.events.extend(events)
+            if events:
+                self.batches.append(len(events))
             if message.HasField("status"):
                 self.statuses.append(message.status)
 
@@ -265,10 +273,40 @@ async def test_many_requests_over_one_stream_in_batches(tmp_path: Path) -> None:
             assert gateway.of(key)[0].WhichOneof("event") == "accepted"
             assert gateway.of(key)[-1].finished.generated_text == gateway.text(key)
         assert max(gateway.batches) >= 12  # a step's events in one message
+        assert gateway.in_columns >= 12 * 15  # all tokens but odd ones
         assert gateway.statuses[0].state == router_pb2.SERVER_STATE_READY
         assert gateway.statuses[0].info.model_id == "test/model"
         router.assert_idle()
         await gateway.leave()
+
+
+async def test_columns_do_not_overtake_events_of_their_request() -> None:
+    def token(index: int, *, special: bool = False) -> Outcome:
+        return Outcome(0, index, index, "a", token_id=5, token_text="a", special=special)
+
+    status = ServerStatus(CONFIG, ChatFiles())
+    stream = MultiplexStream(None, None, status)  # type: ignore[arg-type]
+    first, second = KeyedRequest(1, 1, stream), KeyedRequest(2, 1, stream)
+    stream._requests = {1: first, 2: second}
+    first.send(router_pb2.GenerateEvent(accepted=router_pb2.Accepted()))
+    second.tokens(token(0))  # joins the message that accepts the first
+    first.tokens(token(0))
+    first.tokens(token(1, special=True))
+    second.tokens(token(1))
+    first.tokens(token(2))
+    first.send(router_pb2.GenerateEvent(finished=router_pb2.Finished()))
+    messages = stream.messages()
+    await anext(messages)  # the status
+    sent = [await anext(messages) for _ in range(3)]
+    assert [len(message.tokens.texts) for message in sent] == [1, 2, 1]
+    events = [event for message in sent for event in all_events(message)]
+    kinds = [(event.key, event.event.WhichOneof("event")) for event in events]
+    assert [kind for key, kind in kinds if key == 1] == ["accepted", *["tokens"] * 3, "finished"]
+    indices = [
+        e.event.tokens.first_index for e in events if e.event.WhichOneof("event") == "tokens"
+    ]
+    assert indices == [0, 0, 1, 1, 2]
+    await messages.aclose()
 
 
 async def test_hello_comes_first(tmp_path: Path) -> None:
