@@ -3,6 +3,8 @@
 #   make serve [MODEL_ID=...] [NUM_SHARD=N] [PORT=3000] [ARGS="more flags of headgate serve"]
 #   make test [PYTEST_ARGS="..."]   all tests
 #   make test-api [SECONDS=900]     requests made up from the server's own OpenAPI document
+#   make test-kernels               all tests of the kernels, those that `make test` leaves out too
+#   make kernels-report             compiles the GPU kernels; docs/kernels.md and docs/roofline.md
 #   make setup [TORCH_INDEX=URL]    the virtual environment, in steps (deploy/setup.sh)
 #   make proto                      gRPC stubs from proto/*.proto
 #   make lint, make format          ruff and mypy; ruff's formatter
@@ -14,7 +16,8 @@
 VENV ?= .venv
 export VENV TORCH_INDEX PYTHON
 
-.PHONY: help serve test test-api setup setup-dev proto lint format wheel bench-host test-fresh clean
+.PHONY: help serve test test-api test-kernels kernels-report setup setup-dev proto lint format wheel \
+	bench-host test-fresh clean
 .DEFAULT_GOAL := help
 
 help:
@@ -39,6 +42,12 @@ test: setup-dev
 
 test-api: setup-dev
 	@TEST_API_SECONDS=$(or $(SECONDS),900) $(VENV)/bin/python -m pytest -s tests/server/test_properties.py
+
+test-kernels: setup-dev
+	@$(VENV)/bin/python -m pytest -m 'exhaustive or not exhaustive' tests/kernels $(PYTEST_ARGS)
+
+kernels-report: setup-dev
+	@TRITON_INTERPRET=0 $(VENV)/bin/python -m headgate.kernels.triton.report
 
 proto: setup
 	@$(VENV)/bin/python setup.py --quiet build_stubs && echo "stubs written to proto/"

@@ -109,7 +109,10 @@ if step 6 model "$EMBEDDED_MODEL ${HEADGATE_CACHE:-}" "embedded model (SmolLM2-1
 fi
 if [ "$steps" = 7 ] && step 7 dev "$(cat deploy/requirements-dev.txt deploy/requirements-tgi-client.txt)" \
     "packages of the tests (deploy/requirements-dev.txt)"; then
-    pip_install -r deploy/requirements-dev.txt
+    # A build of torch for CUDA has brought the triton it was made with.
+    skipped='^$'
+    "$VENV/bin/python" -c 'import sys, torch; sys.exit(not torch.version.cuda)' && skipped='^triton=='
+    grep -v "$skipped" deploy/requirements-dev.txt | pip_install -r /dev/stdin
     "$VENV/bin/python" -m venv "$VENV-tgi-client"
     "$VENV-tgi-client/bin/python" -m pip install --quiet -r deploy/requirements-tgi-client.txt
     done_with dev

@@ -130,6 +130,21 @@ def rotary_embedding(
     return _table["rotary_embedding"](q, k, positions, cos_sin)
 
 
+def rotary_and_write_kv(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    positions: torch.Tensor,
+    cos_sin: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+) -> torch.Tensor:
+    return _table["rotary_and_write_kv"](
+        q, k, v, positions, cos_sin, k_cache, v_cache, slot_mapping
+    )
+
+
 def write_kv(
     k: torch.Tensor,
     v: torch.Tensor,
@@ -148,5 +163,8 @@ def paged_attention(
     scale: float,
     window: int = 0,
     soft_cap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    return _table["paged_attention"](q, k_cache, v_cache, attention, scale, window, soft_cap)
+    return _table["paged_attention"](
+        q, k_cache, v_cache, attention, scale, window, soft_cap, alibi_slopes
+    )

@@ -12,6 +12,7 @@ torch's matrix products choose their order of summation by shape.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -119,6 +120,22 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
     return torch.cat([part.to(x.dtype) for part in turned] + [rest], dim=-1)
 
 
+def rotary_and_write_kv(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    positions: torch.Tensor,
+    cos_sin: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+) -> torch.Tensor:
+    """`rotary_embedding`, then `write_kv` of the rotated k and of v; returns the rotated q."""
+    q, k = rotary_embedding(q, k, positions, cos_sin)
+    write_kv(k, v, k_cache, v_cache, slot_mapping)
+    return q
+
+
 def write_kv(
     k: torch.Tensor,
     v: torch.Tensor,
@@ -126,9 +143,31 @@ def write_kv(
     v_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
 ) -> None:
-    """Stores k, v[T, K, D] at slots `slot_mapping`[T] of the caches [blocks, block_size, K, D]."""
-    k_cache.flatten(0, 1)[slot_mapping] = k.to(k_cache.dtype)
-    v_cache.flatten(0, 1)[slot_mapping] = v.to(v_cache.dtype)
+    """Stores k, v[T, K, D] at slots `slot_mapping`[T] of the caches [blocks, block_size, K, D].
+
+    What float8 caches cannot hold is cut to their range.
+    """
+    for x, cache in ((k, k_cache), (v, v_cache)):
+        if cache.dtype.itemsize == 1:
+            limit = torch.finfo(cache.dtype).max
+            x = x.clamp(-limit, limit)
+        cache.flatten(0, 1)[slot_mapping] = x.to(cache.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """What `paged_attention` was asked for besides tensors of the step."""
+
+    scale: float
+    window: int
+    soft_cap: float
+    alibi_slopes: torch.Tensor | None
+
+    def bias(self, kv_heads: int, distance: torch.Tensor) -> torch.Tensor | None:
+        """ALiBi's bias [.., K, H/K, .., L], where distance[.., L] = key - query, zero or less."""
+        if self.alibi_slopes is None:
+            return None
+        return self.alibi_slopes.view(kv_heads, -1, 1, 1) * distance
 
 
 def paged_attention(
@@ -139,14 +178,17 @@ def paged_attention(
     scale: float,
     window: int,
     soft_cap: float,
+    alibi_slopes: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention of q[T, H, D] over the paged KV of each token's own row: [T, H, D].
 
     Rows that compute one token (decode) and rows that compute many (chunks of a prompt) may be
     mixed. The step's own keys and values must be in the cache already. `window` > 0: a token sees
     only itself and the `window` - 1 tokens before it. `soft_cap` > 0: scores become
-    cap * tanh(score / cap). Query heads h * H/K ... (h + 1) * H/K - 1 share key/value head h.
+    cap * tanh(score / cap). `alibi_slopes` float32[H]: scores fall by the slope for each position
+    between query and key. Query heads h * H/K ... (h + 1) * H/K - 1 share key/value head h.
     """
+    kind = _Kind(scale, window, soft_cap, alibi_slopes)
     out = q.new_empty(q.shape)
     starts = attention.cu_query_lens.tolist()
     contexts = attention.context_lens.tolist()
@@ -157,17 +199,13 @@ def paged_attention(
             decode_rows.append(row)
         elif last > first:
             table = attention.block_tables[row]
-            out[first:last] = _attend_chunk(
-                q[first:last], k_cache, v_cache, table, context, scale, window, soft_cap
-            )
+            out[first:last] = _attend_chunk(q[first:last], k_cache, v_cache, table, context, kind)
     for rows in _buckets(decode_rows, contexts):
         tokens = [starts[row] for row in rows]
         tables = attention.block_tables[rows]
         lengths = attention.context_lens[rows]
         longest = max(contexts[row] for row in rows)
-        out[tokens] = _attend_decode(
-            q[tokens], k_cache, v_cache, tables, lengths, longest, scale, window, soft_cap
-        )
+        out[tokens] = _attend_decode(q[tokens], k_cache, v_cache, tables, lengths, longest, kind)
     return out
 
 
@@ -189,15 +227,14 @@ def _attend_chunk(
     v_cache: torch.Tensor,
     table: torch.Tensor,
     context: int,
-    scale: float,
-    window: int,
-    soft_cap: float,
+    kind: _Kind,
 ) -> torch.Tensor:
     """One row's chunk: q[C, H, D] are its last C positions. [C, H, D]."""
     size, heads, dim = q.shape
     block_size, kv_heads = k_cache.shape[1:3]
     first_query = context - size
     # Blocks that no query of this chunk can see need not be read.
+    window = kind.window
     first_block = max(first_query - window + 1, 0) // block_size if window else 0
     blocks = table[first_block : -(-context // block_size)].long()
     offset = first_block * block_size
@@ -212,7 +249,8 @@ def _attend_chunk(
     visible = key_at <= query_at
     if window:
         visible &= key_at > query_at - window
-    out = _softmax_attention(queries, keys, values, visible, scale, soft_cap)
+    bias = kind.bias(kv_heads, key_at - query_at)
+    out = _softmax_attention(queries, keys, values, visible, kind, bias)
     return out.permute(2, 0, 1, 3).reshape(size, heads, dim)
 
 
@@ -223,9 +261,7 @@ def _attend_decode(
     tables: torch.Tensor,
     lengths: torch.Tensor,
     longest: int,
-    scale: float,
-    window: int,
-    soft_cap: float,
+    kind: _Kind,
 ) -> torch.Tensor:
     """One token each of several rows: q[N, H, D], tables[N, blocks], lengths[N]. [N, H, D]."""
     rows, heads, dim = q.shape
@@ -237,8 +273,8 @@ def _attend_decode(
     blocks = blocks.masked_fill(unused, 0)
     key_at = torch.arange(blocks.shape[1] * block_size, device=q.device)
     visible = key_at < lengths.unsqueeze(1)
-    if window:
-        visible &= key_at >= lengths.unsqueeze(1) - window
+    if kind.window:
+        visible &= key_at >= lengths.unsqueeze(1) - kind.window
     # Slots that are not the row's may hold NaN, which neither a mask nor a weight of zero stops.
     keys, values = (
         cache[blocks]
@@ -251,7 +287,10 @@ def _attend_decode(
     visible = visible[:, None, None, :]
     # The heads of a group take the place of query positions: one matrix product for all of them.
     queries = q.view(rows, kv_heads, heads // kv_heads, dim)
-    out = _softmax_attention(queries, keys, values, visible, scale, soft_cap)
+    bias = kind.bias(kv_heads, (key_at - lengths.unsqueeze(1) + 1)[:, None, None])
+    out = _softmax_attention(
+        queries, keys, values, visible, kind, None if bias is None else bias.squeeze(-2)
+    )
     return out.reshape(rows, heads, dim)
 
 
@@ -260,15 +299,21 @@ def _softmax_attention(
     k: torch.Tensor,
     v: torch.Tensor,
     visible: torch.Tensor,
-    scale: float,
-    soft_cap: float,
+    kind: _Kind,
+    bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Attention of q[A, B, C, D] over k, v[A, B or 1, L, D] where `visible`[..., C or 1, L]."""
-    if not soft_cap:
+    """Attention of q[A, B, C, D] over k, v[A, B or 1, L, D] where `visible`[..., C or 1, L].
+
+    `bias`[A or nothing, B, C, L] is added to the scores.
+    """
+    if not kind.soft_cap and bias is None:
         k, v = (x.expand(*q.shape[:2], *x.shape[2:]) for x in (k, v))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale)
-    scores = (q @ k.transpose(-1, -2)).float() * scale
-    scores = soft_cap * torch.tanh(scores / soft_cap)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=kind.scale)
+    scores = (q @ k.transpose(-1, -2)).float() * kind.scale
+    if kind.soft_cap:
+        scores = kind.soft_cap * torch.tanh(scores / kind.soft_cap)
+    if bias is not None:
+        scores = scores + bias
     weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
     return weights.to(v.dtype) @ v
 
@@ -286,6 +331,7 @@ OPS: dict[str, Callable[..., Any]] = {
         silu_and_mul,
         gelu_and_mul,
         rotary_embedding,
+        rotary_and_write_kv,
         write_kv,
         paged_attention,
     )

@@ -10,6 +10,9 @@ import pytest
 
 # Before torch is imported: tests run beside one another, and their tensors are tiny.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Before triton is imported: without a GPU its kernels run in the interpreter.
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session")

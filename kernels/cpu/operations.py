@@ -208,6 +208,21 @@ def rotary_embedding(
     return q, k
 
 
+def rotary_and_write_kv(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    positions: torch.Tensor,
+    cos_sin: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+) -> torch.Tensor:
+    q, k = rotary_embedding(q, k, positions, cos_sin)
+    write_kv(k, v, k_cache, v_cache, slot_mapping)
+    return q
+
+
 def _cache_code(k_cache: torch.Tensor, v_cache: torch.Tensor) -> int | None:
     """The C++ name of the caches' dtype; None where it takes no such caches."""
     if not (k_cache.is_contiguous() and v_cache.is_contiguous() and k_cache.dtype == v_cache.dtype):
@@ -253,13 +268,17 @@ def paged_attention(
     scale: float,
     window: int,
     soft_cap: float,
+    alibi_slopes: torch.Tensor | None = None,
 ) -> torch.Tensor:
     code = _cache_code(k_cache, v_cache)
     _, heads, dim = q.shape
     tables = attention.block_tables
     plain = tables.stride(-1) == 1 and tables.dtype == torch.int32
-    if code is None or not (plain and _is_rows(q)) or dim > _MAX_HEAD_DIM:
-        return reference.paged_attention(q, k_cache, v_cache, attention, scale, window, soft_cap)
+    taken = plain and _is_rows(q) and dim <= _MAX_HEAD_DIM and alibi_slopes is None
+    if code is None or not taken:
+        return reference.paged_attention(
+            q, k_cache, v_cache, attention, scale, window, soft_cap, alibi_slopes
+        )
     out = allocate(q.shape)
     call(
         "hg_paged_attention",
@@ -298,6 +317,7 @@ OPS: dict[str, Callable[..., Any]] = {
         silu_and_mul,
         gelu_and_mul,
         rotary_embedding,
+        rotary_and_write_kv,
         write_kv,
         paged_attention,
     )

@@ -56,7 +56,6 @@ class Attention:
         q, k, v = (part.view(tokens, -1, self._head_dim) for part in parts)
         if self._q_norm is not None and self._k_norm is not None:
             q, k = self._q_norm(q), self._k_norm(k)
-        q, k = self._rotary(q, k, positions)
-        ops.write_kv(k, v, *kv, attention.slot_mapping)
+        q = self._rotary(q, k, v, positions, kv, attention.slot_mapping)
         out = ops.paged_attention(q, *kv, attention, self._scale, self._window)
         return self._output(out.reshape(tokens, self._q_size))

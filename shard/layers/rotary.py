@@ -33,10 +33,17 @@ class RotaryEmbedding:
         self._cos_sin = cos_sin_table(rope, head_dim, length).to(device)
 
     def __call__(
-        self, q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rotates q[T, H, D] and k[T, K, D] by positions[T] (< length); may work in place."""
-        return ops.rotary_embedding(q, k, positions, self._cos_sin)
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        positions: torch.Tensor,
+        kv: tuple[torch.Tensor, torch.Tensor],
+        slot_mapping: torch.Tensor,
+    ) -> torch.Tensor:
+        """Rotates q[T, H, D] and k[T, K, D] by positions[T] (< length), stores k and v[T, K, D] in
+        the caches `kv` at slot_mapping[T], and returns q. May work in place."""
+        return ops.rotary_and_write_kv(q, k, v, positions, self._cos_sin, *kv, slot_mapping)
 
 
 def cos_sin_table(rope: RopeConfig, head_dim: int, length: int) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import shutil
 from collections.abc import Iterator
 
@@ -10,6 +11,7 @@ import torch
 
 from headgate.kernels import cpu
 from headgate.kernels.cpu import library
+from tests.kernels.randoms import Randoms
 
 
 @pytest.fixture(params=["avx512", "avx2", "generic"])
@@ -32,3 +34,24 @@ def cpu_kernels(request: pytest.FixtureRequest) -> Iterator[str]:
     torch.use_deterministic_algorithms(False)
     cpu.set_num_threads(threads)
     loaded.hg_init(best)
+
+
+@pytest.fixture
+def triton_device() -> Iterator[str]:
+    """Where the Triton kernels run: the GPU, or the CPU by the interpreter. Fresh tensors are full
+    of NaN here too."""
+    triton = pytest.importorskip("triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and not triton.knobs.runtime.interpret:
+        pytest.skip("neither a GPU nor the interpreter")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield device
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def randoms(triton_device: str) -> Randoms:
+    """Fresh numbers at every run; a failure shows the seed."""
+    seed = secrets.randbits(32)
+    print(f"seed {seed}")
+    return Randoms(triton_device, seed)

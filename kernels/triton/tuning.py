@@ -1,0 +1,69 @@
+"""Tiles by chip and shape: winners of measurements where there are any, else defaults.
+
+`tuning.json` holds what `python -m headgate.kernels.triton.tune` measured:
+
+    {"sm_90": {"linear": {"4096x14336": {"columns": 64, ...}}}}
+
+A key names what the tile may depend on: widths, head shapes, the KV block size. It never names a
+number of rows: tiles that decide the order of a sum must not depend on it (DESIGN.md, exactness).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+from headgate.kernels.triton.launch import chip
+
+_FILE = Path(__file__).with_name("tuning.json")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class LinearTile:
+    """A matrix product's tile: `rows` x `columns` of the result, `inner` of the sum at a time."""
+
+    rows: int
+    columns: int
+    inner: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionTile:
+    """`rows` queries (tokens x heads of a group) against `keys` positions at a time.
+
+    Where every row has one token, `decode_rows` and `decode_warps` take the place of the others.
+    """
+
+    rows: int
+    decode_rows: int
+    keys: int
+    warps: int
+    decode_warps: int
+    stages: int
+
+
+def tuned(op: str, key: str, default: T) -> T:
+    """`default`, a tile, with what was found best for `key` on the chip in use."""
+    found = _winners().get(chip(), {}).get(op, {}).get(key)
+    return replace(default, **found) if found else default  # type: ignore[type-var]
+
+
+@cache
+def _winners() -> dict[str, dict[str, dict[str, dict[str, int]]]]:
+    return json.loads(_FILE.read_text(encoding="utf-8"))
+
+
+def record_winner(chip_name: str, op: str, key: str, tile: Any) -> None:
+    """Keeps `tile` as the best for `key`; sorted, so that changes read well in a diff."""
+    winners = json.loads(_FILE.read_text(encoding="utf-8"))
+    values = {item.name: getattr(tile, item.name) for item in fields(tile)}
+    winners.setdefault(chip_name, {}).setdefault(op, {})[key] = values
+    _FILE.write_text(json.dumps(winners, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    _winners.cache_clear()

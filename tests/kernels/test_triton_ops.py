@@ -1,0 +1,170 @@
+"""The Triton operations on single tokens, against the reference in float32."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from headgate.kernels import ops, reference, triton
+from tests.kernels.randoms import DTYPES, Randoms, assert_near
+
+OPS = triton.OPS
+
+# Rows and width: one row, no row, widths that fill no vector, one beyond a program's rows.
+SHAPES = [(1, 64), (5, 576), (0, 64), (17, 100), (3, 1), (2, 5000)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+class TestNorms:
+    def test_rms_norm(self, randoms: Randoms, dtype: torch.dtype, shape: tuple[int, int]) -> None:
+        x, weight = randoms(*shape, dtype=dtype), randoms(shape[1], dtype=dtype)
+        wanted = reference.rms_norm(x.float(), weight.float(), 1e-5)
+        assert_near(OPS["rms_norm"](x, weight, 1e-5), wanted)
+
+    def test_with_residual(
+        self, randoms: Randoms, dtype: torch.dtype, shape: tuple[int, int]
+    ) -> None:
+        x, residual = randoms(*shape, dtype=dtype), randoms(*shape, dtype=dtype)
+        weight = randoms(shape[1], dtype=dtype)
+        wanted = reference.rms_norm_residual(x.float(), residual.float(), weight.float(), 1e-5)
+        normed, total = OPS["rms_norm_residual"](x.clone(), residual.clone(), weight, 1e-5)
+        assert_near(normed, wanted[0], 2)
+        assert_near(total, wanted[1])
+
+    @pytest.mark.parametrize("with_bias", [True, False])
+    def test_layer_norm(
+        self, randoms: Randoms, dtype: torch.dtype, shape: tuple[int, int], with_bias: bool
+    ) -> None:
+        x = randoms(*shape, dtype=dtype) + 3
+        weight, bias = randoms(shape[1], dtype=dtype), randoms(shape[1], dtype=dtype)
+        wide = bias.float() if with_bias else None
+        wanted = reference.layer_norm(x.float(), weight.float(), wide, 1e-5)
+        assert_near(OPS["layer_norm"](x, weight, bias if with_bias else None, 1e-5), wanted, 2)
+
+
+def test_norms_of_heads_within_a_fused_projection(randoms: Randoms) -> None:
+    fused = randoms(6, 10, 64)
+    heads, weight = fused[:, 2:7], randoms(64)
+    wanted = reference.rms_norm(heads, weight, 1e-6)
+    assert_near(OPS["rms_norm"](heads, weight, 1e-6), wanted)
+
+
+def test_residual_with_strides(randoms: Randoms) -> None:
+    wide, residual, weight = randoms(4, 3, 64), randoms(4, 2, 64), randoms(64)
+    x, beside = wide[:, 1], wide[:, 2].clone()
+    wanted = reference.rms_norm_residual(x, residual[:, 0], weight, 1e-5)
+    got = OPS["rms_norm_residual"](x, residual[:, 0], weight, 1e-5)
+    for ours, theirs in zip(got, wanted, strict=True):
+        assert_near(ours, theirs)
+    assert torch.equal(wide[:, 2], beside), "the norm reached over its rows' end"
+
+
+def test_a_row_of_zeros_and_large_rows(randoms: Randoms) -> None:
+    x = torch.stack((torch.zeros(96), torch.full((96,), 1e18), torch.full((96,), 1e-30)))
+    x, weight = x.to(randoms.device), randoms(96)
+    got, wanted = OPS["rms_norm"](x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5)
+    assert_near(got, wanted)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 2), (3, 2 * 190), (2, 2 * 1500), (0, 8)], ids=str)
+def test_gates(randoms: Randoms, dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    x = randoms(*shape, dtype=dtype) * 4
+    assert_near(OPS["silu_and_mul"](x), reference.silu_and_mul(x.float()), 2)
+    for tanh in (False, True):
+        assert_near(OPS["gelu_and_mul"](x, tanh), reference.gelu_and_mul(x.float(), tanh), 8)
+
+
+def test_gates_of_extreme_values(triton_device: str) -> None:
+    gate = torch.tensor([-1e30, -100.0, -0.0, 0.0, 100.0, 1e30], device=triton_device)
+    x = torch.cat((gate, torch.ones_like(gate))).unsqueeze(0)
+    assert_near(OPS["silu_and_mul"](x), reference.silu_and_mul(x))
+    assert_near(OPS["gelu_and_mul"](x, True), reference.gelu_and_mul(x, True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("stored", DTYPES, ids=str)
+def test_embedding(randoms: Randoms, dtype: torch.dtype, stored: torch.dtype) -> None:
+    weight = randoms(30, 1100, dtype=stored)
+    ids = randoms.integers(-5, 60, 40)
+    got = OPS["embedding"](ids, weight, 10, dtype)
+    assert got.dtype == dtype
+    assert_near(got, reference.embedding(ids, weight.float(), 10, torch.float32))
+    assert not got[(ids < 10) | (ids >= 40)].any()
+    assert OPS["embedding"](ids[:0], weight, 10, dtype).shape == (0, 1100)
+
+
+# Heads, key/value heads, head dim, rotated dims.
+ROTARY_SHAPES = [(9, 3, 8, 8), (4, 1, 64, 32), (2, 2, 80, 80), (5, 5, 30, 14), (8, 2, 256, 256)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", ROTARY_SHAPES, ids=str)
+def test_rotary(randoms: Randoms, dtype: torch.dtype, shape: tuple[int, int, int, int]) -> None:
+    heads, kv_heads, dim, rotated = shape
+    fused = randoms(7, heads + 2 * kv_heads, dim, dtype=dtype)
+    q, k, v = fused.split((heads, kv_heads, kv_heads), dim=1)
+    positions, table = randoms.integers(0, 50, 7), randoms(50, rotated)
+    wanted = reference.rotary_embedding(q.float(), k.float(), positions, table)
+    # Alone.
+    for got, want in zip(
+        OPS["rotary_embedding"](q.clone(), k.clone(), positions, table), wanted, strict=True
+    ):
+        assert_near(got, want, 2)
+    # With the write; a slot below zero is padding.
+    caches = [torch.full((5, 3, kv_heads, dim), torch.nan).to(q) for _ in range(2)]
+    slots = torch.tensor([14, 0, 7, 3, -1, 9, 1], device=q.device)
+    value = v.clone()
+    got_q = OPS["rotary_and_write_kv"](q, k, v, positions, table, *caches, slots)
+    assert_near(got_q, wanted[0], 2)
+    written = slots[slots >= 0]
+    for cache, want in zip(caches, (wanted[1], value.float()), strict=True):
+        rows = cache.flatten(0, 1)
+        assert_near(rows[written], want[slots >= 0], 2)
+        untouched = torch.ones(15, dtype=torch.bool, device=q.device)
+        untouched[written] = False
+        assert rows[untouched].isnan().all()
+
+
+@pytest.mark.parametrize("kept", [*DTYPES, torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_write_kv_into_any_cache(randoms: Randoms, kept: torch.dtype) -> None:
+    k, v = randoms(6, 3, 24) * 20, randoms(6, 3, 24)
+    if kept.itemsize == 1:  # rounding to 8 bits is the GPU's affair: the interpreter's has faults
+        k, v = k.to(kept).float(), v.to(kept).float()
+    k[0, 0, 0], k[1, 0, 1] = 1e6, -1e6
+    shape = (4, 2, 3, 24)
+    caches, wanted = (
+        [torch.zeros(shape, device=k.device).to(kept) for _ in range(2)] for _ in range(2)
+    )
+    slots = torch.tensor([7, 1, 0, 4, 5, 2], device=k.device)
+    OPS["write_kv"](k, v, *caches, slots)
+    reference.write_kv(k, v, *wanted, slots)
+    step = torch.finfo(kept).eps
+    for got, want in zip(caches, wanted, strict=True):
+        torch.testing.assert_close(got.float(), want.float(), rtol=step, atol=step)
+
+
+def test_a_row_has_the_same_bits_in_any_batch(randoms: Randoms) -> None:
+    x, weight = randoms(40, 192), randoms(192)
+    calls = {
+        "rms_norm": lambda rows: OPS["rms_norm"](rows, weight, 1e-5),
+        "layer_norm": lambda rows: OPS["layer_norm"](rows, weight, weight, 1e-5),
+        "silu_and_mul": OPS["silu_and_mul"],
+    }
+    for name, call in calls.items():
+        whole = call(x.clone())
+        for row in (0, 1, 17, 39):
+            assert torch.equal(call(x[row : row + 1].clone())[0], whole[row]), name
+
+
+def test_the_table_takes_the_kernels_and_the_rest_is_the_reference(triton_device: str) -> None:
+    before = ops.active()
+    try:
+        assert ops.use("triton", triton_device) == "triton"
+        assert ops.active() == "triton"
+    finally:
+        ops.use(before)
+    assert set(OPS) <= set(reference.OPS)

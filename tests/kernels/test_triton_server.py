@@ -1,0 +1,40 @@
+"""The launcher with `--kernels triton`, under the interpreter, gives the reference's tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+from tests.server.live_server import LiveServer, launched
+
+PROMPTS = ("a", "zwölf Boxkämpfer jagen Viktor über den Deich")  # the second takes two chunks
+FLAGS = ("--max-total-tokens", "128", "--max-batch-prefill-tokens", "32", "--dtype", "float32")
+
+
+SAMPLED = {"do_sample": True, "seed": 7, "temperature": 0.8, "top_k": 20}
+
+
+def answers(server: LiveServer) -> list[list[int]]:
+    """Token ids of greedy and of seeded sampled answers."""
+    return [
+        server.token_ids(prompt, max_new_tokens=4, **sampling)
+        for prompt in PROMPTS
+        for sampling in ({}, SAMPLED)
+    ]
+
+
+@pytest.mark.parametrize(
+    "num_shard", [pytest.param(1, marks=pytest.mark.exhaustive), 2], ids=["1 shard", "2 shards"]
+)
+def test_a_server_gives_the_reference_s_tokens(tiny_llama: Path, num_shard: int) -> None:
+    flags = ("--model-id", str(tiny_llama), "--num-shard", str(num_shard), *FLAGS)
+    with launched(*flags, "--kernels", "reference") as server:
+        wanted = answers(server)
+    with launched(*flags, "--kernels", "triton", env={"TRITON_INTERPRET": "1"}) as server:
+        assert "kernels=triton" in server.log
+        got = answers(server)
+    assert got == wanted
+    assert all(wanted)
