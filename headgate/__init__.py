@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from headgate.client import Client
     from headgate.llm import LLM
-    from headgate.outputs import CompletionOutput, RequestOutput
+    from headgate.outputs import CompletionOutput, PoolingRequestOutput, RequestOutput
     from headgate.prompts import TextPrompt, TokensPrompt
     from headgate.sampling_params import SamplingParams
     from headgate.structured_outputs import GuidedDecodingParams, StructuredOutputsParams
@@ -24,6 +24,7 @@ __all__ = [
     "Client",
     "CompletionOutput",
     "GuidedDecodingParams",
+    "PoolingRequestOutput",
     "RequestOutput",
     "SamplingParams",
     "StructuredOutputsParams",
@@ -37,6 +38,7 @@ _HOMES = {
     "CompletionOutput": "headgate.outputs",
     "GuidedDecodingParams": "headgate.structured_outputs",
     "LLM": "headgate.llm",
+    "PoolingRequestOutput": "headgate.outputs",
     "RequestOutput": "headgate.outputs",
     "SamplingParams": "headgate.sampling_params",
     "StructuredOutputsParams": "headgate.structured_outputs",

@@ -34,6 +34,7 @@ FINISH_REASONS = {
     router_pb2.FINISH_REASON_LENGTH: "length",
     router_pb2.FINISH_REASON_EOS_TOKEN: "eos_token",
     router_pb2.FINISH_REASON_STOP_SEQUENCE: "stop_sequence",
+    router_pb2.FINISH_REASON_POOLED: "pooled",
 }
 
 Params = SamplingParams | router.SamplingParams  # with vLLM's names or the router's own

@@ -16,14 +16,14 @@ import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import grpc
 
 from headgate.client import CHANNEL_OPTIONS
 from headgate.llm_arguments import check_others, to_flags
-from headgate.llm_calls import Calls, Question
-from headgate.outputs import RequestOutput
+from headgate.llm_calls import Calls, Output, Question
+from headgate.outputs import PoolingRequestOutput, RequestOutput
 from headgate.private_server import PrivateServer
 from headgate.progress import make_progress
 from headgate.prompts import Prompt, read_prompts
@@ -39,6 +39,12 @@ _CHANNEL_OPTIONS = [
     ("grpc.min_reconnect_backoff_ms", 50),
     ("grpc.max_reconnect_backoff_ms", 1000),
 ]
+
+_POOLINGS = {
+    None: router_pb2.POOLING_UNSPECIFIED,
+    "mean": router_pb2.POOLING_MEAN,
+    "last": router_pb2.POOLING_LAST,
+}
 
 Params = SamplingParams | Sequence[SamplingParams] | None
 Message = Mapping[str, Any]
@@ -150,6 +156,40 @@ class LLM:
             prompts.append(Prompt(text=text, add_special_tokens=False))
         return self._run(prompts, sampling_params, use_tqdm)
 
+    def encode(
+        self,
+        prompts: Any,
+        pooling_params: Any = None,
+        *,
+        truncate_prompt_tokens: int | None = None,
+        use_tqdm: bool | Callable[..., Any] = True,
+        lora_request: Any = None,
+        pooling_task: str | None = None,
+        pooling: str | None = None,
+        normalize: bool = True,
+    ) -> list[PoolingRequestOutput]:
+        """Embeddings in the order of `prompts`, which are as for `generate`.
+
+        `pooling`: "mean" or "last"; None: the flag `--pooling`. `normalize`: to length 1.
+        `truncate_prompt_tokens`: keep only the last of a prompt's tokens.
+        """
+        _refuse(pooling_params=pooling_params, lora_request=lora_request)
+        if pooling_task not in (None, "embed"):
+            raise ValueError(f"`pooling_task` = {pooling_task!r} is not supported")
+        if pooling not in _POOLINGS:
+            raise ValueError(f"`pooling` must be mean or last, not {pooling!r}")
+        asked = SamplingParams(truncate_prompt_tokens=truncate_prompt_tokens)
+        embedding = router_pb2.Embedding(pooling=_POOLINGS[pooling], normalize=normalize)
+        questions = [
+            Question(str(next(self._numbers)), prompt, asked, asked.to_router(), embedding)
+            for prompt in read_prompts(prompts)
+        ]
+        return cast("list[PoolingRequestOutput]", self._ask(questions, use_tqdm))
+
+    def embed(self, prompts: Any, **arguments: Any) -> list[PoolingRequestOutput]:
+        """As `encode`."""
+        return self.encode(prompts, **arguments)
+
     def close(self) -> None:
         """Ends the server; nothing of it is left when this returns."""
         self._channel.close()
@@ -164,7 +204,6 @@ class LLM:
     def _run(
         self, prompts: list[Prompt], params: Params, use_tqdm: bool | Callable[..., Any]
     ) -> list[RequestOutput]:
-        self._server.check()
         each = _each(params, len(prompts))
         questions = []
         for prompt, own in zip(prompts, each, strict=True):
@@ -173,7 +212,11 @@ class LLM:
             if wanted.do_sample and wanted.seed is None and self._seed is not None:
                 wanted = replace(wanted, seed=_derived_seed(self._seed, number))
             questions.append(Question(str(number), prompt, own, wanted))
-        progress = make_progress(use_tqdm, len(prompts), "Processed prompts")
+        return cast("list[RequestOutput]", self._ask(questions, use_tqdm))
+
+    def _ask(self, questions: list[Question], use_tqdm: bool | Callable[..., Any]) -> list[Output]:
+        self._server.check()
+        progress = make_progress(use_tqdm, len(questions), "Processed prompts")
         try:
             return self._calls.run(questions, progress)
         finally:

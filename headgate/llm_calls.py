@@ -14,7 +14,12 @@ from typing import Any
 
 import grpc
 
-from headgate.outputs import RequestOutput, request_output
+from headgate.outputs import (
+    PoolingRequestOutput,
+    RequestOutput,
+    pooling_output,
+    request_output,
+)
 from headgate.private_server import PrivateServer
 from headgate.prompts import Prompt
 from headgate.proto import router_pb2, router_pb2_grpc
@@ -37,6 +42,9 @@ _SERVING = (router_pb2.SERVER_STATE_READY, router_pb2.SERVER_STATE_RECOVERING)
 _AGAIN = (DrainingError, OverloadedError, UnavailableError)
 
 
+Output = RequestOutput | PoolingRequestOutput
+
+
 @dataclass(frozen=True, slots=True)
 class Question:
     """One request: as the caller put it, and as the router takes it."""
@@ -45,6 +53,7 @@ class Question:
     prompt: Prompt
     asked: SamplingParams
     wanted: router.SamplingParams
+    embedding: router_pb2.Embedding | None = None  # wanted instead of answers
 
 
 @dataclass(slots=True)
@@ -76,9 +85,9 @@ class Calls:
         self._longest = info.max_total_tokens
         self._room = Room(info.max_concurrent_requests)  # in answers, as the router counts
 
-    def run(self, questions: list[Question], progress: Any) -> list[RequestOutput]:
+    def run(self, questions: list[Question], progress: Any) -> list[Output]:
         """Raises ValueError for a question that is refused, after the rest was cancelled."""
-        answers: list[RequestOutput | None] = [None] * len(questions)
+        answers: list[Output | None] = [None] * len(questions)
         done: queue.SimpleQueue[_Call] = queue.SimpleQueue()
         live: dict[int, _Call] = {}
         waiting = (self._call(index, question) for index, question in enumerate(questions))
@@ -112,6 +121,13 @@ class Calls:
         wanted = question.wanted
         if wanted.truncate is not None:
             ids = ids[-wanted.truncate :]
+        if question.embedding is not None:
+            message = router_pb2.GenerateRequest(
+                token_ids=router_pb2.TokenIds(ids=ids),
+                embedding=question.embedding,
+                request_id=question.request_id,
+            )
+            return _Call(index, question, ids, message)
         room = self._longest - len(ids)
         if room <= 0:
             raise ValueError(
@@ -182,7 +198,7 @@ class Calls:
             except queue.Empty:
                 self._server.check()
 
-    def _answer(self, call: _Call) -> RequestOutput | None:
+    def _answer(self, call: _Call) -> Output | None:
         """None: the call is to be made again."""
         try:
             response = call.future.result()
@@ -193,6 +209,8 @@ class Calls:
                 return None
             raise _for_caller(call.index, failure) from None
         question = call.question
+        if question.embedding is not None:
+            return pooling_output(question.request_id, call.token_ids, response)
         return request_output(
             question.request_id,
             question.prompt.text,

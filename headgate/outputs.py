@@ -54,6 +54,41 @@ class RequestOutput:
     num_cached_tokens: int | None = None  # prompt tokens that came from the prefix cache
 
 
+@dataclass(slots=True)
+class PoolingOutput:
+    """A prompt's embedding."""
+
+    data: list[float]  # hidden_size of them
+
+    @property
+    def embedding(self) -> list[float]:
+        """The same, under vLLM's other name."""
+        return self.data
+
+
+@dataclass(slots=True)
+class PoolingRequestOutput:
+    """A prompt with its embedding."""
+
+    request_id: str
+    outputs: PoolingOutput
+    prompt_token_ids: list[int]
+    finished: bool = True
+    num_cached_tokens: int | None = None  # prompt tokens that came from the prefix cache
+
+
+def pooling_output(
+    request_id: str, prompt_token_ids: list[int], response: router_pb2.GenerateResponse
+) -> PoolingRequestOutput:
+    finished = response.finished
+    return PoolingRequestOutput(
+        request_id=request_id,
+        outputs=PoolingOutput(list(finished.embedding)),
+        prompt_token_ids=prompt_token_ids,
+        num_cached_tokens=finished.cached_tokens,
+    )
+
+
 def request_output(
     request_id: str,
     prompt: str | None,

@@ -82,6 +82,7 @@ def router_config(
         "validation_workers": config.validation_workers,
         "block_size": sizes.block_size,
         "kv_overcommit": config.kv_overcommit,
+        "pooling": config.pooling,
         "watermark_gamma": config.watermark_gamma,
         "watermark_delta": config.watermark_delta,
         "prefix_caching": not config.disable_prefix_caching,

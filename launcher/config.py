@@ -35,6 +35,7 @@ class LauncherConfig:
     tokenizer_config_path: str
     tool_call_parser: str
     reasoning_parser: str
+    pooling: str
     model_module: str
     dtype: str | None
     quantize: str | None

@@ -74,6 +74,15 @@ MODEL = (
         own=True,
     ),
     Flag(
+        "pooling",
+        Kind.TEXT,
+        "What becomes of a prompt's hidden states in an embedding: their mean, or the last one.",
+        choices=("auto", "mean", "last"),
+        default="auto",
+        default_text="auto: the checkpoint's 1_Pooling/config.json, else mean",
+        own=True,
+    ),
+    Flag(
         "model-module",
         Kind.PATH,
         "A Python file that registers a model architecture of your own.",

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from headgate.proto import router_pb2
-from headgate.proto.messages import StepPlan, StepResult
+from headgate.proto.messages import Pooling, StepPlan, StepResult
 from headgate.router.best_of import BestOf
 from headgate.router.config import RouterConfig
 from headgate.router.errors import (
@@ -49,6 +49,7 @@ _REASON_NAMES = {
     router_pb2.FINISH_REASON_LENGTH: "length",
     router_pb2.FINISH_REASON_EOS_TOKEN: "eos_token",
     router_pb2.FINISH_REASON_STOP_SEQUENCE: "stop_sequence",
+    router_pb2.FINISH_REASON_POOLED: "pooled",
 }
 
 
@@ -152,7 +153,8 @@ class Engine:
             prompt_ids=valid.prompt_ids,
             sampling=sampling,
             arrival=valid.arrival,
-            skip_prefix_cache=sampling.prompt_logprobs,
+            # Either wants something of each prompt token, which the cache does not have.
+            skip_prefix_cache=sampling.prompt_logprobs or sampling.pooling is Pooling.MEAN,
             leader=leader,
         )
         answer = LiveAnswer(live, request, self._outputs.open(request.id, valid, index))
@@ -384,17 +386,21 @@ class Engine:
         try:
             outcome = self._outputs.process(output)
             if outcome is not None:
-                if answer.last_token is None:
-                    answer.first_token = now
-                    self._metrics.first_token(now - answer.live.valid.arrival)
-                else:
-                    gaps[answer.last_token] += 1
-                answer.last_token = now
+                if output.pooled is None:
+                    self._count_token(answer, now, gaps)
                 self._deliver(answer, outcome)
         except Exception:
             # One answer's text must not take the other requests with it.
             logger.exception("request %s failed", answer.live.valid.request_id)
             self.fail(answer.live, InternalError())
+
+    def _count_token(self, answer: LiveAnswer, now: float, gaps: Counter[float]) -> None:
+        if answer.last_token is None:
+            answer.first_token = now
+            self._metrics.first_token(now - answer.live.valid.arrival)
+        else:
+            gaps[answer.last_token] += 1
+        answer.last_token = now
 
     def _deliver(self, answer: LiveAnswer, outcome: Outcome) -> None:
         live = answer.live
@@ -420,6 +426,7 @@ class Engine:
             timings=live.timings(answer, now),
             stop_sequence=text.stop_text,
             index=answer.index,
+            embedding=outcome.embedding,
         )
         self._forget(answer)
         live.sink.send(router_pb2.GenerateEvent(finished=finished))

@@ -306,7 +306,8 @@ class Metrics:
         self.histogram("tgi_request_validation_duration").observe(times.validation)
         self.histogram("tgi_request_queue_duration").observe(times.queue)
         self.histogram("tgi_request_inference_duration").observe(times.inference)
-        self.histogram("tgi_request_mean_time_per_token_duration").observe(times.per_token)
+        if generated_tokens:  # an embedding has none
+            self.histogram("tgi_request_mean_time_per_token_duration").observe(times.per_token)
         self.histogram("tgi_request_generated_tokens").observe(generated_tokens)
 
     # ------------------------------------------------------------------ state

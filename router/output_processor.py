@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from headgate.proto import router_pb2
 from headgate.proto.messages import PromptLogprobs, RowEnd, TopTokens
 from headgate.router.detokenizer import Detokenizer, Pieces
+from headgate.router.pooling import normalised
 from headgate.router.row_output import RowOutput
 from headgate.router.stop_strings import StopMatcher
 from headgate.router.validation import ValidRequest
@@ -42,6 +43,7 @@ class Outcome:
     # Unspecified: it goes on.
     reason: router_pb2.FinishReason = router_pb2.FINISH_REASON_UNSPECIFIED
     by_text: bool = False  # a stop text was found: the shards do not know of the end
+    embedding: Sequence[float] = ()  # what came instead of tokens
 
     @property
     def is_plain(self) -> bool:
@@ -149,6 +151,12 @@ class Answer:
         outcome.reason, outcome.by_text = reason, by_text
         return outcome
 
+    def embed(self, pooled: Sequence[float]) -> Outcome:
+        """The pooled prompt, in place of an answer."""
+        vector = normalised(pooled) if self._valid.normalize else pooled
+        reason = router_pb2.FINISH_REASON_POOLED
+        return Outcome(self._index, 0, 0, reason=reason, embedding=vector)
+
     def take_prompt_logprobs(self, entry: PromptLogprobs) -> None:
         for offset, logprob in enumerate(entry.logprobs):
             top = entry.top[offset] if entry.top else None
@@ -222,6 +230,8 @@ class OutputProcessor:
         answer = self._answers[output.request.id]
         if output.prompt_logprobs is not None:
             answer.take_prompt_logprobs(output.prompt_logprobs)
+        if output.pooled is not None:
+            return answer.embed(output.pooled)
         if output.token_id is None:
             return None
         return answer.push(output.token_id, output.logprob, output.top, output.end)

@@ -10,13 +10,14 @@ import asyncio
 import secrets
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 from headgate.proto import router_pb2
-from headgate.proto.messages import RowSampling
+from headgate.proto.messages import Pooling, RowSampling
 from headgate.router.config import RouterConfig
 from headgate.router.errors import AdapterNotFoundError, UnavailableError, ValidationError
 from headgate.router.grammar_compiler import GrammarCompiler
+from headgate.router.pooling import pooling_of
 from headgate.router.sampling_params import MIN_TEMPERATURE, ParameterLimits, SamplingParams
 from headgate.router.tokenizer import Tokenizer
 
@@ -52,6 +53,7 @@ class ValidRequest:
     num_answers: int = 1  # to generate
     num_given: int = 1  # of them; fewer than all: the best
     ranked: bool = False  # best first, when all have ended
+    normalize: bool = True  # an embedding, to length 1
     progress: Mapping[int, Progress] = field(default_factory=dict)  # by the answer's index
 
 
@@ -68,6 +70,7 @@ class Validator:
             max_answers=config.max_concurrent_requests,
         )
         self._compiler = GrammarCompiler(config.model_path)
+        self._pooling = pooling_of(config.pooling, config.model_path)
         self.vocab_size = tokenizer.vocab_size
         self._eos_token_ids: tuple[int, ...] | None = None
         self._heard = asyncio.Event()
@@ -90,6 +93,8 @@ class Validator:
         """Raises ValidationError. `delivered`: what an earlier router sent of the answer."""
         arrival = time.monotonic() if arrival is None else arrival
         parameters = SamplingParams.from_proto(message.parameters)
+        if message.HasField("embedding"):
+            parameters = self._for_embedding(parameters)
         parameters.check(self._limits)
         self._check_prompt(message)
         self._check_truncate(parameters)
@@ -109,7 +114,11 @@ class Validator:
             prompt_ids=prompt_ids,
             prompt_characters=len(text) if text is not None else 0,
             prompt_text=text,
-            sampling=replace(self._row_sampling(parameters, max_new_tokens, seed), grammar=grammar),
+            sampling=replace(
+                self._row_sampling(parameters, max_new_tokens, seed),
+                grammar=grammar,
+                pooling=self._pooling_of(message),
+            ),
             seed=seed,
             parameters=parameters,
             stop=parameters.stop,
@@ -119,10 +128,24 @@ class Validator:
             num_answers=num_answers,
             num_given=num_given,
             ranked=num_answers > 1 and parameters.best_of is not None,
+            normalize=message.embedding.normalize or not message.embedding.HasField("normalize"),
             progress=self._progress(delivered, num_answers, max_new_tokens),
         )
 
     # ------------------------------------------------------------------ rules
+
+    def _for_embedding(self, parameters: SamplingParams) -> SamplingParams:
+        """The parameters of a row that samples nothing: it takes the room of one token."""
+        for name in (entry.name for entry in fields(parameters)):
+            if name != "truncate" and getattr(parameters, name) not in (None, ()):
+                raise ValidationError(f"`{name}` has no meaning for an embedding", field=name)
+        return replace(parameters, max_new_tokens=1, logprobs=False)
+
+    def _pooling_of(self, message: router_pb2.GenerateRequest) -> Pooling:
+        if not message.HasField("embedding"):
+            return Pooling.NONE
+        asked = message.embedding.pooling
+        return Pooling(asked) if asked else self._pooling
 
     def _check_prompt(self, message: router_pb2.GenerateRequest) -> None:
         if message.adapter_id:

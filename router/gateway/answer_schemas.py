@@ -143,6 +143,24 @@ class CompletionAnswer(msgspec.Struct):
     usage: Usage
 
 
+class EmbeddingUsage(msgspec.Struct):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingEntry(msgspec.Struct):
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str  # the string: base64
+
+
+class EmbeddingsAnswer(msgspec.Struct):
+    object: Literal["list"]
+    data: list[EmbeddingEntry]
+    model: str
+    usage: EmbeddingUsage
+
+
 class Response(msgspec.Struct):
     """OpenAI's response object; the fields that say what came of it."""
 

@@ -26,6 +26,7 @@ from headgate.router.errors import (
 from headgate.router.gateway.admin import AdminRoutes
 from headgate.router.gateway.by_keys import ByKeys, Handler
 from headgate.router.gateway.config import GatewayConfig
+from headgate.router.gateway.embeddings import EmbeddingsRoute
 from headgate.router.gateway.errors import (
     ClientGoneError,
     openai_error,
@@ -47,7 +48,7 @@ logger = logging.getLogger(__name__)
 
 _COUNTED = (
     "/", "/generate", "/generate_stream", "/v1/chat/completions", "/v1/completions",
-    "/v1/responses", "/invocations", "/vertex",
+    "/v1/responses", "/v1/embeddings", "/invocations", "/vertex",
 )  # fmt: skip
 _EXPOSED_HEADERS = (
     "x-request-id", "x-headgate-warnings", "x-compute-type", "x-compute-time",
@@ -88,6 +89,7 @@ class Gateway:
             "/v1/chat/completions": chat,
             "/v1/completions": completions,
             "/v1/responses": ResponsesRoute(self.services),
+            "/v1/embeddings": EmbeddingsRoute(self.services),
             "/invocations": ByKeys(
                 limit, {"inputs": tgi.root, "messages": chat, "prompt": completions}
             ),

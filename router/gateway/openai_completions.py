@@ -97,25 +97,25 @@ class CompletionsRoute:
         await OpenAIStream(self._services, exchange, usage_event).run(requests, events)
 
 
-def parse_prompts(value: Any, limit: int) -> list[Prompt]:
-    """The prompts of a body's `prompt`. Raises ValidationError."""
+def parse_prompts(value: Any, limit: int, field: str = "prompt") -> list[Prompt]:
+    """The prompts of a body's `prompt` or other `field`. Raises ValidationError."""
     if isinstance(value, str):
         return [value]
     if not isinstance(value, list) or not value:
         raise ValidationError(
-            "`prompt` must be a string, a list of strings, or token ids", field="prompt"
+            f"`{field}` must be a string, a list of strings, or token ids", field=field
         )
     if _is_ids(value):
         return [value]
     if len(value) > limit:
         raise ValidationError(
-            f"`prompt` holds {len(value)} prompts, more than the allowed batch of {limit}",
-            field="prompt",
+            f"`{field}` holds {len(value)} prompts, more than the allowed batch of {limit}",
+            field=field,
         )
     for index, entry in enumerate(value):
         if not isinstance(entry, str) and not (isinstance(entry, list) and _is_ids(entry)):
-            field = f"prompt[{index}]"
-            raise ValidationError(f"`{field}` must be a string or token ids", field=field)
+            where = f"{field}[{index}]"
+            raise ValidationError(f"`{where}` must be a string or token ids", field=where)
     return value
 
 

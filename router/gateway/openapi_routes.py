@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from headgate.router.gateway import answer_schemas as answers
+from headgate.router.gateway.embeddings import EmbeddingsRequest
 from headgate.router.gateway.openai_schemas import ChatRequest, CompletionRequest
 from headgate.router.gateway.responses_schemas import ResponsesRequest
 from headgate.router.gateway.tgi_schemas import CancelRequest, GenerateRequest, VertexRequest
@@ -180,6 +181,20 @@ OPERATIONS: tuple[Operation, ...] = (
         {
             "text": {"model": "tgi", "input": "What is the capital of Japan?", **_SHORT},
             "stream": {"model": "tgi", "input": "Hi", "stream": True, **_SHORT},
+        },
+    ),
+    Operation(
+        "post",
+        "/v1/embeddings",
+        "OpenAI",
+        "Embeddings of one or several inputs",
+        (EmbeddingsRequest,),
+        (answers.EmbeddingsAnswer,),
+        (),
+        _INFERENCE,
+        {
+            "text": {"model": "tgi", "input": "Tokyo"},
+            "several": {"input": ["Tokyo", "Oslo"], "encoding_format": "base64"},
         },
     ),
     Operation(

@@ -13,6 +13,7 @@ import openai
 import pytest
 from huggingface_hub import InferenceClient
 
+from headgate.launcher.embedded_model import ensure_embedded_model
 from tests.server.live_server import ROOT, LiveServer, launched
 
 QUESTION = [{"role": "user", "content": "What is the capital of Japan?"}]
@@ -113,6 +114,41 @@ def test_openai_responses(client: openai.OpenAI) -> None:
     short = client.responses.create(**{**ask, "max_output_tokens": 2})  # type: ignore[call-overload]
     assert short.status == "incomplete"
     assert short.incomplete_details.reason == "max_output_tokens"
+
+
+TEXTS = ["Tokyo is the capital of Japan.", "Hi", "Water boils at 100 degrees. " * 12]
+
+
+@pytest.fixture(scope="module")
+def mean_states() -> list[list[float]]:
+    """The mean of the last hidden states of TEXTS, by Transformers."""
+    import torch
+    from tokenizers import Tokenizer
+    from transformers import AutoModel
+
+    path = ensure_embedded_model()
+    model = AutoModel.from_pretrained(path, dtype=torch.float32)
+    tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+    vectors = []
+    with torch.inference_mode():
+        for text in TEXTS:
+            states = model(torch.tensor([tokenizer.encode(text).ids])).last_hidden_state[0]
+            vectors.append(torch.nn.functional.normalize(states.mean(0), dim=0).tolist())
+    return vectors
+
+
+@pytest.mark.parametrize("fixture", ["server", "server_2_shards"])
+def test_openai_embeddings(
+    fixture: str, request: pytest.FixtureRequest, mean_states: list[list[float]]
+) -> None:
+    live: LiveServer = request.getfixturevalue(fixture)
+    client = openai.OpenAI(base_url=f"{live.url}/v1", api_key="-", max_retries=0)
+    answer = client.embeddings.create(model="tgi", input=TEXTS)
+    floats = client.embeddings.create(model="tgi", input=TEXTS[0], encoding_format="float")
+    assert floats.data[0].embedding == pytest.approx(answer.data[0].embedding, rel=1e-6)
+    for entry, expected in zip(answer.data, mean_states, strict=True):
+        assert entry.embedding == pytest.approx(expected, abs=1e-3)
+    assert answer.usage.prompt_tokens == answer.usage.total_tokens > 3
 
 
 def test_openai_completions(client: openai.OpenAI) -> None:

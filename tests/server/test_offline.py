@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import signal
@@ -102,6 +103,16 @@ def test_chat(llm: LLM) -> None:
     assert own.prompt == "Hi!"
     with pytest.raises(ValueError, match="conversation 0"):
         llm.chat([{"role": "user"}], GREEDY)
+
+
+def test_encode(llm: LLM) -> None:
+    one, two = llm.encode(["The capital", {"prompt_token_ids": [5, 6, 7]}], use_tqdm=False)
+    assert math.hypot(*one.outputs.data) == pytest.approx(1, abs=1e-6)
+    assert two.prompt_token_ids == [5, 6, 7] and len(two.outputs.data) == len(one.outputs.data)
+    (last,) = llm.embed([[5, 6, 7]], pooling="last", normalize=False, use_tqdm=False)
+    assert last.outputs.embedding != two.outputs.embedding
+    with pytest.raises(ValueError, match="pooling"):
+        llm.encode("x", pooling="max")
 
 
 def test_refusals_name_the_prompt(llm: LLM) -> None:

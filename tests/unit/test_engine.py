@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,11 @@ import grpc
 import pytest
 
 from headgate.proto import router_pb2
-from headgate.proto.messages import RowEnd, RowSampling
+from headgate.proto.messages import Pooling, RowEnd, RowSampling
 from headgate.proto.token_columns import all_events
 from headgate.router import errors, output_processor
 from headgate.router.group_keeper import NotEnoughMemory
-from tests.unit.fake_shard import expected_answer, expected_prompt_logprobs
+from tests.unit.fake_shard import expected_answer, expected_pooled, expected_prompt_logprobs
 from tests.unit.fake_shard_server import EOS, Behaviour, RunningRouter, running_router, until
 
 
@@ -289,6 +290,29 @@ async def test_prompt_logprobs_and_alternatives(tmp_path: Path) -> None:
         bare = await router.stub.Generate(request(prompt, max_new_tokens=3, logprobs=False))
         assert not bare.tokens[0].HasField("logprob")
         assert not bare.finished.prefill
+
+
+async def test_embeddings_beside_answers(tmp_path: Path) -> None:
+    async with running_router(tmp_path) as router:
+        ids = prompts(1, seed=8)[0] * 3
+        message = router_pb2.GenerateRequest(token_ids=router_pb2.TokenIds(ids=ids))
+        kinds = {
+            router_pb2.POOLING_UNSPECIFIED: Pooling.MEAN,
+            router_pb2.POOLING_LAST: Pooling.LAST,
+        }
+        calls = [router.stub.Generate(request(prompt, max_new_tokens=9)) for prompt in prompts(5)]
+        for asked, pooling in kinds.items():
+            embedding = router_pb2.Embedding(pooling=asked, normalize=False)
+            message.embedding.CopyFrom(embedding)
+            response = await router.stub.Generate(message)
+            assert list(response.finished.embedding) == pytest.approx(expected_pooled(ids, pooling))
+            assert response.finished.reason == router_pb2.FINISH_REASON_POOLED
+            assert not response.tokens and not response.finished.generated_tokens
+        message.embedding.CopyFrom(router_pb2.Embedding())
+        response = await router.stub.Generate(message)
+        assert math.hypot(*response.finished.embedding) == pytest.approx(1)
+        assert [len((await call).tokens) for call in calls] == [9] * 5
+        router.assert_idle()
 
 
 async def test_prefix_cache_hits_are_told(tmp_path: Path) -> None:

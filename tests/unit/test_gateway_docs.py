@@ -11,6 +11,7 @@ from headgate.proto import router_pb2
 from headgate.router.errors import ERROR_TYPES
 from headgate.router.gateway.app import _EXPOSED_HEADERS, Gateway
 from headgate.router.gateway.config import GatewayConfig
+from headgate.router.gateway.embeddings import EmbeddingsRequest
 from headgate.router.gateway.errors import GATEWAY_ERROR_TYPES
 from headgate.router.gateway.openai_schemas import ChatRequest, CompletionRequest, SamplingFields
 from headgate.router.gateway.responses_schemas import ResponsesRequest
@@ -74,6 +75,7 @@ def test_request_fields() -> None:
     assert chat == fields_of(ChatRequest)
     shared = fields_of(ChatRequest) & fields_of(CompletionRequest) - {"logprobs"}
     assert text | shared == fields_of(CompletionRequest)
+    assert first_cells(section("POST /v1/embeddings")) == fields_of(EmbeddingsRequest)
     responses = first_cells(section("POST /v1/responses"))
     assert responses | fields_of(SamplingFields) == fields_of(ResponsesRequest)
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from headgate.proto import router_pb2
+from headgate.proto.messages import Pooling
 from headgate.router.config import RouterConfig
 from headgate.router.errors import AdapterNotFoundError, ValidationError
 from headgate.router.sampling_params import MIN_TEMPERATURE, SamplingParams
@@ -238,6 +239,24 @@ def test_truncation_keeps_the_last_tokens(validator: Validator) -> None:
     cut = validate(validator, text="abcdef" * 10, truncate=4)
     assert cut.prompt_ids == whole.prompt_ids[-4:]
     assert cut.prompt_characters == 60
+
+
+def test_embeddings_take_no_parameters_but_truncate(validator: Validator) -> None:
+    wish = {"embedding": router_pb2.Embedding()}
+    valid = validate(validator, "abcdef", request=wish, truncate=4)
+    assert len(valid.prompt_ids) == 4 and valid.normalize
+    assert valid.sampling.pooling is Pooling.MEAN and valid.sampling.max_new_tokens == 1
+    last = router_pb2.Embedding(pooling=router_pb2.POOLING_LAST, normalize=False)
+    valid = validate(validator, request={"embedding": last})
+    assert valid.sampling.pooling is Pooling.LAST and not valid.normalize
+    for given in ({"temperature": 0.5}, {"n": 2}, {"stop": ["x"]}, {"max_new_tokens": 1}):
+        with pytest.raises(ValidationError, match="no meaning for an embedding") as caught:
+            validate(validator, request=wish, **given)
+        assert caught.value.field in given
+    assert validate(validator, "a" * 20, request=wish)
+    with pytest.raises(ValidationError) as caught:
+        validate(validator, "a" * 21, request=wish)
+    assert caught.value.field == "inputs"
 
 
 def test_largest_request_that_fits(validator: Validator) -> None:
