@@ -13,14 +13,18 @@ namespace {
 struct Bytes {
   vi all;
 };
-typedef Bytes Inputs;
+struct Inputs {
+  const int8_t* four;
+};
 HG_INLINE Bytes weights_of(vi values) { return {values}; }
-HG_INLINE Inputs inputs_at(const int8_t* x) {
-  int32_t four;
-  memcpy(&four, x, 4);
-  return {_mm512_set1_epi32(four)};
+HG_INLINE Inputs inputs_at(const int8_t* x) { return {x}; }
+// In assembly, because compilers (GCC 12) copy the sums around the intrinsic and store them at each
+// step, which takes twice the time, and don't fold the broadcast into it.
+HG_INLINE vi dot4(vi sum, Bytes w, Inputs x) {
+  typedef int8_t Four __attribute__((vector_size(4)));
+  __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(w.all), "m"(*(const Four*)x.four));
+  return sum;
 }
-HG_INLINE vi dot4(vi sum, Bytes w, Inputs x) { return _mm512_dpbusd_epi32(sum, w.all, x.all); }
 HG_INLINE vi low_nibbles(vi a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
 HG_INLINE vi high_nibbles(vi a) {
   return _mm512_and_si512(_mm512_srli_epi16(a, 4), _mm512_set1_epi8(15));
