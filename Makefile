@@ -9,6 +9,7 @@
 #   make proto                      gRPC stubs from proto/*.proto
 #   make lint, make format          ruff and mypy; ruff's formatter
 #   make wheel                      dist/*.whl and the source archive
+#   make bench-quality              what quantising the weights costs in quality
 #   make bench-host                 what gateway and router cost per token, without a model
 #   make test-fresh                 the image's steps and the README's commands on a bare Debian (root)
 #   make clean                      removes the environments and everything generated
@@ -17,7 +18,7 @@ VENV ?= .venv
 export VENV TORCH_INDEX PYTHON
 
 .PHONY: help serve test test-api test-kernels kernels-report setup setup-dev proto lint format wheel \
-	bench-host test-fresh clean
+	bench-host bench-quality test-fresh clean
 .DEFAULT_GOAL := help
 
 help:
@@ -65,6 +66,9 @@ wheel: setup-dev
 	@$(VENV)/bin/python setup.py --quiet sdist
 	@$(VENV)/bin/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 	@ls -l dist
+
+bench-quality: setup
+	@$(VENV)/bin/python -m headgate.bench.quality $(BENCH_ARGS)
 
 bench-host: setup
 	@$(VENV)/bin/python -m headgate.bench.host $(BENCH_ARGS)

@@ -19,7 +19,7 @@ _CHUNK = 1 << 18
 _SMALLEST_INPUT = 1e-30
 # int4: the ranges to start from, as parts of the whole one, and how often each is fitted again.
 _RANGES = (1.0, 0.85)
-_FITS = 3
+_FITS = 2
 
 
 @dataclass(frozen=True, slots=True)

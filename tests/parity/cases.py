@@ -113,3 +113,17 @@ CASES = [
     _rope("rope-longrope-short", LONGROPE, max_positions=24, prompt_length=20),
     _rope("rope-longrope-long", LONGROPE, max_positions=512),
 ]
+
+# Cases that are also quantised: every family, tied and untied, biases, groups that no cut falls on.
+QUANTISED = [
+    ("llama-9-heads-3-groups", "int8"),
+    ("llama-9-heads-3-groups", "int8-weight-only"),
+    ("llama-9-heads-3-groups", "int4"),
+    ("llama-tied", "int4"),
+    ("llama-all-biases", "int8"),
+    ("mistral-no-window", "int4"),
+    ("qwen2", "int8"),
+    ("qwen2", "int8-weight-only"),
+    ("qwen3", "int8"),
+    ("qwen3", "int4"),
+]
