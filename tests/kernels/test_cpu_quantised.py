@@ -8,6 +8,7 @@ import torch
 from headgate.kernels import quantised, reference
 from headgate.kernels.cpu import library, operations, set_num_threads
 from headgate.kernels.cpu.quantised import CODES, QuantisedWeight
+from headgate.launcher.autosize import _QUANTISED_BYTES
 
 pytestmark = pytest.mark.usefixtures("cpu_kernels")
 
@@ -27,6 +28,11 @@ def pack(weight: torch.Tensor, kind: str) -> QuantisedWeight:
 
 def test_every_kind_has_a_code() -> None:
     assert CODES.keys() == quantised.KINDS.keys()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_memory_is_what_the_launcher_counts(kind: str) -> None:
+    assert pack(random(64, 128), kind).nbytes == 64 * 128 * _QUANTISED_BYTES[kind]
 
 
 @pytest.mark.parametrize("kind", KINDS)

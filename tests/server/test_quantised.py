@@ -8,9 +8,7 @@ from tests.server.live_server import launched
 
 
 def test_int8_on_two_shards_answers_and_says_so() -> None:
-    with launched(
-        "--quantize", "int8", "--num-shard", "2", "--max-batch-total-tokens", "4096"
-    ) as live:
+    with launched("--quantize", "int8", "--num-shard", "2") as live:
         answer = live.generate("The capital of Japan is", max_new_tokens=4)
         assert answer["generated_text"].startswith(" Tokyo")
         assert httpx.get(f"{live.url}/info", timeout=30).json()["quantize"] == "int8"

@@ -182,6 +182,28 @@ def test_gpus_without_bfloat16_or_room() -> None:
     assert "/dev/shm" in sizes(hardware=cramped).warnings[0]
 
 
+@pytest.mark.parametrize(
+    ("kind", "layers", "head"),
+    [("int8", 1.03125, 1.03125), ("int8-weight-only", 1.0625, 1.0625), ("int4", 0.625, 1.03125)],
+)
+def test_quantised_weights_are_counted_as_they_are_held(
+    kind: str, layers: float, head: float
+) -> None:
+    table = SMALL.vocab_size * SMALL.hidden_size
+    tied = sizes(f"--quantize {kind}", replace(SMALL, tied_embeddings=True))
+    assert tied.quantize == kind
+    assert tied.weight_bytes == 2 * table + int((SMALL.parameters - table) * layers + table * head)
+    own = sizes(f"--quantize {kind}", replace(SMALL, parameters=SMALL.parameters + table))
+    assert own.weight_bytes == tied.weight_bytes
+    assert sizes().quantize == ""
+
+
+def test_quantised_weights_are_for_cpus() -> None:
+    hardware = replace(MACHINE, gpus=(L4,))
+    assert "--quantize int8 is not available on GPUs" in refusal("--quantize int8", SMALL, hardware)
+    assert sizes("--quantize int8 --kernels cpu", SMALL, hardware).device == "cpu"
+
+
 def test_a_float32_checkpoint() -> None:
     assert sizes(model=replace(SMALL, dtype="float32")).dtype == "float32"
     gpu = replace(MACHINE, gpus=(L4,))
