@@ -85,21 +85,17 @@ def main() -> None:
     checkpoints, output = Path(sys.argv[1]), Path(sys.argv[2])
     group = init_group("cpu", timeout=60)
     results: dict[tuple[str, str], torch.Tensor | str | None] = {}
+    by_name = {case.name: case for case in CASES}
+    work = [(case, "") for case in CASES] + [(by_name[name], kind) for name, kind in QUANTISED]
     for kernels in KERNELS:
         ops.use(kernels)
-        for case in CASES:
+        for case, kind in work:
+            tolerance = QUANTISED_TOLERANCE[kernels] if kind else TOLERANCE
+            key = kernels, f"{case.name} {kind}".strip()
             try:
-                results[kernels, case.name] = run_case(case, checkpoints, group)
+                results[key] = run_case(case, checkpoints, group, kind, tolerance)
             except AssertionError as error:
-                results[kernels, case.name] = str(error)
-        by_name = {case.name: case for case in CASES}
-        for name, kind in QUANTISED:
-            tolerance = QUANTISED_TOLERANCE[kernels]
-            try:
-                logits = run_case(by_name[name], checkpoints, group, kind, tolerance)
-                results[kernels, f"{name} {kind}"] = logits
-            except AssertionError as error:
-                results[kernels, f"{name} {kind}"] = str(error)
+                results[key] = str(error)
     if group.rank == 0:
         torch.save(results, output)
     group.barrier()
