@@ -58,7 +58,7 @@ async def serve(config: RouterConfig) -> int:
             await server.stop(STOP_GRACE)
         await keeper.close()
         await control.close()
-        await parts.validator.close()
+        parts.validator.close()
         tokenizer.close()
 
 

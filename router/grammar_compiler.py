@@ -9,25 +9,22 @@ is replaced.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import json
 import logging
-import sys
 from collections import OrderedDict
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from headgate.router.errors import OverloadedError, ValidationError
 from headgate.router.grammar import Grammar
+from headgate.router.grammar_process import GrammarProcess, WorkerLost
 
 logger = logging.getLogger(__name__)
 
 COMPILE_SECONDS = 2.0
-START_SECONDS = 60.0  # for the worker to load its vocabulary, on a busy machine
 MAX_WAITING = 64  # grammars to compile
 _CACHED = 1024  # outcomes; the memory they take is bounded too
 _CACHED_CHARACTERS = 8 << 20
-_MAX_LINE = 4 << 20  # bytes of a worker's answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +43,8 @@ class GrammarCompiler:
         self._cache: OrderedDict[Grammar, Compiled] = OrderedDict()
         self._cached_characters = 0
         self._pending: dict[Grammar, asyncio.Task[Compiled]] = {}
-        self._turn = asyncio.Lock()
-        self._worker: asyncio.subprocess.Process | None = None
+        self._process = GrammarProcess()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammars")  # the process's owner
 
     async def compile(self, grammar: Grammar, vocab_size: int, eos_token_ids: Sequence[int]) -> str:
         """The grammar as shards take it.
@@ -65,11 +62,10 @@ class GrammarCompiler:
             raise ValidationError(f"grammar is not valid: {compiled.problem}", field="grammar")
         return compiled.grammar
 
-    async def close(self) -> None:
+    def close(self) -> None:
         """Ends the worker."""
-        for task in list(self._pending.values()):
-            task.cancel()
-        await self._stop_worker()
+        self._process.stop()
+        self._thread.shutdown(wait=False, cancel_futures=True)
 
     async def _compile_once(
         self, grammar: Grammar, vocab_size: int, eos_token_ids: Sequence[int]
@@ -79,64 +75,33 @@ class GrammarCompiler:
         if task is None:
             if len(self._pending) >= MAX_WAITING:
                 raise OverloadedError("Too many grammars are waiting to be compiled", retry_after=1)
-            settings = {"vocab_size": vocab_size, "eos_token_ids": list(eos_token_ids)}
-            task = asyncio.get_running_loop().create_task(self._take_turn(grammar, settings))
+            settings = {
+                "model_path": self._model_path,
+                "vocab_size": vocab_size,
+                "eos_token_ids": list(eos_token_ids),
+            }
+            task = asyncio.get_running_loop().create_task(self._ask(grammar, settings))
             self._pending[grammar] = task
             task.add_done_callback(lambda _: self._pending.pop(grammar, None))
         return await asyncio.shield(task)
 
-    async def _take_turn(self, grammar: Grammar, settings: dict[str, object]) -> Compiled:
-        async with self._turn:
-            try:
-                compiled = await self._ask(grammar, settings)
-            except BaseException:
-                await self._stop_worker()  # it may be in the middle of an answer
-                raise
-        self._remember(grammar, compiled)
-        return compiled
-
     async def _ask(self, grammar: Grammar, settings: dict[str, object]) -> Compiled:
-        worker = await self._running_worker(settings)
-        assert worker.stdin is not None and worker.stdout is not None
         message = grammar.to_proto().SerializeToString()
         try:
-            worker.stdin.write(len(message).to_bytes(4, "little") + message)
-            await worker.stdin.drain()
-            line = await asyncio.wait_for(worker.stdout.readline(), COMPILE_SECONDS)
-        except asyncio.TimeoutError:
-            await self._stop_worker()
-            return Compiled(problem=f"it takes more than {COMPILE_SECONDS:g} seconds to compile")
-        except (ConnectionError, ValueError):  # ValueError: a line beyond the limit
-            line = b""
-        if not line:
-            await self._stop_worker()
-            logger.warning("the grammar worker died of a grammar", extra={"fields": settings})
-            return Compiled(problem="it cannot be compiled")
-        return Compiled(**json.loads(line))
-
-    async def _running_worker(self, settings: dict[str, object]) -> asyncio.subprocess.Process:
-        if self._worker is not None and self._worker.returncode is None:
-            return self._worker
-        self._worker = worker = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "headgate.router.grammar_worker",
-            json.dumps({"model_path": self._model_path, **settings}),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            limit=_MAX_LINE,
-            start_new_session=True,  # a terminal's Ctrl-C is the launcher's to handle
-        )
-        assert worker.stdout is not None
-        await asyncio.wait_for(worker.stdout.readline(), START_SECONDS)  # it is ready
-        return worker
-
-    async def _stop_worker(self) -> None:
-        worker, self._worker = self._worker, None
-        if worker is not None:
-            with contextlib.suppress(ProcessLookupError):
-                worker.kill()
-            await worker.wait()
+            answer = await asyncio.get_running_loop().run_in_executor(
+                self._thread, self._process.ask, message, settings, COMPILE_SECONDS
+            )
+        except TimeoutError:
+            compiled = Compiled(
+                problem=f"it takes more than {COMPILE_SECONDS:g} seconds to compile"
+            )
+        except WorkerLost as error:
+            logger.warning("the grammar worker was lost: %s", error)
+            compiled = Compiled(problem="it cannot be compiled")
+        else:
+            compiled = Compiled(**answer)
+        self._remember(grammar, compiled)
+        return compiled
 
     def _remember(self, grammar: Grammar, compiled: Compiled) -> None:
         self._cache[grammar] = compiled

@@ -228,9 +228,9 @@ class Validator:
             parameters.grammar, self.vocab_size, self._eos_token_ids
         )
 
-    async def close(self) -> None:
+    def close(self) -> None:
         """Ends what compiles grammars."""
-        await self._compiler.close()
+        self._compiler.close()
 
     # --------------------------------------------------------------- the result
 

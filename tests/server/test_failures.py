@@ -17,6 +17,11 @@ from tests.server.live_server import LiveServer, launched
 
 GREEDY = {"max_new_tokens": 60}
 SAMPLED = {"max_new_tokens": 60, "do_sample": True, "temperature": 0.8, "top_p": 0.95, "seed": 5}
+CONSTRAINED = {
+    **SAMPLED,
+    "grammar": {"type": "regex", "value": "([a-z]+[ ,])+"},
+    "ignore_eos_token": True,
+}
 PROMPT = "Once upon a time there was a"
 
 
@@ -53,9 +58,10 @@ class Streaming(threading.Thread):
 def test_streams_go_on_after_a_shard_is_lost(
     pair: LiveServer, rank: int, how: signal.Signals
 ) -> None:
-    expected = [pair.token_ids(PROMPT, **p) for p in (GREEDY, SAMPLED)]
+    kinds = (GREEDY, SAMPLED, CONSTRAINED)
+    expected = [pair.token_ids(PROMPT, **p) for p in kinds]
     recoveries = pair.metrics()["tgi_group_recoveries"]
-    streams = [Streaming(pair, p) for p in (GREEDY, SAMPLED)]
+    streams = [Streaming(pair, p) for p in kinds]
     for stream in streams:
         stream.start()
     for stream in streams:
@@ -75,15 +81,18 @@ def test_streams_go_on_after_a_shard_is_lost(
 
 
 def test_the_router_is_restarted_and_streams_go_on(pair: LiveServer) -> None:
-    expected = pair.token_ids(PROMPT, **SAMPLED)
-    stream = Streaming(pair, SAMPLED)
-    stream.start()
-    assert stream.started.wait(60)
+    kinds = (SAMPLED, CONSTRAINED)
+    expected = [pair.token_ids(PROMPT, **p) for p in kinds]
+    streams = [Streaming(pair, p) for p in kinds]
+    for stream in streams:
+        stream.start()
+        assert stream.started.wait(60)
     for process in pair.processes("headgate.router"):
         process.kill()
-    stream.join(60)
-    assert stream.ids == expected
-    assert stream.final["generated_text"] == stream.text
+    for stream, ids in zip(streams, expected, strict=True):
+        stream.join(60)
+        assert stream.ids == ids
+        assert stream.final["generated_text"] == stream.text
 
 
 def test_a_group_that_keeps_dying_ends_the_launcher(tiny_checkpoint: Path) -> None:

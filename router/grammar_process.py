@@ -1,0 +1,86 @@
+"""The worker process that compiles grammars, from the router's side. Blocks: for a thread's use."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import socket
+import subprocess
+import sys
+from typing import BinaryIO
+
+logger = logging.getLogger(__name__)
+
+START_SECONDS = 60.0  # to load a vocabulary, on a busy machine
+
+
+class WorkerLost(Exception):
+    """The worker ended, or had to be ended, without an answer."""
+
+
+class GrammarProcess:
+    """One worker at a time, started when it is needed. See grammar_worker.py for what is said."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._socket: socket.socket | None = None
+        self._answers: BinaryIO | None = None
+
+    def ask(self, message: bytes, settings: dict[str, object], timeout: float) -> dict[str, str]:
+        """The worker's answer to a serialised Grammar; `settings` are a new worker's.
+
+        Raises WorkerLost; TimeoutError after `timeout` seconds; RuntimeError where no worker can
+        be started. It is gone then.
+        """
+        if self._process is None or self._process.poll() is not None:
+            self._start(settings)
+        try:
+            assert self._socket is not None and self._answers is not None
+            self._socket.settimeout(timeout)
+            self._socket.sendall(len(message).to_bytes(4, "little") + message)
+            line = self._answers.readline()
+        except TimeoutError:
+            self.stop()
+            raise
+        except OSError as error:
+            self.stop()
+            raise WorkerLost(str(error)) from error
+        if not line:
+            self.stop()
+            raise WorkerLost("it died")
+        return json.loads(line)
+
+    def stop(self) -> None:
+        """Ends the worker. May be called from another thread, which then loses it."""
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            process.wait()
+        for end in (self._answers, self._socket):
+            if end is not None:
+                with contextlib.suppress(OSError):
+                    end.close()
+        self._answers = self._socket = None
+
+    def _start(self, settings: dict[str, object]) -> None:
+        self.stop()
+        ours, theirs = socket.socketpair()
+        # Popen starts it without forking this process, whose other threads are gRPC's.
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "headgate.router.grammar_worker", json.dumps(settings)],
+                stdin=theirs,
+                stdout=theirs,
+                start_new_session=True,  # a terminal's Ctrl-C is the launcher's to handle
+            )
+        self._socket, self._answers = ours, ours.makefile("rb")
+        ours.settimeout(START_SECONDS)
+        try:
+            started = bool(self._answers.readline())
+        except OSError:
+            started = False
+        if not started:
+            self.stop()
+            raise RuntimeError("the process that compiles grammars does not start")
+        logger.info("grammars are compiled", extra={"fields": {"pid": self._process.pid}})
