@@ -46,15 +46,12 @@ def chat_stream(live: LiveServer, **fields: Any) -> tuple[str, str]:
 
 def test_json_schema(live: LiveServer) -> None:
     schema = {"type": "json_schema", "json_schema": {"name": "p", "strict": True, "schema": PERSON}}
-    for seed in (1, 2):
-        text, reason = chat_stream(live, response_format=schema, seed=seed)
-        assert reason == "stop"
-        jsonschema_rs.Draft202012Validator(PERSON).validate(json.loads(text))
-        whole = live.post(
-            "/v1/chat/completions",
-            {"messages": CHAT, "seed": seed, "max_tokens": 80, "guided_json": PERSON},
-        ).json()["choices"][0]
-        assert (whole["message"]["content"], whole["finish_reason"]) == (text, "stop")
+    text, reason = chat_stream(live, response_format=schema, seed=1)
+    assert reason == "stop"
+    jsonschema_rs.Draft202012Validator(PERSON).validate(json.loads(text))
+    body = {"messages": CHAT, "seed": 1, "max_tokens": 80, "guided_json": PERSON}
+    whole = live.post("/v1/chat/completions", body).json()["choices"][0]
+    assert (whole["message"]["content"], whole["finish_reason"]) == (text, "stop")
 
 
 def test_regex(live: LiveServer) -> None:
@@ -100,12 +97,12 @@ def test_an_answer_that_is_cut_is_the_beginning_of_one(server: LiveServer) -> No
 
 # ------------------------------------------------------------------ in company
 
-SAMPLED = {"max_new_tokens": 16, "do_sample": True, "temperature": 0.9, "top_p": 0.95}
+SAMPLED = {"max_new_tokens": 10, "do_sample": True, "temperature": 0.9, "top_p": 0.95}
 KINDS: list[dict[str, Any]] = [
     {**SAMPLED, "seed": 11, "top_n_tokens": 3},
     {**SAMPLED, "seed": 12, "grammar": {"type": "regex", "value": MAIL}, "top_n_tokens": 2},
     {**SAMPLED, "seed": 13, "grammar": {"type": "json", "value": PERSON}},
-    {"max_new_tokens": 16, "decoder_input_details": True, "repetition_penalty": 1.2},
+    {"max_new_tokens": 10, "decoder_input_details": True, "repetition_penalty": 1.2},
 ]
 
 
@@ -119,7 +116,7 @@ def told(live: LiveServer, index: int) -> Any:
 
 
 def test_seeds_grammars_and_logprobs_are_the_same_alone_and_under_load(live: LiveServer) -> None:
-    alone = [told(live, index) for index in range(2 * len(KINDS))]
+    alone = [told(live, index) for index in range(len(KINDS) + 1)]
     with ThreadPoolExecutor(32) as pool:
         company = list(pool.map(lambda index: told(live, index), range(32)))
     assert company[: len(alone)] == alone
