@@ -70,8 +70,8 @@ class GrammarProcess:
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "headgate.router.grammar_worker", json.dumps(settings)],
-                stdin=theirs,
-                stdout=theirs,
+                stdin=theirs.fileno(),
+                stdout=theirs.fileno(),
                 start_new_session=True,  # a terminal's Ctrl-C is the launcher's to handle
             )
         self._socket, self._answers = ours, ours.makefile("rb")
