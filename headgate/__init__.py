@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from headgate.beam_search import BeamSearchOutput, BeamSearchParams, BeamSearchSequence
     from headgate.client import Client
     from headgate.llm import LLM
     from headgate.outputs import CompletionOutput, PoolingRequestOutput, RequestOutput
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "LLM",
+    "BeamSearchOutput",
+    "BeamSearchParams",
+    "BeamSearchSequence",
     "Client",
     "CompletionOutput",
     "GuidedDecodingParams",
@@ -34,6 +38,9 @@ __all__ = [
 ]
 
 _HOMES = {
+    "BeamSearchOutput": "headgate.beam_search",
+    "BeamSearchParams": "headgate.beam_search",
+    "BeamSearchSequence": "headgate.beam_search",
     "Client": "headgate.client",
     "CompletionOutput": "headgate.outputs",
     "GuidedDecodingParams": "headgate.structured_outputs",

@@ -13,7 +13,7 @@ be used by themselves. Every failed call raises a `headgate.router.errors.Router
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
@@ -63,6 +63,7 @@ class Generation:
     seed: int | None  # None: greedy
     prefill: tuple[Token, ...] = ()  # the prompt's tokens, with prompt_logprobs=True
     others: tuple[Generation, ...] = ()  # with n: the answers after this one
+    score: float | None = None  # with beam_width
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,10 +200,12 @@ def _request(
     request_id: str,
     fields: dict[str, Any],
 ) -> router_pb2.GenerateRequest:
-    for name in ("stop", "stop_token_ids"):
+    for name in ("stop", "stop_token_ids", "allowed_token_ids"):
         if name in fields:
             value = fields[name]
             fields[name] = (value,) if isinstance(value, str) else tuple(value)
+    if isinstance(fields.get("logit_bias"), Mapping):
+        fields["logit_bias"] = tuple(fields["logit_bias"].items())
     if isinstance(params, SamplingParams):
         params = params.to_router()
     parameters = replace(params or router.SamplingParams(), **fields).to_proto()
@@ -223,6 +226,7 @@ def _generation(finished: router_pb2.Finished, tokens: Sequence[router_pb2.Token
         cached_tokens=finished.cached_tokens,
         seed=finished.seed if finished.HasField("seed") else None,
         prefill=_tokens(finished.prefill),
+        score=finished.score if finished.HasField("score") else None,
     )
 
 

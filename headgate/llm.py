@@ -20,6 +20,7 @@ from typing import Any, cast
 
 import grpc
 
+from headgate.beam_search import BeamSearchOutput, BeamSearchParams, beam_search_output
 from headgate.client import CHANNEL_OPTIONS
 from headgate.llm_arguments import check_others, to_flags
 from headgate.llm_calls import Calls, Output, Question
@@ -189,6 +190,21 @@ class LLM:
     def embed(self, prompts: Any, **arguments: Any) -> list[PoolingRequestOutput]:
         """As `encode`."""
         return self.encode(prompts, **arguments)
+
+    def beam_search(
+        self,
+        prompts: Any,
+        params: BeamSearchParams,
+        lora_request: Any = None,
+        use_tqdm: bool | Callable[..., Any] = False,
+    ) -> list[BeamSearchOutput]:
+        """The best continuations of each prompt by beam search, in the order of the prompts."""
+        _refuse(lora_request=lora_request)
+        sampling = params.to_sampling_params()
+        return [
+            beam_search_output(output)
+            for output in self._run(read_prompts(prompts), sampling, use_tqdm)
+        ]
 
     def close(self) -> None:
         """Ends the server; nothing of it is left when this returns."""

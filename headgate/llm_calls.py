@@ -68,7 +68,7 @@ class _Call:
     @property
     def num_answers(self) -> int:
         """That the router makes for it."""
-        return max(self.question.wanted.n or 1, self.question.wanted.best_of or 1)
+        return self.question.wanted.num_answers
 
 
 class Calls:

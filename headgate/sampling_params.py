@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from headgate.proto import router_pb2
 from headgate.router import sampling_params as router
 from headgate.router.grammar import Grammar
 from headgate.structured_outputs import GuidedDecodingParams, StructuredOutputsParams
@@ -24,19 +25,19 @@ MAX_SEED = router.MAX_SEED
 
 # Fields that are not served, with the values that ask for nothing.
 _UNSERVED: dict[str, tuple[Any, ...]] = {
-    "use_beam_search": (None, False),
-    "length_penalty": (None, 1.0),
-    "early_stopping": (None, False),
     "spaces_between_special_tokens": (None, True),
     "flat_logprobs": (None, False),
-    "logit_bias": (None, {}),
-    "allowed_token_ids": (None,),
     "bad_words": (None, [], ()),
     "logits_processors": (None, [], ()),
     "logprob_token_ids": (None, [], ()),
     "thinking_token_budget": (None,),
     "repetition_detection": (None,),
     "extra_args": (None, {}),
+}
+_EARLY_STOPPING: dict[bool | str, int] = {
+    False: router_pb2.EARLY_STOPPING_HEURISTIC,
+    True: router_pb2.EARLY_STOPPING_FIRST,
+    "never": router_pb2.EARLY_STOPPING_NEVER,
 }
 
 
@@ -69,12 +70,12 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     truncate_prompt_tokens: int | None = None  # keep the last N of the prompt
     spaces_between_special_tokens: bool = True
-    use_beam_search: bool = False
-    length_penalty: float = 1.0
-    early_stopping: bool | str = False
+    use_beam_search: bool = False  # the n best of best_of (absent: n) beams; temperature 0 or 1
+    length_penalty: float = 1.0  # of beams: score = logprob / length ** it
+    early_stopping: bool | str = False  # of beams: True, False or "never", as in Transformers
     flat_logprobs: bool = False
-    logit_bias: dict[int, float] | None = None
-    allowed_token_ids: Sequence[int] | None = None
+    logit_bias: dict[int, float] | None = None  # by token id; values beyond [-100, 100] are cut
+    allowed_token_ids: Sequence[int] | None = None  # no other tokens
     bad_words: Sequence[str] | None = None
     logits_processors: Sequence[Any] | None = None
     structured_outputs: StructuredOutputsParams | dict[str, Any] | None = None
@@ -134,14 +135,20 @@ class SamplingParams:
             if getattr(self, name) == -1:
                 raise ValueError(f"`{name}` = -1, the whole vocabulary, is not supported")
             self._whole(name, 0)
+        self._check_beams()
         self._check_stop()
+        self._check_tokens()
         self._grammar()
 
     def to_router(self) -> router.SamplingParams:
         """The router's parameters for this. Raises ValueError."""
         self.check()
         choosing: dict[str, Any] = {"do_sample": False}
-        if not self.greedy:
+        if self.use_beam_search:
+            choosing["beam_width"] = self.best_of or self.n
+            choosing["length_penalty"] = self.length_penalty
+            choosing["early_stopping"] = _EARLY_STOPPING[self.early_stopping]
+        elif not self.greedy:
             choosing = {
                 "do_sample": True,
                 "temperature": self.temperature,
@@ -169,7 +176,12 @@ class SamplingParams:
             prompt_top_n_tokens=self.prompt_logprobs or None,
             grammar=self._grammar(),
             n=None if self.n == 1 else self.n,
-            best_of=None if self.best_of == self.n else self.best_of,
+            best_of=None if self.use_beam_search or self.best_of == self.n else self.best_of,
+            logit_bias=tuple(
+                (int(id_), min(max(float(value), -router.MAX_BIAS), router.MAX_BIAS))
+                for id_, value in (self.logit_bias or {}).items()
+            ),
+            allowed_token_ids=tuple(self.allowed_token_ids or ()),
         )
 
     def _grammar(self) -> Grammar | None:
@@ -191,8 +203,43 @@ class SamplingParams:
             raise ValueError(f"`stop` must hold strings that are not empty, not {self.stop!r}")
         if self.stop and not self.detokenize:
             raise ValueError("`stop` needs `detokenize` to be True")
-        if not all(isinstance(id_, int) and 0 <= id_ < 2**32 for id_ in self.stop_token_ids):
+        if not all(map(_is_id, self.stop_token_ids)):
             raise ValueError(f"`stop_token_ids` must hold token ids, not {self.stop_token_ids!r}")
+
+    def _check_beams(self) -> None:
+        if self.early_stopping not in _EARLY_STOPPING:
+            raise ValueError(
+                f"`early_stopping` must be True, False or 'never', not {self.early_stopping!r}"
+            )
+        self._within("length_penalty", -math.inf, math.inf)
+        if not self.use_beam_search:
+            for name, neutral in (("length_penalty", 1.0), ("early_stopping", False)):
+                if getattr(self, name) != neutral:
+                    raise ValueError(f"`{name}` needs `use_beam_search` to be True")
+            return
+        for name, neutrals in (
+            ("temperature", (0, 1)),
+            ("top_p", (1,)),
+            ("top_k", (0, -1)),
+            ("min_p", (0,)),
+        ):
+            if getattr(self, name) not in neutrals:
+                raise ValueError(f"`{name}` cannot be combined with `use_beam_search`")
+
+    def _check_tokens(self) -> None:
+        allowed = self.allowed_token_ids
+        if allowed is not None and not (allowed and all(map(_is_id, allowed))):
+            raise ValueError(f"`allowed_token_ids` must hold token ids, not {allowed!r:.80}")
+        try:
+            told = {int(id_): float(value) for id_, value in (self.logit_bias or {}).items()}
+        except (TypeError, ValueError, AttributeError):
+            raise ValueError(
+                f"`logit_bias` must be numbers by token id, not {self.logit_bias!r:.80}"
+            ) from None
+        if not all(_is_id(id_) and not math.isnan(value) for id_, value in told.items()):
+            raise ValueError(
+                f"`logit_bias` must be numbers by token id, not {self.logit_bias!r:.80}"
+            )
 
     def _within(self, name: str, low: float, high: float, *, above: bool = False) -> None:
         value = getattr(self, name)
@@ -210,3 +257,7 @@ class SamplingParams:
         if not whole or value < low or (high is not None and value > high):
             rule = f">= {low}" + ("" if high is None else f" and <= {high}")
             raise ValueError(f"`{name}` must be a whole number {rule}, not {value!r}")
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int) and 0 <= value < 2**32

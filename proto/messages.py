@@ -66,6 +66,8 @@ class RowSampling:
     prompt_top_n_tokens: int = 0
     pooling: Pooling = Pooling.NONE  # else no token is sampled, and max_new_tokens is 1
     grammar: str = ""  # llguidance's form of what the output must be; "": anything
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, added to its logit)
+    allowed_token_ids: tuple[int, ...] = ()  # no other tokens; (): all
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +110,7 @@ class StepPlan:
     block_ids: Sequence[int] = ()  # ... and the block
     copies: Sequence[tuple[int, int]] = ()  # (from block, to block)
     forks: Sequence[Fork] = ()
+    choices: Sequence[tuple[int, int]] = ()  # (row id, the token in place of its last)
     reset: bool = False
 
     @property
@@ -199,7 +202,10 @@ def _from_bytes(code: str, data: bytes) -> array:
 
 # ------------------------------------------------------------------ plans
 
-_SAMPLING_FIELDS = tuple(RowSampling.__dataclass_fields__)
+_PACKED_SAMPLING = ("logit_bias", "allowed_token_ids")
+_SAMPLING_FIELDS = tuple(
+    name for name in RowSampling.__dataclass_fields__ if name not in _PACKED_SAMPLING
+)
 
 
 def encode_plan(plan: StepPlan) -> shard_pb2.StepPlan:
@@ -226,6 +232,8 @@ def encode_plan(plan: StepPlan) -> shard_pb2.StepPlan:
         block_ids=pack_ids(plan.block_ids),
         rows=pack_ids(plan.rows),
         counts=pack_ids(plan.counts),
+        chosen_rows=pack_ids(row for row, _ in plan.choices),
+        chosen_ids=pack_ids(token for _, token in plan.choices),
     )
 
 
@@ -251,6 +259,9 @@ def decode_plan(message: shard_pb2.StepPlan) -> StepPlan:
             )
             for fork in message.forks
         ],
+        choices=list(
+            zip(unpack_ids(message.chosen_rows), unpack_ids(message.chosen_ids), strict=True)
+        ),
         reset=message.reset,
     )
 
@@ -263,7 +274,12 @@ def _encode_row(row: NewRow) -> shard_pb2.NewRow:
         output_ids=pack_ids(row.output_ids),
         num_computed_tokens=row.num_computed_tokens,
         block_ids=pack_ids(row.block_ids),
-        sampling=shard_pb2.SamplingParams(**sampling),
+        sampling=shard_pb2.SamplingParams(
+            **sampling,
+            bias_ids=pack_ids(id_ for id_, _ in row.sampling.logit_bias),
+            bias_values=pack_floats(value for _, value in row.sampling.logit_bias),
+            allowed_token_ids=pack_ids(row.sampling.allowed_token_ids),
+        ),
         lockstep=row.lockstep,
         adapter_id=row.adapter_id,
     )
@@ -273,6 +289,9 @@ def _decode_row(message: shard_pb2.NewRow) -> NewRow:
     sampling = {name: getattr(message.sampling, name) for name in _SAMPLING_FIELDS}
     sampling["stop_token_ids"] = tuple(sampling["stop_token_ids"])
     sampling["pooling"] = Pooling(sampling["pooling"])
+    ids, values = message.sampling.bias_ids, message.sampling.bias_values
+    sampling["logit_bias"] = tuple(zip(unpack_ids(ids), unpack_floats(values), strict=True))
+    sampling["allowed_token_ids"] = tuple(unpack_ids(message.sampling.allowed_token_ids))
     return NewRow(
         id=message.id,
         prompt_ids=unpack_ids(message.prompt_ids),

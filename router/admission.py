@@ -117,6 +117,8 @@ class Admission:
             shared * self._kv.block_size,
             self._kv.block_size,
         )
+        for row in running:
+            self._add_beams(row)
 
     def fits(self, candidate: Request, hits: Sequence[int], alone: bool) -> bool:
         """Whether `candidate`, with these blocks from the prefix cache, may run with the others.
@@ -126,7 +128,7 @@ class Admission:
         """
         in_use = self._kv.num_in_use(hits)
         if self._reserve:
-            growth = self._kv.blocks_for(candidate.max_positions) - in_use
+            growth = self._kv.blocks_for(candidate.max_positions) * candidate.num_rows - in_use
             if growth > self._spare:
                 return False
             self._spare -= growth
@@ -134,11 +136,24 @@ class Admission:
         assert self._forecast is not None, "open() comes first"
         row = candidate.num_tokens, self._remaining(candidate), in_use * self._kv.block_size
         self._forecast.add(*row)
+        self._add_beams(candidate)
         capacity = self._kv.pool.num_blocks * self._kv.block_size
         if not alone and self._forecast.peak() > capacity:
             self._forecast.remove(*row)
+            for beam in self._beams(candidate):
+                self._forecast.remove(*beam)
             return False
         return True
+
+    def _add_beams(self, row: Request) -> None:
+        assert self._forecast is not None
+        for beam in self._beams(row):
+            self._forecast.add(*beam)
+
+    def _beams(self, row: Request) -> list[tuple[int, int, int]]:
+        """The beams to come of a row that stands for several: they share what it has."""
+        positions = self._positions(row) if row.is_running else row.num_tokens
+        return [(positions, self._remaining(row), positions)] * (row.num_rows - 1)
 
     def peak_blocks(self, running: Sequence[Request]) -> int:
         """The forecast for the running rows alone, in blocks."""
@@ -149,7 +164,7 @@ class Admission:
         return self._kv.blocks_for(ceil(self._forecast.peak()))
 
     def _growth(self, row: Request) -> int:
-        return self._kv.blocks_for(row.max_positions) - len(row.block_ids)
+        return self._kv.blocks_for(row.max_positions) * row.num_rows - len(row.block_ids)
 
     def _positions(self, row: Request) -> int:
         """What its table holds once its prompt is computed: that comes in the next few steps."""

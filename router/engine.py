@@ -10,11 +10,13 @@ import asyncio
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from headgate.proto import router_pb2
-from headgate.proto.messages import Pooling, StepPlan, StepResult
+from headgate.proto.messages import Pooling, RowEnd, StepPlan, StepResult
+from headgate.router.beam_rows import BeamGroup
+from headgate.router.beam_search import BeamParams, BeamSearch, Hypothesis
 from headgate.router.best_of import BestOf
 from headgate.router.config import RouterConfig
 from headgate.router.errors import (
@@ -114,9 +116,12 @@ class Engine:
         for index in range(valid.num_answers):
             if index not in valid.progress or not valid.progress[index].finished:
                 self._open(live, index)
+        if valid.beams is not None:
+            self._make_beams(live, valid.beams)
         resumed: list[tuple[LiveAnswer, Outcome]] = []
         try:
-            for answer in live.answers:
+            # Beams are scheduled by the first of them.
+            for answer in live.answers if valid.beams is None else live.answers[:1]:
                 outcome = self._resume(answer)
                 if outcome is not None:
                     resumed.append((answer, outcome))
@@ -161,6 +166,21 @@ class Engine:
         live.answers.append(answer)
         live.num_open += 1
         self._live[request.id] = answer
+
+    def _make_beams(self, live: LiveRequest, params: BeamParams) -> None:
+        """Rows for all beams, the first of them those of the answers."""
+        rows = [answer.request for answer in live.answers]
+        first = rows[0]
+        while len(rows) < params.width:
+            rows.append(
+                Request(self._take_id(), first.prompt_ids, first.sampling, arrival=first.arrival)
+            )
+        for row in rows:
+            row.sampling = params.row_sampling(row.sampling)
+            row.leader = None
+        for row in rows[1:]:
+            row.sampling = replace(row.sampling, prompt_logprobs=False)
+        BeamGroup.of(BeamSearch(params), rows)
 
     def cancel(self, live: LiveRequest) -> None:
         """The client left: memory is freed at once, nothing more is sent. Idempotent."""
@@ -336,7 +356,7 @@ class Engine:
     def _holds_prompt(self, plan: StepPlan) -> bool:
         if plan.new_rows or any(count > 1 for count in plan.counts):
             return True
-        requests = (self._live[row].request for row in plan.rows)
+        requests = (self._live[row].request for row in plan.rows if row in self._live)
         return any(request.num_scheduled <= request.num_prefill_tokens for request in requests)
 
     def _take(self, step: _Step, result: StepResult) -> None:
@@ -384,6 +404,9 @@ class Engine:
             self.fail(answer.live, GenerationError(output.failure))
             return
         try:
+            if output.hypotheses:
+                self._deliver_beams(answer.live, output.hypotheses, now)
+                return
             outcome = self._outputs.process(output)
             if outcome is not None:
                 if output.pooled is None:
@@ -393,6 +416,22 @@ class Engine:
             # One answer's text must not take the other requests with it.
             logger.exception("request %s failed", answer.live.valid.request_id)
             self.fail(answer.live, InternalError())
+
+    def _deliver_beams(
+        self, live: LiveRequest, hypotheses: Sequence[Hypothesis], now: float
+    ) -> None:
+        """The best answers of a search that is done."""
+        if len(hypotheses) < len(live.answers):
+            found = f"beam search found {len(hypotheses)} of {len(live.answers)} answers"
+            self.fail(live, GenerationError(found))
+            return
+        for answer, hypothesis in zip(live.answers, hypotheses, strict=False):
+            answer.first_token, answer.score = now, hypothesis.score
+            self._metrics.tokens_at_once(len(hypothesis.token_ids))
+            last = len(hypothesis.token_ids) - 1
+            for place, id_ in enumerate(hypothesis.token_ids):
+                end = hypothesis.end if place == last else RowEnd.NONE
+                self._deliver(answer, answer.text.push(id_, hypothesis.logprobs[place], end=end))
 
     def _count_token(self, answer: LiveAnswer, now: float, gaps: Counter[float]) -> None:
         if answer.last_token is None:
@@ -427,6 +466,7 @@ class Engine:
             stop_sequence=text.stop_text,
             index=answer.index,
             embedding=outcome.embedding,
+            score=answer.score,
         )
         self._forget(answer)
         live.sink.send(router_pb2.GenerateEvent(finished=finished))

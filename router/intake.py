@@ -100,4 +100,5 @@ class Intake:
 
 def _num_answers(request: router_pb2.GenerateRequest) -> int:
     """How many are to be generated, as far as can be said before validation."""
-    return max(request.parameters.n, request.parameters.best_of, 1)
+    given = request.parameters
+    return max(given.n, given.best_of, given.beam_width, 1)

@@ -94,6 +94,7 @@ class LiveAnswer:
     text: Answer
     first_token: float | None = None
     last_token: float | None = None
+    score: float | None = None  # of a beam
 
     @property
     def index(self) -> int:

@@ -296,6 +296,10 @@ class Metrics:
         self._tokens(times)
         self._between_tokens.observe(seconds, times)
 
+    def tokens_at_once(self, count: int) -> None:
+        """A whole answer, none of whose tokens came before."""
+        self._tokens(count)
+
     def _tokens(self, times: int) -> None:
         self._generated.inc(times)
         self._skipped.observe(0, times)

@@ -8,8 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from typing import TYPE_CHECKING
 
 from headgate.proto.messages import RowSampling
+
+if TYPE_CHECKING:
+    from headgate.router.beam_rows import BeamGroup
 
 
 class RequestStatus(Enum):
@@ -42,6 +46,7 @@ class Request:
     lockstep: bool = False  # its sampled token must be known before it is planned again
     skip_prefix_cache: bool = False  # recompute the whole prompt (prompt logprobs)
     leader: Request | None = None  # the first answer to the same prompt, to share its KV of that
+    beams: BeamGroup | None = None  # it carries one of these
     output_ids: list[int] = field(default_factory=list)  # confirmed
 
     status: RequestStatus = RequestStatus.WAITING
@@ -53,6 +58,8 @@ class Request:
     row_sent: bool = False  # the shards hold its row
     last_sequence: int = 0  # of the last plan that computed it
     block_ids: list[int] = field(default_factory=list)  # block table, append-only while running
+    fork_of: Request | None = None  # its table is a fork of this one's, and the shards don't know
+    copies: list[tuple[int, int]] = field(default_factory=list)  # blocks to copy for that
     block_hashes: list[bytes] = field(default_factory=list)  # of its leading full blocks, as needed
     num_published: int = 0  # leading blocks that were offered to the prefix cache
     num_cached_tokens: int = 0  # prompt tokens its first admission found in the prefix cache
@@ -77,6 +84,11 @@ class Request:
     def max_positions(self) -> int:
         """KV positions it takes if it runs to max_new_tokens."""
         return len(self.prompt_ids) + self.sampling.max_new_tokens - 1
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the shards that it stands for, those of beams to come included."""
+        return 1 if self.beams is None else self.beams.num_rows(self)
 
     @property
     def is_running(self) -> bool:

@@ -13,6 +13,7 @@ from headgate.proto.messages import (
     StepResult,
     TopTokens,
 )
+from headgate.router.beam_search import Hypothesis
 from headgate.router.request import Request
 
 
@@ -32,6 +33,7 @@ class RowOutput:
     failure: str = ""  # why a row ended FAILED; then there is no token
     prompt_logprobs: PromptLogprobs | None = None  # each position once, whatever was recomputed
     pooled: Sequence[float] | None = None  # the prompt's hidden state, if it ended POOLED
+    hypotheses: Sequence[Hypothesis] = ()  # of a beam search that is done, best first
 
     def take_token(self, result: StepResult, place: int) -> None:
         """Appends the sampled token to the request; the router holds the limit on length too."""

@@ -15,6 +15,7 @@ from headgate.router.grammar import Grammar
 
 MIN_TEMPERATURE = 1e-6  # anything lower is as good as greedy and would overflow float32 logits
 MAX_SEED = 2**64 - 1
+MAX_BIAS = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,11 @@ class SamplingParams:
     watermark: bool | None = None
     n: int | None = None
     grammar: Grammar | None = None
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, bias)
+    allowed_token_ids: tuple[int, ...] = ()
+    beam_width: int | None = None
+    length_penalty: float | None = None
+    early_stopping: int | None = None  # an EarlyStopping
 
     @classmethod
     def from_proto(cls, message: router_pb2.Parameters) -> SamplingParams:
@@ -54,6 +60,8 @@ class SamplingParams:
         for name in _REPEATED:
             if name in given:
                 given[name] = tuple(given[name])
+        if "logit_bias" in given:
+            given["logit_bias"] = tuple(sorted(given["logit_bias"].items()))
         if "grammar" in given:
             given["grammar"] = Grammar.from_proto(given["grammar"])
         return cls(**given)
@@ -68,6 +76,8 @@ class SamplingParams:
             try:
                 if field.name in _REPEATED:
                     getattr(message, field.name).extend(value)
+                elif field.name == "logit_bias":
+                    message.logit_bias.update(dict(value))
                 elif isinstance(value, Grammar):
                     message.grammar.CopyFrom(value.to_proto())
                 else:
@@ -88,9 +98,20 @@ class SamplingParams:
             or bool(self.min_p)
         )
 
+    @property
+    def num_answers(self) -> int:
+        """Answers, or beams, that are made at a time."""
+        return max(self.n or 1, self.best_of or 1, self.beam_width or 1)
+
+    @property
+    def searches(self) -> bool:
+        """Whether answers are found by beam search."""
+        return (self.beam_width or 1) > 1
+
     def check(self, limits: ParameterLimits) -> None:
         """Raises ValidationError for the first rule broken; the order is TGI's."""
         self._check_answers(limits)
+        self._check_beams(limits)
         for name, holds, message in _RANGES:
             value = getattr(self, name)
             # NaN fails every comparison, infinity none: neither is a setting.
@@ -98,6 +119,14 @@ class SamplingParams:
                 raise ValidationError(message, field=name)
         self._check_stop(limits)
         self._check_alternatives(limits)
+        if not all(-MAX_BIAS <= value <= MAX_BIAS for _, value in self.logit_bias):
+            raise ValidationError(
+                f"`logit_bias` values must be >= -{MAX_BIAS} and <= {MAX_BIAS}", field="logit_bias"
+            )
+        if self.allowed_token_ids and self.grammar is not None:
+            raise ValidationError(
+                "`allowed_token_ids` cannot be combined with a grammar", field="allowed_token_ids"
+            )
 
     def _check_answers(self, limits: ParameterLimits) -> None:
         n, best_of = 1 if self.n is None else self.n, self.best_of
@@ -123,6 +152,46 @@ class SamplingParams:
             raise ValidationError(
                 f"`best_of` must be >= `n` = {n}. Given: {best_of}", field="best_of"
             )
+
+    def _check_beams(self, limits: ParameterLimits) -> None:
+        width = self.beam_width
+        if width is not None and not 0 < width <= limits.max_answers:
+            raise ValidationError(
+                f"`beam_width` must be > 0 and <= {limits.max_answers}. Given: {width}",
+                field="beam_width",
+            )
+        if width is not None and width < (self.n or 1):
+            raise ValidationError(
+                f"`beam_width` must be >= `n` = {self.n}. Given: {width}", field="beam_width"
+            )
+        if self.length_penalty is not None and not math.isfinite(self.length_penalty):
+            raise ValidationError("`length_penalty` must be finite", field="length_penalty")
+        if not self.searches:
+            return
+        for name, given in self._unfit_for_beams().items():
+            if given:
+                raise ValidationError(f"`{name}` cannot be combined with beam search", field=name)
+
+    def _unfit_for_beams(self) -> dict[str, bool]:
+        """What beam search leaves no place for, and whether it is asked for."""
+        return {
+            "do_sample": bool(self.do_sample),
+            "temperature": self.temperature not in (None, 1.0),
+            "top_k": self.top_k is not None,
+            "top_p": _below_one(self.top_p),
+            "typical_p": _below_one(self.typical_p),
+            "min_p": bool(self.min_p),
+            "best_of": (self.best_of or 1) > 1,
+            "repetition_penalty": self.repetition_penalty not in (None, 1.0),
+            "frequency_penalty": bool(self.frequency_penalty),
+            "presence_penalty": bool(self.presence_penalty),
+            "watermark": bool(self.watermark),
+            "grammar": self.grammar is not None,
+            "logit_bias": bool(self.logit_bias),
+            "allowed_token_ids": bool(self.allowed_token_ids),
+            "top_n_tokens": bool(self.top_n_tokens),
+            "stop": bool(self.stop),
+        }
 
     def _check_stop(self, limits: ParameterLimits) -> None:
         if len(self.stop) > limits.max_stop_sequences:
@@ -160,7 +229,7 @@ def _below_one(value: float | None) -> bool:
     return value is not None and value < 1.0
 
 
-_REPEATED = ("stop", "stop_token_ids")
+_REPEATED = ("stop", "stop_token_ids", "allowed_token_ids")
 
 # (field, what must hold, message), in TGI's order; top_p = typical_p = 1 is OpenAI's "off".
 _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (

@@ -12,6 +12,7 @@ from heapq import nsmallest
 
 from headgate.proto.messages import StepPlan, StepResult
 from headgate.router.admission import Admission
+from headgate.router.beam_rows import BeamGroup
 from headgate.router.kv_cache_manager import KVCacheManager
 from headgate.router.request import Request, RequestStatus
 from headgate.router.row_output import ProtocolError, RowOutput
@@ -46,6 +47,7 @@ class Scheduler:
         self._kv = KVCacheManager(config.num_blocks, config.block_size, config.prefix_caching)
         self._admission = Admission(self._kv, config.kv_overcommit)
         self._requests: dict[int, Request] = {}  # all that are unfinished
+        self._searches: dict[int, Request] = {}  # by the id of their first row
         self._waiting = WaitingQueue()
         self._running: list[Request] = []  # in order of arrival
         self._outstanding: deque[OutstandingStep] = deque()
@@ -68,6 +70,8 @@ class Scheduler:
             raise ValueError(f"request {request.id} has all its tokens already")
         self._check_size(request)
         request.status = RequestStatus.WAITING
+        if request.beams is not None:
+            self._searches[request.id] = request
         self._requests[request.id] = request
         self._waiting.add(request)
 
@@ -78,16 +82,31 @@ class Scheduler:
             raise RequestTooLarge(
                 f"{prompt} prompt tokens and {new} new tokens exceed max_total_tokens ({limit})"
             )
-        needed, there = self._kv.blocks_for(request.max_positions), self._kv.pool.num_blocks
+        if request.num_rows > self._max_rows:
+            raise RequestTooLarge(
+                f"{request.num_rows} beams are more than the {self._max_rows} rows of a step"
+            )
+        needed, there = self._blocks_needed(request), self._kv.pool.num_blocks
         if needed > there:
             raise RequestTooLarge(
                 f"{prompt} prompt tokens and {new} new tokens need {needed} KV blocks of"
                 f" {self._config.block_size} tokens; there are {there}"
             )
 
+    @property
+    def _max_rows(self) -> int:
+        """Rows that may run at once."""
+        budget = self._config.max_batch_prefill_tokens
+        return min(self._config.max_batch_size or budget, budget)
+
+    def _blocks_needed(self, request: Request) -> int:
+        """KV blocks with which it can run to its end alone, all of its beams."""
+        width = 1 if request.beams is None else request.beams.width
+        return width * self._kv.blocks_for(request.max_positions)
+
     def cancel(self, request_id: int) -> bool:
         """Drops a request whatever its state. False: not here (any more)."""
-        request = self._requests.get(request_id)
+        request = self._requests.get(request_id) or self._searches.get(request_id)
         if request is None:
             return False
         self._end(request, "cancelled")
@@ -103,13 +122,20 @@ class Scheduler:
         return True
 
     def _end(self, request: Request, reason: str) -> None:
-        if request.status is RequestStatus.RUNNING:
-            self._leave(request)
+        """All of its beams end with it."""
+        for row in [request] if request.beams is None else request.beams.members:
+            if row.id in self._requests:
+                self._drop_row(row)
+            self._searches.pop(row.id, None)
+            row.status = RequestStatus.FINISHED
+            row.finish_reason = reason
+
+    def _drop_row(self, row: Request) -> None:
+        if row.is_running:
+            self._leave(row)
         else:
-            self._waiting.remove(request)
-        request.status = RequestStatus.FINISHED
-        request.finish_reason = reason
-        del self._requests[request.id]
+            self._waiting.remove(row)
+        del self._requests[row.id]
 
     def _leave(self, request: Request) -> None:
         """Takes a running request's blocks and row away. Its tokens in flight may still come."""
@@ -121,6 +147,7 @@ class Scheduler:
             self._removed.append(request.id)
         request.row_sent = False
         request.num_scheduled = request.num_confirmed = 0
+        request.fork_of, request.copies = None, []
 
     def has_work(self) -> bool:
         """Whether any request is unfinished."""
@@ -136,8 +163,13 @@ class Scheduler:
         """
         draft = StepDraft(epoch, sequence, self._budget.tokens)
         self._plan_running(draft)
-        if self._waiting and not draft.preempted:
+        if self._waiting and (not draft.preempted or self._is_stuck(draft)):
             self._admit_waiting(draft, now)
+            if self._is_stuck(draft) and self._running:
+                # Only beams that wait for others of theirs, which cannot come in: make room.
+                for row in reversed(list(self._running)):
+                    self._give_way(row)
+                self._admit_waiting(draft, now)
         self._check_draft(draft)
         if not draft.rows:
             return None
@@ -145,6 +177,10 @@ class Scheduler:
         reset, self._reset_rows = self._reset_rows, False
         self._outstanding.append(draft.outstanding())
         return draft.plan(removed, reset)
+
+    def _is_stuck(self, draft: StepDraft) -> bool:
+        """Whether neither this plan nor one before it brings anything on."""
+        return not draft.rows and not self._outstanding
 
     def _plan_running(self, draft: StepDraft) -> None:
         """One token for every row that can go on, what is left to unfinished prompts by arrival.
@@ -182,17 +218,27 @@ class Scheduler:
         """
         while (blocks := self._kv.extend(row, num_positions)) is None:
             latest = self._running[-1]
+            if row.beams is not None and latest.beams is row.beams and draft.holds(row.beams):
+                return None  # its other beams are planned already: it waits for the next step
             self._preempt(latest)
             draft.preempted = True
-            if latest is row:
+            if not row.is_running:
                 return None
         return blocks
 
     def _preempt(self, request: Request) -> None:
-        assert request is not self._running[0], "the oldest request would be preempted"
-        self._leave(request)
-        self._requeue(request)
-        request.preemptions += 1
+        """It gives way; so do its other beams, which could not go on without it."""
+        together = [request]
+        if request.beams is not None:
+            together = [row for row in request.beams.members if row.is_running]
+        assert self._running[0] not in together, "the oldest request would be preempted"
+        for row in together:
+            self._give_way(row)
+
+    def _give_way(self, row: Request) -> None:
+        self._leave(row)
+        self._requeue(row)
+        row.preemptions += 1
         self._totals["preemptions"] += 1
 
     def _requeue(self, request: Request) -> None:
@@ -202,12 +248,14 @@ class Scheduler:
     def _admit_waiting(self, draft: StepDraft, now: float) -> None:
         """Starts waiting requests in order, until one of them does not fit in."""
         opened = False
-        limit = self._config.max_batch_size or self._config.max_batch_prefill_tokens
-        limit = min(limit, self._config.max_batch_prefill_tokens)
-        while self._waiting and draft.budget > 0 and len(self._running) < limit:
+        num_rows = sum(row.num_rows for row in self._running)
+        while self._waiting and draft.budget > 0:
             request = self._waiting.head
             if request.in_flight:
                 return  # preempted just now: first takes the token that is on its way
+            num_rows += request.num_rows
+            if num_rows > self._max_rows:
+                return
             if not opened:
                 self._admission.open(self._running)
                 opened = True
@@ -223,7 +271,9 @@ class Scheduler:
     def _admit(self, request: Request, draft: StepDraft, now: float) -> bool:
         """Starts the head of the queue from what the prefix cache has of it, if it fits in."""
         hits = self._kv.match(request)
-        if not self._admission.fits(request, hits, alone=not self._running):
+        beams = request.beams
+        alone = all(beams is not None and row.beams is beams for row in self._running)
+        if not self._admission.fits(request, hits, alone):
             return False
         cached = len(hits) * self._config.block_size
         count = min(draft.budget, request.num_tokens - cached)
@@ -253,8 +303,9 @@ class Scheduler:
         copies = self._kv.fork(leader, request, shared)
         if copies is None:
             return False
+        request.fork_of, request.copies = leader, copies
         self._start(request, shared, now)
-        draft.add_fork(request, leader, shared + 1, copies)
+        draft.add(request, 1, [])
         return True
 
     def _start(self, request: Request, num_computed: int, now: float) -> None:
@@ -265,6 +316,8 @@ class Scheduler:
         request.status = RequestStatus.RUNNING
         request.num_prefill_tokens = request.num_tokens
         request.num_scheduled = request.num_confirmed = num_computed
+        if request.beams is not None:
+            request.beams.forget(request)
         insort(self._running, request, key=_order)
 
     def _check_draft(self, draft: StepDraft) -> None:
@@ -272,7 +325,7 @@ class Scheduler:
         config = self._config
         assert draft.budget >= 0
         assert not config.max_batch_size or len(self._running) <= config.max_batch_size
-        assert draft.rows or self._outstanding or not self._requests, "stuck: work but no plan"
+        assert not self._is_stuck(draft) or not self._requests, "stuck: work but no plan"
 
     # ------------------------------------------------------------ results
 
@@ -295,6 +348,7 @@ class Scheduler:
         pooled = {entry.row: entry for entry in result.pooled}
         outputs: list[RowOutput] = []
         block_size = self._config.block_size
+        searches: dict[BeamGroup, None] = {}
         for (request, count, _), place in zip(plan.rows, places, strict=True):
             request.in_flight -= 1
             if request.status is RequestStatus.FINISHED:
@@ -304,7 +358,11 @@ class Scheduler:
                 output.take_prompt_logprobs(prompt_logprobs[request.id])
             if request.id in pooled:
                 output.take_pooled(pooled[request.id])
-            if place >= 0:
+            if place >= 0 and request.beams is not None:
+                request.beams.take(request, result.top[place])
+                searches[request.beams] = None
+                place = -1
+            elif place >= 0:
                 output.take_token(result, place)
             if request.status is RequestStatus.RUNNING:  # else its blocks are gone
                 request.num_confirmed += count
@@ -316,7 +374,56 @@ class Scheduler:
                 self._end(request, output.end.name.lower())
             if place >= 0 or output.prompt_logprobs:
                 outputs.append(output)
+        for group in searches:
+            if group.is_complete:
+                outputs.extend(self._next_round(group))
         return outputs
+
+    def _next_round(self, group: BeamGroup) -> list[RowOutput]:
+        """Ends a round of beams: rows fork, or the search is done and all end."""
+        leader = group.members[0]
+        forks = group.next_round()
+        if group.search.done:
+            self._admission.record(leader)
+            self._end(leader, "beams")
+            return [RowOutput(leader, None, hypotheses=group.search.finished)]
+        going_on = [row for row in group.ranked if row not in {fork.child for fork in forks}]
+        for row in group.members:
+            if row.id in self._requests and row not in going_on:
+                self._drop_row(row)
+                row.status = RequestStatus.WAITING  # to carry a beam again
+        in_place = True
+        for fork in forks:
+            self._requests[fork.child.id] = fork.child
+            in_place = self._fork_beam(fork.child, fork.parent) and in_place
+        if not in_place:  # then none stays: they need each other
+            for row in group.ranked:
+                if row.is_running:
+                    self._give_way(row)
+        return []
+
+    def _fork_beam(self, child: Request, parent: Request) -> bool:
+        """Starts a beam from the KV of another; False: it is in the queue instead.
+
+        Beams of running requests have been promised their memory, as rows that grow have.
+        """
+        if parent.is_running:
+            shared = parent.num_scheduled
+            while (copies := self._kv.fork(parent, child, shared)) is None:
+                latest = self._running[-1]
+                if latest.beams is parent.beams:
+                    break
+                self._preempt(latest)
+            else:
+                child.fork_of, child.copies = parent, copies
+                child.first_scheduled = parent.first_scheduled
+                child.status = RequestStatus.RUNNING
+                child.num_prefill_tokens = child.num_tokens
+                child.num_scheduled = child.num_confirmed = shared
+                insort(self._running, child, key=_order)
+                return True
+        self._requeue(child)
+        return not parent.is_running
 
     def _find(self, epoch: int, sequence: int) -> OutstandingStep | None:
         """The oldest outstanding plan if this is it; None for one that is void or unknown."""
@@ -345,10 +452,11 @@ class Scheduler:
 
     def _void(self, refused: OutstandingStep) -> None:
         for plan in self._outstanding:
-            for row in plan.forked:
-                if row.is_running:  # the KV it was to share or copy is not there
-                    self._leave(row)
-                    self._requeue(row)
+            for forked in plan.forked:  # the KV it was to share or copy is not there
+                for row in [forked] if forked.beams is None else forked.beams.members:
+                    if row.is_running:
+                        self._leave(row)
+                        self._requeue(row)
         self._drop_outstanding()
         for row in self._running:
             row.num_scheduled = row.num_confirmed
@@ -384,9 +492,11 @@ class Scheduler:
         too_large = []
         for request in list(self._waiting):
             request.last_sequence = 0
-            if self._kv.blocks_for(request.max_positions) > self._kv.pool.num_blocks:
+            if request.is_finished:
+                continue  # with another of its beams
+            if self._blocks_needed(request) > self._kv.pool.num_blocks:
                 self._end(request, "too_large")
-                too_large.append(request)
+                too_large.append(request if request.beams is None else request.beams.members[0])
         return too_large
 
     # ------------------------------------------------------------ inspection
@@ -425,7 +535,13 @@ class Scheduler:
             assert row.num_confirmed <= row.num_scheduled <= row.max_positions
             assert row.num_scheduled <= len(row.block_ids) * self._config.block_size
             assert row.row_sent or not row.in_flight
-            assert row.num_confirmed < row.num_tokens
+            held = row.beams is not None  # until its other beams' tokens are known
+            assert row.num_confirmed < row.num_tokens + held
+            assert row.num_scheduled <= row.num_tokens or not row.lockstep
+        for request in self._requests.values():
+            if request.beams is not None:
+                assert request in request.beams.ranked
+                assert all(row.id in self._requests for row in request.beams.ranked)
         assert not set(self._removed) & {row.id for row in self._running if row.row_sent}
 
 
@@ -465,4 +581,4 @@ def _can_go_on(row: Request) -> bool:
     planned = row.num_scheduled
     if planned < row.num_prefill_tokens:
         return True
-    return planned < row.max_positions and not (row.lockstep and row.in_flight)
+    return planned < row.max_positions and (not row.lockstep or planned < row.num_tokens)

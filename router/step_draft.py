@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from headgate.proto.messages import Fork, NewRow, StepPlan
+from headgate.router.beam_rows import BeamGroup
 from headgate.router.request import Request
 
 PlannedRow = tuple[Request, int, bool]  # request, tokens to compute, whether that samples a token
@@ -37,6 +38,7 @@ class StepDraft:
     forked: list[Request] = field(default_factory=list)
     _forks: list[Fork] = field(default_factory=list)
     _copies: list[tuple[int, int]] = field(default_factory=list)
+    _choices: list[tuple[int, int]] = field(default_factory=list)
     _new_rows: list[NewRow] = field(default_factory=list)
     _block_rows: list[int] = field(default_factory=list)
     _block_ids: list[int] = field(default_factory=list)
@@ -44,45 +46,38 @@ class StepDraft:
     def add(self, row: Request, count: int, blocks: Sequence[int]) -> None:
         """Computes `count` tokens more of `row`, whose table has just grown by `blocks`."""
         if not row.row_sent:
-            self._new_rows.append(_new_row(row))
-            row.row_sent = True
-        elif blocks:
+            self._send(row)
+        else:
+            if row.beams is not None and row.num_scheduled >= row.num_prefill_tokens:
+                self._choices.append((row.id, row.output_ids[-1]))
             self._block_rows.extend([row.id] * len(blocks))
             self._block_ids.extend(blocks)
-        self._compute(row, count)
-
-    def add_fork(
-        self, child: Request, parent: Request, num_tokens: int, copies: Sequence[tuple[int, int]]
-    ) -> None:
-        """Computes the last token of `child`, whose first `num_tokens` are the parent's and whose
-        table is a fork of its table, with these blocks to be copied.
-        """
-        assert parent.row_sent and not child.row_sent
-        start = num_tokens - len(child.prompt_ids)
-        fork = Fork(
-            parent=parent.id,
-            child=child.id,
-            sample_index=child.sampling.sample_index,
-            block_ids=tuple(child.block_ids),
-            num_tokens=num_tokens,
-            token_ids=tuple(child.output_ids[start:]),
-        )
-        self._forks.append(fork)
-        self._copies.extend(copies)
-        child.row_sent = True
-        self.forked.append(child)
-        self._compute(child, 1)
-
-    def planned_before(self, row: Request) -> int:
-        """KV positions of the row that earlier plans compute."""
-        return row.num_scheduled - sum(count for planned, count, _ in self.rows if planned is row)
-
-    def _compute(self, row: Request, count: int) -> None:
         row.num_scheduled += count
         row.in_flight += 1
         row.last_sequence = self.sequence
         self.budget -= count
         self.rows.append((row, count, row.num_scheduled >= row.num_prefill_tokens))
+
+    def _send(self, row: Request) -> None:
+        """Tells the shards of a row: as a fork where it is one of a row that they know."""
+        parent = row.fork_of
+        if parent is not None:
+            self.forked.append(row)
+            self._copies.extend(row.copies)
+            row.fork_of, row.copies = None, []
+        if parent is not None and parent.row_sent:
+            self._forks.append(_fork(row, parent))
+        else:
+            self._new_rows.append(_new_row(row))
+        row.row_sent = True
+
+    def holds(self, beams: BeamGroup) -> bool:
+        """Whether a row of these beams is in the plan."""
+        return any(row.beams is beams for row, _, _ in self.rows)
+
+    def planned_before(self, row: Request) -> int:
+        """KV positions of the row that earlier plans compute."""
+        return row.num_scheduled - sum(count for planned, count, _ in self.rows if planned is row)
 
     def plan(self, removed: Sequence[int], reset: bool) -> StepPlan:
         return StepPlan(
@@ -93,6 +88,7 @@ class StepDraft:
             new_rows=self._new_rows,
             forks=self._forks,
             copies=self._copies,
+            choices=self._choices,
             removed=removed,
             block_rows=self._block_rows,
             block_ids=self._block_ids,
@@ -101,6 +97,18 @@ class StepDraft:
 
     def outstanding(self) -> OutstandingStep:
         return OutstandingStep(self.epoch, self.sequence, self.rows, self.forked)
+
+
+def _fork(row: Request, parent: Request) -> Fork:
+    """All the row's tokens but the last are the parent's, and their KV."""
+    return Fork(
+        parent=parent.id,
+        child=row.id,
+        sample_index=row.sampling.sample_index,
+        block_ids=tuple(row.block_ids),
+        num_tokens=row.num_scheduled,
+        token_ids=tuple(row.token_ids(row.num_scheduled, row.num_tokens)),
+    )
 
 
 def _new_row(row: Request) -> NewRow:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, fields, replace
 
 from headgate.proto import router_pb2
 from headgate.proto.messages import Pooling, RowSampling
+from headgate.router.beam_search import BeamParams, EarlyStopping
 from headgate.router.config import RouterConfig
 from headgate.router.errors import AdapterNotFoundError, UnavailableError, ValidationError
 from headgate.router.grammar_compiler import GrammarCompiler
@@ -54,6 +55,7 @@ class ValidRequest:
     num_given: int = 1  # of them; fewer than all: the best
     ranked: bool = False  # best first, when all have ended
     normalize: bool = True  # an embedding, to length 1
+    beams: BeamParams | None = None  # how to search for the answers; None: they are chosen
     progress: Mapping[int, Progress] = field(default_factory=dict)  # by the answer's index
 
 
@@ -108,6 +110,10 @@ class Validator:
         seed = self._seed(parameters, delivered)
         num_given = parameters.n or 1
         num_answers = parameters.best_of or num_given
+        beams = await self._beam_params(parameters, max_new_tokens)
+        ranked = num_answers > 1 and parameters.best_of is not None
+        # What is sent only when all is done is made and sent again as a whole.
+        progress = {} if ranked or beams else self._progress(delivered, num_answers, max_new_tokens)
         return ValidRequest(
             request_id=message.request_id or secrets.token_hex(8),
             call_id=message.call_id,
@@ -127,9 +133,10 @@ class Validator:
             arrival=arrival,
             num_answers=num_answers,
             num_given=num_given,
-            ranked=num_answers > 1 and parameters.best_of is not None,
+            ranked=ranked,
+            beams=beams,
             normalize=message.embedding.normalize or not message.embedding.HasField("normalize"),
-            progress=self._progress(delivered, num_answers, max_new_tokens),
+            progress=progress,
         )
 
     # ------------------------------------------------------------------ rules
@@ -207,6 +214,8 @@ class Validator:
 
     def _check_ids(self, parameters: SamplingParams) -> None:
         self._check_vocabulary(parameters.stop_token_ids, "stop_token_ids")
+        self._check_vocabulary(parameters.allowed_token_ids, "allowed_token_ids")
+        self._check_vocabulary([id_ for id_, _ in parameters.logit_bias], "logit_bias")
 
     def _check_vocabulary(self, ids: list[int] | tuple[int, ...], field: str) -> None:
         if ids and max(ids) >= self.vocab_size:
@@ -221,12 +230,15 @@ class Validator:
             return ""
         if not self._config.grammar_support:
             raise ValidationError("grammar is not supported", field="grammar")
+        eos = await self._model_eos()
+        return await self._compiler.compile(parameters.grammar, self.vocab_size, eos)
+
+    async def _model_eos(self) -> tuple[int, ...]:
+        """The model's own, once there are shards to tell them. Raises UnavailableError."""
         await self._heard.wait()  # a router started anew gets its requests before its shards
         if self._eos_token_ids is None:
             raise UnavailableError()
-        return await self._compiler.compile(
-            parameters.grammar, self.vocab_size, self._eos_token_ids
-        )
+        return self._eos_token_ids
 
     def close(self) -> None:
         """Ends what compiles grammars."""
@@ -244,6 +256,30 @@ class Validator:
         if parameters.seed is not None:
             return parameters.seed
         return secrets.randbits(SEED_BITS)
+
+    async def _beam_params(
+        self, parameters: SamplingParams, max_new_tokens: int
+    ) -> BeamParams | None:
+        if not parameters.searches:
+            return None
+        eos = () if parameters.ignore_eos else await self._model_eos()
+        penalty = parameters.length_penalty
+        beams = BeamParams(
+            width=parameters.beam_width or 1,
+            max_new_tokens=max_new_tokens,
+            min_new_tokens=parameters.min_new_tokens or 0,
+            length_penalty=1.0 if penalty is None else penalty,
+            early_stopping=EarlyStopping(parameters.early_stopping or 0),
+            eos_ids=frozenset(eos),
+            stop_ids=frozenset(parameters.stop_token_ids),
+        )
+        if beams.num_candidates > self.vocab_size:
+            raise ValidationError(
+                f"`beam_width` = {beams.width} needs {beams.num_candidates} tokens to choose from, "
+                f"and the vocabulary has {self.vocab_size}",
+                field="beam_width",
+            )
+        return beams
 
     def _row_sampling(
         self, parameters: SamplingParams, max_new_tokens: int, seed: int | None
@@ -273,6 +309,8 @@ class Validator:
             logprobs=p.logprobs is not False or bool(p.top_n_tokens) or (p.best_of or 0) > 1,
             top_n_tokens=min(p.top_n_tokens or 0, self.vocab_size),
             prompt_logprobs=bool(p.prompt_logprobs or p.prompt_top_n_tokens),
+            logit_bias=p.logit_bias,
+            allowed_token_ids=p.allowed_token_ids,
             prompt_top_n_tokens=min(p.prompt_top_n_tokens or 0, self.vocab_size),
         )
 

@@ -23,6 +23,7 @@ from headgate.shard.sampling.params import (
     params_record,
 )
 from headgate.shard.sampling.penalties import needs_history
+from headgate.shard.sampling.token_bias import TokenBias
 
 
 class PlanError(ValueError):
@@ -85,6 +86,7 @@ class InputBatch:
         self.constrained = np.zeros(capacity, np.bool_)  # the row has a grammar
         self.stop_ids: list[frozenset[int]] = [frozenset()] * capacity
         self.grammars: list[RowGrammar | None] = [None] * capacity
+        self.biases: list[TokenBias | None] = [None] * capacity
         self._free.extend(range(capacity - 1, -1, -1))
 
     def __len__(self) -> int:
@@ -116,6 +118,8 @@ class InputBatch:
             self._add(row)
         for fork in plan.forks:
             self._fork(fork)
+        for row_id, token in plan.choices:
+            self._choose(self.slot_of(row_id), token)
         for pair in plan.copies:
             self._check_blocks(pair, "a block copy")
         if len(plan.block_rows) != len(plan.block_ids):
@@ -145,12 +149,13 @@ class InputBatch:
         columns = [name for name, value in vars(self).items() if isinstance(value, np.ndarray)]
         columns.remove("_eos")
         old = {name: getattr(self, name) for name in columns}
-        stop_ids, grammars, capacity = self.stop_ids, self.grammars, len(self.ids)
+        lists = {name: value for name, value in vars(self).items() if isinstance(value, list)}
+        capacity = len(self.ids)
         self._allocate(2 * capacity)
         for name in columns:
             getattr(self, name)[:capacity] = old[name]
-        self.stop_ids[:capacity] = stop_ids
-        self.grammars[:capacity] = grammars
+        for name in ("stop_ids", "grammars", "biases"):
+            getattr(self, name)[:capacity] = lists[name]
         self._free = list(range(2 * capacity - 1, capacity - 1, -1))
 
     def _add(self, row: NewRow) -> None:
@@ -168,6 +173,7 @@ class InputBatch:
         self.stop_ids[slot] = frozenset(sampling.stop_token_ids)
         self.constrained[slot] = bool(sampling.grammar)
         self.grammars[slot] = RowGrammar(sampling.grammar) if sampling.grammar else None
+        self.biases[slot] = TokenBias.of(sampling, self.limits.vocab_size)
         self._append_blocks(slot, row.block_ids)
 
     def _check_new_row(self, row: NewRow, known: int) -> None:
@@ -204,6 +210,7 @@ class InputBatch:
         self.constrained[child] = self.constrained[parent]
         self.params[child]["sample_index"] = fork.sample_index
         self.stop_ids[child] = self.stop_ids[parent]
+        self.biases[child] = self.biases[parent]
         grammar = self.grammars[parent]
         num_output = shared - int(self.num_prompt[parent])
         self.grammars[child] = grammar.fork(max(num_output, 0)) if grammar is not None else None
@@ -226,6 +233,14 @@ class InputBatch:
             problem = "holds a token outside the vocabulary"
         if problem:
             raise PlanError(f"row {fork.child}, a fork, {problem}")
+
+    def _choose(self, slot: int, token: int) -> None:
+        last = self.num_tokens[slot] - 1
+        if not 0 <= token < self.limits.vocab_size:
+            raise PlanError(f"row {self.ids[slot]} gets a token outside the vocabulary")
+        if last < self.num_prompt[slot] or self.num_computed[slot] > last:
+            raise PlanError(f"row {self.ids[slot]} has no last token that could be replaced")
+        self.token_ids[slot, last] = token
 
     def _append_blocks(self, slot: int, blocks: Sequence[int]) -> None:
         row_id = self.ids[slot]
@@ -324,12 +339,17 @@ class InputBatch:
             row: self._ending_tokens(slots[row], early=bool(early[row]))
             for row in np.flatnonzero(early | endless).tolist()
         }
-        allowed = {
-            row: masks.allowed[slot]
-            for row, slot in enumerate(slots.tolist())
-            if slot in masks.allowed
-        }
-        return SampledRows(params, positions, histories, banned, allowed)
+        biases: dict[int, TokenBias] = {}
+        allowed: dict[int, npt.NDArray[np.bool_]] = {}
+        for row, slot in enumerate(slots.tolist()):
+            bias = self.biases[slot]
+            if bias is not None:
+                biases[row] = bias
+            if slot in masks.allowed:
+                allowed[row] = masks.allowed[slot]
+            elif bias is not None and bias.allowed is not None:
+                allowed[row] = bias.allowed
+        return SampledRows(params, positions, histories, banned, allowed, biases)
 
     def _ending_tokens(self, slot: int, early: bool) -> IntArray:
         """What would end a row before its length does; unless it is early, without stop tokens."""
@@ -359,6 +379,13 @@ def _sampling_problem(sampling: RowSampling, vocab_size: int) -> str:
         return f"has repetition_penalty {sampling.repetition_penalty}"
     if not 0 <= sampling.watermark_gamma <= 1:
         return f"has watermark_gamma {sampling.watermark_gamma}"
+    if not all(np.isfinite(value) for _, value in sampling.logit_bias):
+        return "has a logit bias that is not a number"
+    told = (*(id_ for id_, _ in sampling.logit_bias), *sampling.allowed_token_ids)
+    if told and not 0 <= min(told) <= max(told) < vocab_size:
+        return "has a bias for a token outside the vocabulary"
+    if sampling.grammar and sampling.allowed_token_ids:
+        return "has a grammar and a list of allowed tokens"
     if max(sampling.top_n_tokens, sampling.prompt_top_n_tokens) > vocab_size:
         return f"asks for more alternatives than the {vocab_size} tokens there are"
     return ""

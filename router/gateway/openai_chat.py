@@ -20,7 +20,6 @@ from headgate.router.gateway.openai_common import (
     alternatives,
     check_model,
     finish_reason,
-    refuse_unserved,
     to_parameters,
     token_logprobs,
     usage,
@@ -116,7 +115,6 @@ class ChatRoute:
 
 
 def _refuse(body: ChatRequest) -> None:
-    refuse_unserved(body)
     if body.functions:
         raise ValidationError("`functions` is not supported", field="functions")
     if body.function_call not in (None, "none", "auto"):

@@ -23,12 +23,17 @@ FINISH_REASONS = {
     router_pb2.FINISH_REASON_EOS_TOKEN: b"stop",
     router_pb2.FINISH_REASON_STOP_SEQUENCE: b"stop",
 }
+_EARLY_STOPPING: dict[bool | str | None, router_pb2.EarlyStopping] = {
+    None: router_pb2.EARLY_STOPPING_HEURISTIC,
+    False: router_pb2.EARLY_STOPPING_HEURISTIC,
+    True: router_pb2.EARLY_STOPPING_FIRST,
+    "never": router_pb2.EARLY_STOPPING_NEVER,
+}
 _NEUTRAL_MODELS = ("tgi", "dummy")
 _GREEDY_BELOW = 1e-5  # a temperature that float32 logits cannot tell from 0
 # Where the router's name of a field is not the one that these routes' clients know.
 FIELD_NAMES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}
 _MAX_SHOWN = 128  # characters of a client's own word in a message
-_UNSERVED = ("logit_bias",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,13 +68,6 @@ def check_model(model: str | None, info: router_pb2.InfoResponse) -> None:
             f"The model `{model[:_MAX_SHOWN]}` does not exist; `{served_name(info)}` is served",
             field="model",
         )
-
-
-def refuse_unserved(body: CommonFields) -> None:
-    """Raises ValidationError naming the first field that asks for what is not served."""
-    for name in _UNSERVED:
-        if getattr(body, name):
-            raise ValidationError(f"`{name}` is not supported", field=name)
 
 
 def to_parameters(
@@ -119,15 +117,54 @@ def to_parameters(
 def add_choices(
     parameters: router_pb2.Parameters, body: CommonFields, info: router_pb2.InfoResponse
 ) -> None:
-    """Puts into the parameters how many answers there are to be. Raises ValidationError."""
+    """Puts into the parameters how many answers there are to be, and which tokens they favour.
+
+    Raises ValidationError.
+    """
+    parameters.allowed_token_ids.extend(body.allowed_token_ids or ())
+    for id_, value in (body.logit_bias or {}).items():
+        if not id_.isdecimal() or int(id_) > MAX_UINT32:
+            raise ValidationError(
+                f"`logit_bias` must be numbers by token id, not by {id_[:_MAX_SHOWN]!r}",
+                field="logit_bias",
+            )
+        parameters.logit_bias[int(id_)] = value
     if body.n is not None:
         check_num_answers(body.n, info)
         parameters.n = body.n
+    if body.use_beam_search:
+        _add_beams(parameters, body)
+        return
+    for name, neutral in (("length_penalty", 1.0), ("early_stopping", False)):
+        if getattr(body, name) not in (None, neutral):
+            raise ValidationError(f"`{name}` needs `use_beam_search`", field=name)
     if body.best_of is None or body.best_of == (body.n or 1):
         return  # all that are made are given: they need not wait for each other
     if body.stream:
         raise ValidationError("`best_of` > `n` cannot be streamed", field="best_of")
     parameters.best_of = body.best_of
+
+
+def _add_beams(parameters: router_pb2.Parameters, body: CommonFields) -> None:
+    """vLLM's way to ask for beams: the n best of best_of (absent: n) of them."""
+    if body.stream:
+        raise ValidationError("`use_beam_search` cannot be streamed", field="use_beam_search")
+    if body.early_stopping not in _EARLY_STOPPING:
+        raise ValidationError(
+            '`early_stopping` must be true, false or "never"', field="early_stopping"
+        )
+    if body.temperature is not None and body.temperature not in (0.0, 1.0):
+        raise ValidationError(
+            "`temperature` cannot be combined with `use_beam_search`", field="temperature"
+        )
+    # These routes sample by default: not here.
+    parameters.do_sample = False
+    for name in ("temperature", "seed"):
+        parameters.ClearField(name)
+    parameters.beam_width = body.best_of or body.n or 1
+    parameters.early_stopping = _EARLY_STOPPING[body.early_stopping]
+    if body.length_penalty is not None:
+        parameters.length_penalty = body.length_penalty
 
 
 def _top_k(value: int | None) -> int | None:

@@ -19,7 +19,6 @@ from headgate.router.gateway.openai_common import (
     check_model,
     finish_reason,
     logprob_of,
-    refuse_unserved,
     to_parameters,
     usage,
 )
@@ -46,7 +45,6 @@ class CompletionsRoute:
         exchange.field_names = with_grammar_field(_FIELD_NAMES, body)
         info = self._services.serving_info()
         check_model(body.model, info)
-        refuse_unserved(body)
         if body.suffix:
             raise ValidationError("`suffix` is not supported", field="suffix")
         prompts = parse_prompts(body.prompt, config.max_client_batch_size)

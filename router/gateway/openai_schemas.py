@@ -39,7 +39,7 @@ class CommonFields(SamplingFields, kw_only=True):
     """What chat and text completions share."""
 
     model: str | None = None
-    logit_bias: Any = None
+    logit_bias: dict[str, float] | None = None  # by token id
     max_tokens: UInt32 | None = None
     n: UInt32 | None = None
     stream: bool | None = None
@@ -48,6 +48,10 @@ class CommonFields(SamplingFields, kw_only=True):
     # vLLM's and TGI's own:
     top_n: UInt32 | None = None  # alternatives per token; asks for logprobs too
     best_of: UInt32 | None = None
+    allowed_token_ids: list[UInt32] | None = None
+    use_beam_search: bool | None = None
+    length_penalty: float | None = None
+    early_stopping: bool | str | None = None
     adapter_id: str | None = None
     # What the answer must be; at most one of these.
     response_format: dict[str, Any] | None = None

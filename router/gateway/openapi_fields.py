@@ -146,7 +146,6 @@ _STRUCTURED = _kinds(
     json_object=_object(json_object={"const": True}),
 )
 _COMMON: Mapping[str, Any] = {
-    "logit_bias": _ABSENT,
     "adapter_id": _ABSENT,
     "grammar": _GRAMMAR,
     "response_format": _FORMAT,
@@ -193,17 +192,15 @@ _UNSERVED: Mapping[str, Mapping[str, Any]] = {
     },
     "TextConfig": {"format": _FORMAT},
     "VllmGenerateRequest": {
-        **dict.fromkeys(("use_beam_search", "flat_logprobs", "early_stopping"), _OFF),
+        "flat_logprobs": _OFF,
         **dict.fromkeys(
             (
-                "logit_bias", "allowed_token_ids", "bad_words", "logits_processors",
-                "guided_decoding", "logprob_token_ids",
+                "bad_words", "logits_processors", "guided_decoding", "logprob_token_ids",
                 "thinking_token_budget", "repetition_detection", "extra_args",
             ),
             _ABSENT,
         ),
         "structured_outputs": _STRUCTURED,
-        "length_penalty": _ONE,
         "spaces_between_special_tokens": {"enum": [True, None]},
     },
 }  # fmt: skip

@@ -389,7 +389,10 @@ class RouterClient:
                 call.answers = [CallAnswer() for _ in range(call.unfinished)]
                 call.accepted.set_result(event.accepted)
         elif kind == "finished":
-            call.answers[event.finished.index].finished = True
+            answer = call.answers[event.finished.index]
+            if answer.finished:  # a new router sends what is ranked as a whole
+                return
+            answer.finished = True
             call.unfinished -= 1
             if not call.unfinished:
                 del self._calls[call.key]

@@ -38,7 +38,7 @@ class VllmGenerateRequest(msgspec.Struct):
     length_penalty: float | None = None
     early_stopping: bool | str | None = None
     flat_logprobs: bool | None = None
-    logit_bias: Any = None
+    logit_bias: dict[str, float] | None = None
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] | None = None
     logits_processors: Any = None

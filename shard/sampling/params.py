@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from headgate.proto.messages import RowSampling
+from headgate.shard.sampling.token_bias import TokenBias
 
 IntArray = npt.NDArray[np.int64]
 
@@ -69,8 +70,10 @@ class SampledRows:
     output_positions: IntArray  # [R]: tokens generated so far, i.e. the position of the next one
     histories: Mapping[int, History] = field(default_factory=dict)  # of rows that need it
     banned: Mapping[int, IntArray] = field(default_factory=dict)  # tokens a row may not take
-    # bool[vocab]: tokens a row's grammar leaves. Where all of them are banned, bans don't count.
+    # bool[vocab]: tokens that a row's grammar or its request leave. Where all of them are banned,
+    # bans don't count.
     allowed: Mapping[int, npt.NDArray[np.bool_]] = field(default_factory=dict)
+    biases: Mapping[int, TokenBias] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.params)

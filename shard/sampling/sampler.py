@@ -32,7 +32,7 @@ def sample(logits: torch.Tensor, rows: SampledRows) -> IntArray:
     """
     tokens = argmax(logits)
     special = rows.params["temperature"] > 0
-    special[[*rows.histories, *rows.banned, *rows.allowed]] = True
+    special[[*rows.histories, *rows.banned, *rows.allowed, *rows.biases]] = True
     indices = np.flatnonzero(special)
     if not len(indices):
         return tokens
@@ -58,6 +58,9 @@ def _fetch(logits: torch.Tensor, indices: IntArray) -> dict[int, npt.NDArray[np.
 def _choose(scores: npt.NDArray[np.float32], rows: SampledRows, index: int) -> int:
     """The token of one row. scores: float32[vocab], its logits, left as they are."""
     params = rows.params[index]
+    if index in rows.biases:
+        scores = scores.copy()
+        rows.biases[index].apply(scores)
     if index in rows.histories:
         scores = scores.copy()
         history = rows.histories[index]
@@ -83,7 +86,7 @@ def _choose(scores: npt.NDArray[np.float32], rows: SampledRows, index: int) -> i
 
 
 def _allowed(rows: SampledRows, index: int) -> npt.NDArray[np.bool_]:
-    """Mask of the tokens that the row's grammar leaves, without banned ones if there are others."""
+    """Mask of the tokens that are left to the row, without banned ones if there are others."""
     allowed = rows.allowed[index]
     if index in rows.banned:
         others = allowed.copy()

@@ -55,7 +55,7 @@ OPENAI_ROWS = [
     ({"tools": [{"type": "function", "function": {"name": "f g"}}]}, 422, "tools"),
     ({"response_format": {"type": "yaml"}}, 422, "response_format"),
     ({"guided_json": {"type": "array", "contains": {}}}, 422, "contains"),
-    ({"logit_bias": {"5": 1.0}}, 422, "logit_bias"),
+    ({"logit_bias": {"5": 101.0}}, 422, "logit_bias"),
     ({"model": "somebody/else"}, 404, "somebody/else"),
     ({"messages": []}, 422, "messages"),
     ({"messages": "hi"}, 422, "messages"),

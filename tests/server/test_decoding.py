@@ -1,14 +1,18 @@
-"""Ways of decoding, on the embedded model: several answers to a prompt, the best of several."""
+"""Ways of decoding, on the embedded model: several answers, the best of several, beams, biases."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+import torch
 
 from headgate import Client
+from headgate.launcher.embedded_model import ensure_embedded_model
 from tests.server.live_server import LiveServer
+from tests.server.test_answers import PROMPTS
 
 PROMPT = "Once upon a time, in a village by the sea,"
 SAMPLED: dict[str, Any] = {"do_sample": True, "temperature": 0.9, "max_new_tokens": 12}
@@ -60,3 +64,96 @@ def test_choices_over_http(server: LiveServer) -> None:
     assert len({choice["text"] for choice in choices}) == 4
     one = server.post("/v1/completions", {**body, "prompt": PROMPT, "n": 1}).json()["choices"][0]
     assert one["text"] == choices[0]["text"]
+
+
+# ------------------------------------------------------------------ beams
+
+BEAM_CASES: tuple[dict[str, Any], ...] = (
+    {"beam_width": 4},
+    {"beam_width": 3, "length_penalty": 0.5, "early_stopping": 1},
+    {"beam_width": 2, "length_penalty": 2.0, "early_stopping": 2},
+    {"beam_width": 5, "length_penalty": -0.5},
+)
+EARLY_STOPPING: tuple[bool | str, ...] = (False, True, "never")
+BEAM_TIE = 2e-3  # of a score: what the stored weights' rounding may change
+
+
+@pytest.fixture(scope="module")
+def reference() -> Iterator[Any]:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(ensure_embedded_model(), dtype=torch.float32)
+    with torch.inference_mode():
+        yield model.eval()
+
+
+def reference_beams(model: Any, ids: list[int], case: dict[str, Any]) -> tuple[list[int], float]:
+    """Transformers' best answer and its score."""
+    found = model.generate(
+        torch.tensor([ids]),
+        attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+        num_beams=case["beam_width"],
+        length_penalty=case.get("length_penalty", 1.0),
+        early_stopping=EARLY_STOPPING[case.get("early_stopping", 0)],
+        max_new_tokens=8,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_scores=True,
+        pad_token_id=0,
+    )
+    answer = found.sequences[0, len(ids) :].tolist()
+    return answer, float(found.sequences_scores[0])
+
+
+def test_beams_are_transformers_beams(server: LiveServer, reference: Any) -> None:
+    """20 prompts: the same tokens, or a score as good where candidates lie within a rounding."""
+    same = 0
+    with Client(server.grpc_address) as client:
+        for number, prompt in enumerate(PROMPTS):
+            case = BEAM_CASES[number % len(BEAM_CASES)]
+            ids = [span.id for span in client.tokenize(prompt)]
+            ours = client.generate(ids, **case, max_new_tokens=8)
+            theirs, score = reference_beams(reference, ids, case)
+            assert ours.score == pytest.approx(score, abs=BEAM_TIE), (number, case)
+            tokens = [token.id for token in ours.tokens]
+            same += tokens == theirs[: len(tokens)]
+    assert same >= len(PROMPTS) - 1
+
+
+def test_beams_are_the_same_in_a_crowd_and_on_two_shards(
+    server: LiveServer, server_2_shards: LiveServer
+) -> None:
+    beams: dict[str, Any] = {"beam_width": 4, "n": 4, "max_new_tokens": 10}
+    with Client(server.grpc_address) as client, Client(server_2_shards.grpc_address) as two:
+        alone = client.generate(PROMPT, **beams)
+        answers = [alone, *alone.others]
+        assert len({answer.text for answer in answers}) == 4
+        scores = [answer.score for answer in answers]
+        assert scores == sorted(scores, reverse=True)
+        with ThreadPoolExecutor(8) as pool:
+            crowd = [
+                pool.submit(client.generate, f"Number {i} is", **SAMPLED, seed=i, n=4)
+                for i in range(7)
+            ]
+            again = pool.submit(client.generate, PROMPT, **beams).result()
+            assert all(one.result() for one in crowd)
+        assert (again.text, again.score) == (alone.text, alone.score)
+        assert [other.text for other in again.others] == [other.text for other in alone.others]
+        assert two.generate(PROMPT, **beams).score == pytest.approx(alone.score, abs=BEAM_TIE)
+    body = {"prompt": PROMPT, "max_tokens": 10, "use_beam_search": True, "n": 4}
+    choices = server.post("/v1/completions", body).json()["choices"]
+    assert [choice["text"] for choice in choices] == [answer.text for answer in answers]
+
+
+def test_logit_bias_and_allowed_tokens(server: LiveServer) -> None:
+    greedy = {"temperature": 0, "max_tokens": 4, "prompt": PROMPT}
+    first = server.token_ids(PROMPT, max_new_tokens=1)[0]
+    plain = server.post("/v1/completions", greedy).json()["choices"][0]["text"]
+    banned = server.post("/v1/completions", {**greedy, "logit_bias": {str(first): -100}})
+    assert banned.json()["choices"][0]["text"] != plain
+    with Client(server.grpc_address) as client:
+        forced = client.generate(PROMPT, logit_bias={1234: 100.0}, max_new_tokens=3)
+        assert [token.id for token in forced.tokens] == [1234] * 3
+        assert forced.tokens[0].logprob is not None and forced.tokens[0].logprob < -1
+        only = client.generate(PROMPT, **SAMPLED, seed=1, allowed_token_ids=[500, 600])
+        assert {token.id for token in only.tokens} <= {500, 600}

@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 import pytest
 
-from headgate import LLM, RequestOutput, SamplingParams
+from headgate import LLM, BeamSearchParams, RequestOutput, SamplingParams
 from headgate.private_server import ServerError
 from tests.checkpoints import IM_END, IM_START
 from tests.server.live_server import ROOT
@@ -86,6 +86,14 @@ def test_parameters(llm: LLM) -> None:
     best = SamplingParams(temperature=0.9, seed=5, max_tokens=12, best_of=5, logprobs=0)
     (chosen,) = llm.generate("abc", best)
     assert len(chosen.outputs) == 1
+    search = BeamSearchParams(beam_width=3, max_tokens=6, ignore_eos=True)
+    (beams,) = llm.beam_search("abc", search)
+    assert len(beams.sequences) == 3
+    for beam in beams.sequences:
+        assert beam.tokens[:3] == list(b"abc") and len(beam.tokens) == 9
+        assert beam.text.startswith("abc") and len(beam.logprobs) == 6
+    sums = [beam.cum_logprob for beam in beams.sequences]
+    assert sums == sorted(sums, reverse=True)
     asked = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1)
     (output,) = llm.generate("abc", asked)
     assert output.prompt_logprobs is not None and output.prompt_logprobs[0] is None

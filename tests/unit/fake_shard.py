@@ -24,6 +24,7 @@ from headgate.proto.messages import (
     StepResult,
     TopTokens,
 )
+from headgate.router.beam_search import BeamParams, BeamSearch, Hypothesis
 
 
 class PlanError(AssertionError):
@@ -106,6 +107,34 @@ def _hidden(history: int) -> list[float]:
     return [float(history % 1000), float(history // 1000 % 1000)]
 
 
+def best_tokens(history: int, vocabulary: int, count: int) -> TopTokens:
+    """The best `count` tokens after a history."""
+    if not count:
+        return TopTokens((), ())
+    entries = []
+    for token in range(vocabulary):
+        data = f"{history} {token}".encode()
+        value = int.from_bytes(blake2b(data, digest_size=2).digest(), "little")
+        entries.append((value / 4096, token))  # exact in float32
+    entries = sorted(entries)[:count]
+    return TopTokens([token for _, token in entries], [-value for value, _ in entries])
+
+
+def expected_beams(
+    prompt_ids: Sequence[int], params: BeamParams, *, vocabulary: int, adapter_id: str = ""
+) -> list[Hypothesis]:
+    """What a beam search finds that is alone in the world."""
+    history = _root(adapter_id)
+    for token in prompt_ids:
+        history = _chain(history, token)
+    search, histories = BeamSearch(params), [history]
+    while not search.done:
+        tops = [best_tokens(each, vocabulary, params.num_candidates) for each in histories]
+        continuations = search.advance(tops)
+        histories = [_chain(histories[c.parent], c.token_id) for c in continuations]
+    return search.finished
+
+
 @dataclass(slots=True)
 class _Row:
     prompt_length: int
@@ -121,6 +150,13 @@ class _Row:
     def append(self, token: int) -> None:
         self.histories.append(_chain(self.histories[-1] if self.histories else self.root, token))
         self.tokens.append(token)
+
+    def choose(self, token: int) -> None:
+        _require(len(self.tokens) > self.prompt_length, "a choice for a row without output")
+        _require(self.computed == len(self.tokens) - 1, "a choice comes too late")
+        _require(self.lockstep, "a choice for a row that goes on by itself")
+        del self.tokens[-1], self.histories[-1]
+        self.append(token)
 
     def fork(self, fork: Fork) -> _Row:
         known = fork.num_tokens + len(fork.token_ids)
@@ -191,6 +227,8 @@ class FakeShard:
         for fork in plan.forks:
             _require(fork.child not in self._rows, f"row {fork.child} is here already")
             self._rows[fork.child] = self._row(fork.parent).fork(fork)
+        for row_id, token in plan.choices:
+            self._row(row_id).choose(token)
         for source, target in plan.copies:
             for offset in range(self.block_size):
                 slot = source * self.block_size + offset
@@ -249,6 +287,7 @@ class FakeShard:
         rows: list[int] = []
         tokens: list[int] = []
         ends: list[RowEnd] = []
+        top: list[TopTokens] = []
         prompt_logprobs: list[PromptLogprobs] = []
         pooled: list[PooledStates] = []
         # All writes, then all reads: as one batch would.
@@ -277,10 +316,13 @@ class FakeShard:
             if complete and row.sampling.pooling:
                 rows.append(row_id)
                 tokens.append(0)
+                top.append(TopTokens((), ()))
                 ends.append(RowEnd.POOLED)
                 row.dead = True
             elif complete:
                 rows.append(row_id)
+                count = row.sampling.top_n_tokens
+                top.append(best_tokens(row.histories[-1], self.vocabulary, count))
                 tokens.append(self._next(row))
                 ends.append(
                     _end(row.sampling, tokens[-1], len(row.tokens) - row.prompt_length, self.eos_id)
@@ -294,7 +336,10 @@ class FakeShard:
             token_ids=tokens,
             logprobs=[-token / 4 for token in tokens],
             ends=ends,
-            top=[TopTokens((token,), (-token / 4,)) for token in tokens],
+            top=[
+                entry if entry.ids else TopTokens((token,), (-token / 4,))
+                for entry, token in zip(top, tokens, strict=True)
+            ],
             prompt_logprobs=prompt_logprobs,
             pooled=pooled,
         )

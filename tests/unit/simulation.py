@@ -8,11 +8,14 @@ from dataclasses import replace
 from typing import Any
 
 from headgate.proto.messages import RowSampling, StepPlan
+from headgate.router.beam_rows import BeamGroup
+from headgate.router.beam_search import BeamParams, BeamSearch, Hypothesis
 from headgate.router.request import Request
 from headgate.router.scheduler import RowOutput, Scheduler, SchedulerConfig
 from tests.unit.fake_shard import (
     FakeShard,
     expected_answer,
+    expected_beams,
     expected_pooled,
     expected_prompt_logprobs,
 )
@@ -38,6 +41,8 @@ class Simulation:
         self.answers: dict[int, list[int]] = {}  # tokens as they came out, by request id
         self.prompt_logprobs: dict[int, list[float]] = {}
         self.pooled: dict[int, list[float]] = {}
+        self.searches: dict[int, BeamParams] = {}  # by the id of the first row
+        self.found: dict[int, Sequence[Hypothesis]] = {}
         self.plans: deque[StepPlan] = deque()  # sent, not delivered
         self.epoch = 0
         self.start_shard()
@@ -69,6 +74,30 @@ class Simulation:
             own = {**sampling, "seed": seed, "sample_index": index, "prompt_logprobs": False}
             samples.append(self.add(leader.prompt_ids, sampling=own, **fields))
         return samples
+
+    def add_beams(self, prompt: Sequence[int], params: BeamParams, **fields: Any) -> Request:
+        """A beam search; `searches` has its params, `found` its outcome."""
+        arrival = float(len(self.requests))
+        rows = [
+            Request(
+                id=len(self.requests) + index,
+                prompt_ids=prompt,
+                sampling=RowSampling(
+                    max_new_tokens=params.max_new_tokens,
+                    ignore_eos=True,
+                    top_n_tokens=params.num_candidates,
+                ),
+                arrival=arrival,
+                **fields,
+            )
+            for index in range(params.width)
+        ]
+        BeamGroup.of(BeamSearch(params), rows)
+        self.scheduler.add(rows[0])
+        self.requests.extend(rows)
+        self.searches[rows[0].id] = params
+        self.scheduler.check_integrity()
+        return rows[0]
 
     def add(
         self, prompt: Sequence[int] | int, new: int = 4, *, eos: bool = False, **fields: Any
@@ -129,6 +158,8 @@ class Simulation:
         self.scheduler.check_integrity()
         for output in outputs:
             number = output.request.id
+            if output.hypotheses:
+                self.found[number] = output.hypotheses
             if output.token_id is not None:
                 self.answers[number].append(output.token_id)
             if output.pooled is not None:
@@ -166,12 +197,19 @@ class Simulation:
 
     def check_answers(self) -> None:
         """Each request that was not cancelled has the tokens it would have had alone."""
+        for number, params in self.searches.items():
+            leader = self.requests[number]
+            if leader.finish_reason == "beams":
+                assert self.found[number] == expected_beams(
+                    leader.prompt_ids, params, vocabulary=VOCABULARY, adapter_id=leader.adapter_id
+                )
         for request in self.requests:
             assert request.is_finished
             if request.finish_reason == "pooled":
                 pooling = request.sampling.pooling
                 wanted = expected_pooled(request.prompt_ids, pooling, request.adapter_id)
                 assert self.pooled[request.id] == wanted
+            if request.finish_reason == "pooled" or request.beams is not None:
                 continue
             expected = self.expected(request)
             answer = self.answers[request.id]

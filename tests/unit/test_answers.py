@@ -13,7 +13,8 @@ import pytest
 from headgate.proto import router_pb2
 from headgate.proto.messages import RowSampling
 from headgate.router import errors
-from tests.unit.fake_shard import expected_answer
+from headgate.router.beam_search import BeamParams, EarlyStopping
+from tests.unit.fake_shard import expected_answer, expected_beams
 from tests.unit.fake_shard_server import EOS, Behaviour, RunningRouter, running_router, until
 from tests.unit.test_engine import request
 from tests.unit.test_service import Gateway
@@ -218,4 +219,55 @@ async def test_a_stop_text_ends_only_its_own_answer(tmp_path: Path) -> None:
         reasons = [answer.finished.reason for answer in (stopped, *stopped.others)]
         assert reasons[1] == router_pb2.FINISH_REASON_STOP_SEQUENCE
         assert len(answers_of(stopped)[1]) <= 5
+        router.assert_idle()
+
+
+# ------------------------------------------------------------------ beams
+
+
+async def test_beams_are_those_of_a_search_alone(tmp_path: Path) -> None:
+    async with running_router(tmp_path, num_shards=2) as router:
+        cases = [
+            (list(range(9)), 4, 2, {"length_penalty": 2.0}),
+            ([5], 3, 3, {"early_stopping": router_pb2.EARLY_STOPPING_NEVER}),
+            ([7, 8, 9], 2, 1, {"min_new_tokens": 5, "ignore_eos": True}),
+        ]
+        messages = [
+            request(prompt, max_new_tokens=9, beam_width=width, n=n, ignore_eos=False)
+            for prompt, width, n, _ in cases
+        ]
+        for message, (_, _, _, fields) in zip(messages, cases, strict=True):
+            message.parameters.MergeFrom(router_pb2.Parameters(**fields))
+        responses = await asyncio.gather(*(router.stub.Generate(m) for m in messages))
+        for (prompt, width, n, fields), response in zip(cases, responses, strict=True):
+            params = BeamParams(
+                width=width,
+                max_new_tokens=9,
+                min_new_tokens=fields.get("min_new_tokens", 0),
+                length_penalty=fields.get("length_penalty", 1.0),
+                early_stopping=EarlyStopping(fields.get("early_stopping", 0)),
+                eos_ids=frozenset() if "ignore_eos" in fields else frozenset({EOS}),
+            )
+            found = expected_beams(prompt, params, vocabulary=router.behaviour.vocabulary)
+            assert answers_of(response) == [list(one.token_ids) for one in found[:n]]
+            ends = [answer.finished for answer in (response, *response.others)]
+            assert [end.score for end in ends] == pytest.approx([one.score for one in found[:n]])
+            assert response.tokens[0].logprob == pytest.approx(found[0].logprobs[0])
+        router.assert_idle()
+
+
+async def test_beams_through_a_lost_group_and_a_cancel(tmp_path: Path) -> None:
+    behaviour = Behaviour(step_seconds=0.01)
+    async with running_router(tmp_path, behaviour=behaviour) as router:
+        message = request([1, 2, 3], max_new_tokens=30, beam_width=4)
+        running = asyncio.ensure_future(_generate(router, message))
+        await until(lambda: router.metric("tgi_batch_current_size") == 4)
+        await router.launcher.restart_group()
+        params = BeamParams(width=4, max_new_tokens=30)
+        found = expected_beams([1, 2, 3], params, vocabulary=router.behaviour.vocabulary)
+        assert answers_of(await running) == [list(found[0].token_ids)]
+        cancelled = asyncio.ensure_future(_generate(router, message))
+        await until(lambda: router.metric("tgi_batch_current_size") == 4)
+        cancelled.cancel()
+        await until(lambda: router.metric("tgi_request_live") == 0)
         router.assert_idle()

@@ -83,6 +83,38 @@ async def test_best_of_beyond_n_is_the_routers_to_rank() -> None:
             assert parameters.n in (0, 1)
 
 
+async def test_beams_are_the_routers_to_find() -> None:
+    async with RunningGateway() as running:
+        for path, own in (("/v1/chat/completions", CHAT), ("/v1/completions", {"prompt": "a"})):
+            body = {**own, "use_beam_search": True, "n": 2, "best_of": 4, "max_tokens": 8}
+            body |= {"length_penalty": 0.5, "early_stopping": "never", "temperature": 0, "seed": 3}
+            response = await running.http.post(path, json=body)
+            assert len(response.json()["choices"]) == 2
+            sent = running.router.requests[-1].parameters
+            assert (sent.beam_width, sent.n, sent.length_penalty) == (4, 2, 0.5)
+            assert sent.early_stopping == pb.EARLY_STOPPING_NEVER
+            assert not sent.do_sample
+            for name in ("temperature", "seed", "best_of"):
+                assert not sent.HasField(name)
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"use_beam_search": True, "stream": True}, "use_beam_search"),
+        ({"use_beam_search": True, "temperature": 0.5}, "temperature"),
+        ({"use_beam_search": True, "early_stopping": "soon"}, "early_stopping"),
+        ({"length_penalty": 0.5}, "length_penalty"),
+        ({"early_stopping": True}, "early_stopping"),
+    ],
+)
+async def test_refusals_of_beams(fields: dict[str, Any], named: str) -> None:
+    async with RunningGateway() as running:
+        response = await running.http.post("/v1/completions", json={"prompt": "a", **fields})
+        assert response.status_code == 422
+        assert response.json()["error"]["param"] == named
+
+
 async def test_answers_go_on_at_a_new_router_and_ended_ones_are_not_made_again() -> None:
     started = asyncio.Event()
 

@@ -239,7 +239,7 @@ async def test_parameters_reach_the_router() -> None:
         "seed": 9, "repetition_penalty": 1.5, "frequency_penalty": 0.5, "presence_penalty": 0.25,
         "min_tokens": 2, "ignore_eos": True, "stop": "x", "stop_token_ids": [4],
         "skip_special_tokens": False, "include_stop_str_in_output": True, "top_n": 2, "n": 1,
-        "best_of": 1, "logit_bias": {}, "user": "me",
+        "best_of": 1, "logit_bias": {"5": -1.5}, "allowed_token_ids": [5, 6], "user": "me",
     }  # fmt: skip
     async with RunningGateway() as running:
         expected = pb.Parameters(
@@ -247,6 +247,7 @@ async def test_parameters_reach_the_router() -> None:
             seed=9, repetition_penalty=1.5, frequency_penalty=0.5, presence_penalty=0.25,
             max_new_tokens=8, min_new_tokens=2, ignore_eos=True, stop=["x"], stop_token_ids=[4],
             skip_special_tokens=False, include_stop=True, logprobs=True, top_n_tokens=2, n=1,
+            logit_bias={5: -1.5}, allowed_token_ids=[5, 6],
         )  # fmt: skip
         chat = {**ASK, **given, "max_completion_tokens": 8, "response_format": {"type": "text"}}
         chat |= {"tools": [], "tool_choice": "auto", "parallel_tool_calls": True}
@@ -281,7 +282,7 @@ async def test_off_values_of_vllm() -> None:
 CHAT_REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"n": 129}, "n"),
     ({"n": 0}, "n"),
-    ({"logit_bias": {"5": 1}}, "logit_bias"),
+    ({"logit_bias": {"five": 1}}, "logit_bias"),
     ({"grammar": {"type": "json"}}, "grammar"),
     ({"tools": [{"type": "function"}]}, "tools[0].function"),
     ({"tool_choice": "required"}, "tool_choice"),

@@ -70,7 +70,7 @@ async def test_fields_travel() -> None:
         ("presence_penalty", 2.5),
         ("repetition_penalty", 0),
         ("min_tokens", 17),
-        ("use_beam_search", True),
+        ("length_penalty", 2.0),
         ("bad_words", ["x"]),
         ("prompt", ["a", "b"]),
     ],
@@ -134,3 +134,18 @@ async def test_idle_streams_are_kept_open_with_empty_pieces() -> None:
             async for piece in response.aiter_raw():
                 assert set(piece) == {10}
                 break
+
+
+async def test_several_answers_whole_and_streamed() -> None:
+    async with RunningGateway() as running:
+        body = {"prompt": "Hi", "n": 2, "temperature": 1.0, "logit_bias": {"5": 1.5}}
+        whole = (await running.http.post("/generate", json=body)).json()
+        assert whole == {"text": ["Hi Tokyo is big", "Hi Tokyo is"]}
+        assert dict(running.router.requests[0].parameters.logit_bias) == {5: 1.5}
+        response = await running.http.post("/generate", json={**body, "stream": True})
+        objects = [json.loads(line) for line in response.text.splitlines() if line]
+        assert objects[0] == {"text": ["Hi Tokyo", "Hi"]}
+        assert objects[1] == {"text": ["Hi Tokyo", "Hi Tokyo"]}
+        assert objects[-1] == whole
+        refused = await running.http.post("/generate", json={**body, "n": 10**9})
+        assert refused.status_code == 422 and "`n`" in refused.json()["error"]

@@ -134,6 +134,20 @@ def test_a_fork_may_leave_its_parent_earlier_or_go_on_otherwise_and_outlives_its
     assert target.token_ids[children[1], :6].tolist() == [0, 1, 2, 3, 4, 44]
 
 
+def test_what_a_row_says_of_tokens_reaches_the_sampler_and_its_forks() -> None:
+    target = batch()
+    said = {"logit_bias": ((3, -1.5),), "allowed_token_ids": (3, 5)}
+    run(target, [60], new_rows=[new_row(1, **said)], rows=[1], counts=[5])
+    target.apply(plan(forks=[Fork(1, 2, 1, [8, 9], 6)], new_rows=[new_row(3), new_row(4)]))
+    slots = np.array([target.slot_of(row) for row in (1, 2, 3)])
+    rows = target.sampled_rows(slots)
+    assert sorted(rows.biases) == sorted(rows.allowed) == [0, 1]
+    for row in (0, 1):
+        assert rows.biases[row].ids.tolist() == [3]
+        assert rows.biases[row].values.tolist() == [-1.5]
+        assert np.flatnonzero(rows.allowed[row]).tolist() == [3, 5]
+
+
 def test_more_rows_than_expected_are_kept_intact() -> None:
     target = batch()
     rows = [new_row(index, index + 1, [index, index]) for index in range(8)]
@@ -271,6 +285,13 @@ def test_prompt_chunks_meet_without_gap_or_overlap() -> None:
         ({"new_rows": [new_row(2, adapter_id="x")]}, "adapter 'x'"),
         ({"new_rows": [new_row(2, temperature=float("nan"))]}, "not a number"),
         ({"new_rows": [new_row(2, top_n_tokens=101)]}, "more alternatives"),
+        ({"new_rows": [new_row(2, logit_bias=((100, 1.0),))]}, "token outside the vocabulary"),
+        ({"new_rows": [new_row(2, logit_bias=((1, float("inf")),))]}, "not a number"),
+        ({"new_rows": [new_row(2, allowed_token_ids=(100,))]}, "token outside the vocabulary"),
+        (
+            {"new_rows": [new_row(2, allowed_token_ids=(1,), grammar="{}")]},
+            "a grammar and a list of allowed tokens",
+        ),
         (
             {"new_rows": [new_row(2, 9)], "rows": [2], "counts": [9]},
             "row 2 is scheduled for more tokens than its blocks hold",

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from headgate import SamplingParams
+from headgate import BeamSearchParams, SamplingParams
 from headgate.router import sampling_params as router
 
 
@@ -91,7 +91,13 @@ def test_every_served_field_arrives() -> None:
         ("truncate_prompt_tokens", -1),
         ("n", 0),
         ("best_of", 0),
-        ("logit_bias", {1: 2.0}),
+        ("logit_bias", {"a": 2.0}),
+        ("logit_bias", {1: float("nan")}),
+        ("allowed_token_ids", []),
+        ("early_stopping", "soon"),
+        ("early_stopping", True),
+        ("length_penalty", 2.0),
+        ("allowed_token_ids", ["a"]),
         ("structured_outputs", object()),
         ("structured_outputs", {}),
         ("structured_outputs", {"regex": "a", "json": "{}"}),
@@ -109,6 +115,27 @@ def test_refused_by_name(field: str, value: Any) -> None:
 
 def test_neutral_values_of_what_is_not_served() -> None:
     SamplingParams(n=1, best_of=1, logit_bias={}, bad_words=[], length_penalty=1.0)
+
+
+def test_beams() -> None:
+    asked = SamplingParams(
+        use_beam_search=True, n=2, best_of=4, temperature=0, length_penalty=0.5, early_stopping=True
+    )
+    wanted = asked.to_router()
+    assert (wanted.beam_width, wanted.n, wanted.best_of) == (4, 2, None)
+    assert (wanted.length_penalty, wanted.early_stopping) == (0.5, 1)
+    assert wanted.searches and not wanted.samples
+    with pytest.raises(ValueError, match="`temperature`"):
+        SamplingParams(use_beam_search=True, temperature=0.5)
+    with pytest.raises(ValueError, match="`n`"):
+        BeamSearchParams(beam_width=0, max_tokens=4)
+    assert BeamSearchParams(beam_width=3, max_tokens=4).to_sampling_params().n == 3
+
+
+def test_biases_are_cut() -> None:
+    wanted = SamplingParams(logit_bias={"5": 200, 7: -0.5}, allowed_token_ids=[5, 7]).to_router()  # type: ignore[dict-item]
+    assert wanted.logit_bias == ((5, 100.0), (7, -0.5))
+    assert wanted.allowed_token_ids == (5, 7)
 
 
 def test_values_that_mean_others() -> None:

@@ -56,6 +56,8 @@ samplings = st.builds(
     top_n_tokens=uint32,
     prompt_logprobs=st.booleans(),
     prompt_top_n_tokens=uint32,
+    logit_bias=st.lists(st.tuples(uint32, float32), max_size=3).map(tuple),
+    allowed_token_ids=ids.map(tuple),
 )
 new_rows = st.builds(
     NewRow,
@@ -91,6 +93,7 @@ plans = st.builds(
         ),
         max_size=2,
     ),
+    choices=st.lists(st.tuples(uint32, uint32), max_size=3),
     reset=st.booleans(),
 )
 
@@ -175,7 +178,8 @@ def test_torn_numbers_are_errors() -> None:
 
 
 def test_every_field_of_a_message_is_in_the_schema() -> None:
-    assert {field.name for field in fields(RowSampling)} == set(
+    names = {field.name for field in fields(RowSampling)} - {"logit_bias"}
+    assert names | {"bias_ids", "bias_values"} == set(
         shard_pb2.SamplingParams.DESCRIPTOR.fields_by_name
     )
     assert {field.name for field in fields(NewRow)} == set(

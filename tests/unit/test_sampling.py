@@ -17,6 +17,7 @@ from headgate.shard.sampling.params import History, SampledRows, params_array
 from headgate.shard.sampling.penalties import apply_penalties, needs_history
 from headgate.shard.sampling.philox import gumbel_noise_at
 from headgate.shard.sampling.sampler import sample
+from headgate.shard.sampling.token_bias import TokenBias
 
 VOCAB = 97
 INF = math.inf
@@ -218,6 +219,27 @@ def test_banned_tokens_are_never_taken() -> None:
     logits = torch.tensor([[5.0, 9.0, 1.0]] * 2)
     rows = [replace(row(), banned=[1]), replace(row(temperature=0.1), banned=[0, 1])]
     assert sample(logits, sampled_rows(rows)).tolist() == [0, 2]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_biases_move_tokens_and_leave_the_logits_as_they_are(temperature: float) -> None:
+    sampling = RowSampling(max_new_tokens=1, temperature=temperature, logit_bias=((2, 100.0),))
+    bias = TokenBias.of(sampling, 4)
+    assert bias is not None
+    logits = torch.tensor([[5.0, 1.0, 0.0, 1.0]] * 2)
+    rows = SampledRows(params_array([sampling] * 2), np.zeros(2, np.int64), biases={0: bias})
+    tokens = sample(logits, rows).tolist()
+    assert tokens[0] == 2
+    if not temperature:
+        assert tokens[1] == 0
+    assert logits.tolist() == [[5.0, 1.0, 0.0, 1.0]] * 2
+    ban = TokenBias.of(replace(sampling, logit_bias=((0, -100.0), (1, 0.5))), 4)
+    assert ban is not None
+    assert sample(logits, replace(rows, biases={0: ban})).tolist()[0] != 0
+
+
+def test_a_row_that_says_nothing_of_tokens_has_no_bias() -> None:
+    assert TokenBias.of(RowSampling(max_new_tokens=1), 4) is None
 
 
 def test_nan_logits_do_not_end_the_process() -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import random
+from contextlib import suppress
 
 import pytest
 
 from headgate.proto.messages import Pooling
+from headgate.router.beam_search import BeamParams, EarlyStopping
 from headgate.router.request import Request
+from headgate.router.scheduler_config import RequestTooLarge
 from tests.unit.simulation import Simulation
 
 EVENTS = 1500
@@ -21,6 +24,9 @@ def arrive(rng: random.Random, simulation: Simulation) -> None:
     prompt += [rng.randrange(1, 5) for _ in range(rng.randrange(1, 14))]
     prompt = prompt[: capacity - 1]
     new = rng.randrange(1, min(40, capacity - len(prompt) + 2))
+    if rng.random() < 0.15:
+        arrive_beams(rng, simulation, prompt, min(new, 12))
+        return
     whole = rng.random() < 0.1
     if rng.random() < 0.2:
         pooling = rng.choice([Pooling.MEAN, Pooling.LAST])
@@ -48,8 +54,27 @@ def arrive(rng: random.Random, simulation: Simulation) -> None:
     )
 
 
+def arrive_beams(rng: random.Random, simulation: Simulation, prompt: list[int], new: int) -> None:
+    """A beam search, if it is small enough to fit alone."""
+    ends = frozenset(rng.sample(range(40), rng.choice([0, 1, 6])))
+    params = BeamParams(
+        width=rng.choice([2, 3, 4]),
+        max_new_tokens=new,
+        min_new_tokens=rng.choice([0, 0, min(2, new)]),
+        length_penalty=rng.choice([1.0, 0.0, -0.5, 2.0]),
+        early_stopping=rng.choice(list(EarlyStopping)),
+        eos_ids=ends,
+    )
+    with suppress(RequestTooLarge):
+        simulation.add_beams(prompt, params, adapter_id=rng.choice(["", "", "french"]))
+
+
 def living(simulation: Simulation) -> list[Request]:
-    return [request for request in simulation.requests if not request.is_finished]
+    return [
+        request
+        for request in simulation.requests
+        if not request.is_finished and (request.beams is None or request.id in simulation.searches)
+    ]
 
 
 def live(rng: random.Random, simulation: Simulation, depth: int, trouble: float) -> None:

@@ -94,6 +94,42 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
         "prompt_top_n_tokens",
         "`prompt_top_n_tokens` must be >= 0 and <= 5. Given: 6",
     ),
+    (
+        {"logit_bias": {1: 100.5}},
+        "logit_bias",
+        "`logit_bias` values must be >= -100 and <= 100",
+    ),
+    (
+        {"logit_bias": {1: math.nan}},
+        "logit_bias",
+        "`logit_bias` values must be >= -100 and <= 100",
+    ),
+    ({"beam_width": 0}, "beam_width", "`beam_width` must be > 0 and <= 128. Given: 0"),
+    ({"beam_width": 2, "n": 3}, "beam_width", "`beam_width` must be >= `n` = 3. Given: 2"),
+    ({"length_penalty": math.inf}, "length_penalty", "`length_penalty` must be finite"),
+    *(
+        (
+            {"beam_width": 2, name: value},
+            name,
+            f"`{name}` cannot be combined with beam search",
+        )
+        for name, value in {
+            "do_sample": True,
+            "temperature": 0.5,
+            "top_k": 3,
+            "top_p": 0.5,
+            "typical_p": 0.5,
+            "min_p": 0.5,
+            "repetition_penalty": 1.5,
+            "frequency_penalty": 0.5,
+            "presence_penalty": 0.5,
+            "watermark": True,
+            "logit_bias": {1: 1.0},
+            "allowed_token_ids": [1],
+            "top_n_tokens": 1,
+            "stop": ["x"],
+        }.items()
+    ),
     ({"n": 0}, "n", "`n` must be > 0 and <= 128. Given: 0"),
     ({"n": 129}, "n", "`n` must be > 0 and <= 128. Given: 129"),
     ({"text": ""}, "inputs", "`inputs` cannot be empty"),
@@ -292,7 +328,14 @@ def test_progress_that_cannot_be(
 
 
 def test_parameters_survive_the_wire() -> None:
-    given = SamplingParams(temperature=0.5, stop=("a", "b"), stop_token_ids=(1,), seed=2**64 - 1)
+    given = SamplingParams(
+        temperature=0.5,
+        stop=("a", "b"),
+        stop_token_ids=(1,),
+        seed=2**64 - 1,
+        logit_bias=((3, -1.5), (7, 100.0)),
+        allowed_token_ids=(7, 8),
+    )
     assert SamplingParams.from_proto(given.to_proto()) == given
 
 

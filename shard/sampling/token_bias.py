@@ -1,0 +1,36 @@
+"""What a request says about single tokens: a bias of their logits, or that only some may come."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from headgate.proto.messages import RowSampling
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenBias:
+    """One row's, ready to be applied."""
+
+    ids: npt.NDArray[np.int64]
+    values: npt.NDArray[np.float32]  # of `ids`, added to their logits
+    allowed: npt.NDArray[np.bool_] | None  # [vocab]; None: all tokens
+
+    @classmethod
+    def of(cls, sampling: RowSampling, vocab_size: int) -> TokenBias | None:
+        """None where the row says nothing."""
+        if not sampling.logit_bias and not sampling.allowed_token_ids:
+            return None
+        allowed = None
+        if sampling.allowed_token_ids:
+            allowed = np.zeros(vocab_size, np.bool_)
+            allowed[list(sampling.allowed_token_ids)] = True
+        ids = np.array([id_ for id_, _ in sampling.logit_bias], np.int64)
+        values = np.array([value for _, value in sampling.logit_bias], np.float32)
+        return cls(ids, values, allowed)
+
+    def apply(self, scores: npt.NDArray[np.float32]) -> None:
+        """Adds the bias in place. scores: float32[vocab]."""
+        scores[self.ids] += self.values
