@@ -139,9 +139,10 @@ def rotary_and_write_kv(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
+    norms: tuple[torch.Tensor, torch.Tensor, float] | None = None,
 ) -> torch.Tensor:
     return _table["rotary_and_write_kv"](
-        q, k, v, positions, cos_sin, k_cache, v_cache, slot_mapping
+        q, k, v, positions, cos_sin, k_cache, v_cache, slot_mapping, norms
     )
 
 

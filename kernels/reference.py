@@ -129,8 +129,14 @@ def rotary_and_write_kv(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
+    norms: tuple[torch.Tensor, torch.Tensor, float] | None = None,
 ) -> torch.Tensor:
-    """`rotary_embedding`, then `write_kv` of the rotated k and of v; returns the rotated q."""
+    """`rotary_embedding`, then `write_kv` of the rotated k and of v; returns the rotated q.
+
+    `norms`: weights[D] of an `rms_norm` of every head of q and of k before that, and its eps.
+    """
+    if norms is not None:
+        q, k = rms_norm(q, norms[0], norms[2]), rms_norm(k, norms[1], norms[2])
     q, k = rotary_embedding(q, k, positions, cos_sin)
     write_kv(k, v, k_cache, v_cache, slot_mapping)
     return q

@@ -122,16 +122,18 @@ void rotate_heads(float* x, int64_t head_stride, int heads, const float* cos, co
   }
 }
 
+void rotate_token(const RotaryJob& job, int64_t t) {
+  const int64_t half = job.rotary_dim / 2;
+  const float* cos = job.cos_sin + job.positions[t] * job.rotary_dim;
+  rotate_heads(job.q + t * job.q_token_stride, job.q_head_stride, job.heads, cos, cos + half, half);
+  rotate_heads(job.k + t * job.k_token_stride, job.k_head_stride, job.kv_heads, cos, cos + half,
+               half);
+}
+
 void rotary_tile(const void* data, int64_t tile) {
   const RotaryJob& job = *(const RotaryJob*)data;
   const Rows rows = rows_of_tile(job.tokens, job.tokens_per_tile, tile);
-  const int64_t half = job.rotary_dim / 2;
-  for (int64_t t = rows.first; t < rows.last; ++t) {
-    const float* cos = job.cos_sin + job.positions[t] * job.rotary_dim;
-    rotate_heads(job.q + t * job.q_token_stride, job.q_head_stride, job.heads, cos, cos + half, half);
-    rotate_heads(job.k + t * job.k_token_stride, job.k_head_stride, job.kv_heads, cos, cos + half,
-                 half);
-  }
+  for (int64_t t = rows.first; t < rows.last; ++t) rotate_token(job, t);
 }
 
 // Rounds to nearest, ties to even, as torch does; NaN stays NaN.
@@ -160,7 +162,7 @@ HG_INLINE uint16_t to_f16(float x) {
   return (uint16_t)(sign | rounded >> 13);
 }
 
-void write_token(const float* from, int64_t head_stride, void* cache, int64_t at, int heads, int dim,
+void write_heads(const float* from, int64_t head_stride, void* cache, int64_t at, int heads, int dim,
                  int dtype) {
   for (int h = 0; h < heads; ++h, from += head_stride, at += dim) {
     if (dtype == kFloat32) {
@@ -172,15 +174,38 @@ void write_token(const float* from, int64_t head_stride, void* cache, int64_t at
   }
 }
 
+void write_token(const WriteKvJob& job, int64_t t) {
+  const int64_t at = job.slots[t] * job.kv_heads * job.head_dim;
+  write_heads(job.k + t * job.k_token_stride, job.k_head_stride, job.k_cache, at, job.kv_heads,
+              job.head_dim, job.cache_dtype);
+  write_heads(job.v + t * job.v_token_stride, job.v_head_stride, job.v_cache, at, job.kv_heads,
+              job.head_dim, job.cache_dtype);
+}
+
 void write_kv_tile(const void* data, int64_t tile) {
   const WriteKvJob& job = *(const WriteKvJob*)data;
   const Rows rows = rows_of_tile(job.tokens, job.tokens_per_tile, tile);
+  for (int64_t t = rows.first; t < rows.last; ++t) write_token(job, t);
+}
+
+void norm_heads(float* x, int64_t head_stride, int heads, const float* weight, const HeadsJob& job) {
+  for (int h = 0; h < heads; ++h, x += head_stride)
+    rms_norm_row(x, nullptr, weight, x, nullptr, job.write.head_dim, job.eps);
+}
+
+void heads_tile(const void* data, int64_t tile) {
+  const HeadsJob& job = *(const HeadsJob*)data;
+  const RotaryJob& rotary = job.rotary;
+  const Rows rows = rows_of_tile(rotary.tokens, rotary.tokens_per_tile, tile);
   for (int64_t t = rows.first; t < rows.last; ++t) {
-    const int64_t at = job.slots[t] * job.kv_heads * job.head_dim;
-    write_token(job.k + t * job.k_token_stride, job.k_head_stride, job.k_cache, at, job.kv_heads,
-                job.head_dim, job.cache_dtype);
-    write_token(job.v + t * job.v_token_stride, job.v_head_stride, job.v_cache, at, job.kv_heads,
-                job.head_dim, job.cache_dtype);
+    if (job.q_norm) {
+      norm_heads(rotary.q + t * rotary.q_token_stride, rotary.q_head_stride, rotary.heads,
+                 job.q_norm, job);
+      norm_heads(rotary.k + t * rotary.k_token_stride, rotary.k_head_stride, rotary.kv_heads,
+                 job.k_norm, job);
+    }
+    rotate_token(rotary, t);
+    write_token(job.write, t);
   }
 }
 

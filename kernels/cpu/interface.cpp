@@ -281,3 +281,23 @@ HG_API void hg_write_kv(const float* k, int64_t k_token_stride, int64_t k_head_s
                           v_head_stride, kv_heads, head_dim,  cache_dtype};
   run(kernels->write_kv, job, divide_up(tokens, per_tile), tokens * cost);
 }
+
+// q_norm, k_norm: null where queries and keys have no norm.
+HG_API void hg_rotary_and_write_kv(float* q, int64_t q_token_stride, int64_t q_head_stride, float* k,
+                                   int64_t k_token_stride, int64_t k_head_stride, const float* v,
+                                   int64_t v_token_stride, int64_t v_head_stride,
+                                   const float* q_norm, const float* k_norm, float eps,
+                                   const int64_t* positions, const float* cos_sin,
+                                   int32_t rotary_dim, void* k_cache, void* v_cache,
+                                   int32_t cache_dtype, const int64_t* slots, int64_t tokens,
+                                   int32_t heads, int32_t kv_heads, int32_t head_dim) {
+  const int64_t cost = int64_t(heads + 2 * kv_heads) * head_dim / 8;
+  const int64_t per_tile = rows_per_tile(tokens, cost);
+  const HeadsJob job = {
+      {q, k, positions, cos_sin, tokens, per_tile, q_token_stride, q_head_stride, k_token_stride,
+       k_head_stride, heads, kv_heads, rotary_dim},
+      {k, v, k_cache, v_cache, slots, tokens, per_tile, k_token_stride, k_head_stride,
+       v_token_stride, v_head_stride, kv_heads, head_dim, cache_dtype},
+      q_norm, k_norm, eps};
+  run(kernels->heads, job, divide_up(tokens, per_tile), tokens * cost);
+}

@@ -142,6 +142,15 @@ struct WriteKvJob {
   int32_t kv_heads, head_dim, cache_dtype;
 };
 
+// A norm of every query and key, at wish; then RotaryJob and WriteKvJob, token by token.
+struct HeadsJob {
+  RotaryJob rotary;
+  WriteKvJob write;
+  const float* q_norm;                       // [head_dim], both or none
+  const float* k_norm;
+  float eps;
+};
+
 struct Kernels {
   const char* name;
   int tile_rows;  // tallest row tile of linear
@@ -153,6 +162,7 @@ struct Kernels {
   void (*rms_norm)(const void* job, int64_t tile);
   void (*gate)(const void* job, int64_t tile);
   void (*rotary)(const void* job, int64_t tile);
+  void (*heads)(const void* job, int64_t tile);
   void (*write_kv)(const void* job, int64_t tile);
 };
 

@@ -39,6 +39,10 @@ SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "hg_rms_norm": (None, (_P, _L, _P, _L, _P, _P, _P, _L, _L, _F)),
     "hg_gate": (None, (_P, _L, _P, _L, _L, _I)),
     "hg_rotary": (None, (_P, _L, _L, _P, _L, _L, _P, _P, _L, _I, _I, _I)),
+    "hg_rotary_and_write_kv": (
+        None,
+        (_P, _L, _L) * 3 + (_P, _P, _F, _P, _P, _I, _P, _P, _I, _P, _L, _I, _I, _I),
+    ),
     "hg_write_kv": (None, (_P, _L, _L, _P, _L, _L, _P, _P, _I, _P, _L, _I, _I)),
     "hg_shared_bytes": (_L, (_I, _L)),
     "hg_shared_open": (_P, (_P, _I, _I, _L, _P, _P, _I, _D)),

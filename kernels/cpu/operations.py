@@ -217,9 +217,43 @@ def rotary_and_write_kv(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
+    norms: tuple[torch.Tensor, torch.Tensor, float] | None = None,
 ) -> torch.Tensor:
-    q, k = rotary_embedding(q, k, positions, cos_sin)
-    write_kv(k, v, k_cache, v_cache, slot_mapping)
+    """In place."""
+    code = _cache_code(k_cache, v_cache)
+    indices, weights = (positions, slot_mapping), norms[:2] if norms else ()
+    plain = all(index.is_contiguous() and index.dtype == torch.int64 for index in indices)
+    rows = all(map(_is_rows, (q, k, v, cos_sin, *weights))) and cos_sin.is_contiguous()
+    if code is None or not (plain and rows):
+        return reference.rotary_and_write_kv(
+            q, k, v, positions, cos_sin, k_cache, v_cache, slot_mapping, norms
+        )
+    call(
+        "hg_rotary_and_write_kv",
+        q.data_ptr(),
+        q.stride(0),
+        q.stride(1),
+        k.data_ptr(),
+        k.stride(0),
+        k.stride(1),
+        v.data_ptr(),
+        v.stride(0),
+        v.stride(1),
+        norms[0].data_ptr() if norms else None,
+        norms[1].data_ptr() if norms else None,
+        norms[2] if norms else 0.0,
+        positions.data_ptr(),
+        cos_sin.data_ptr(),
+        cos_sin.shape[1],
+        k_cache.data_ptr(),
+        v_cache.data_ptr(),
+        code,
+        slot_mapping.data_ptr(),
+        len(q),
+        q.shape[1],
+        k.shape[1],
+        k.shape[2],
+    )
     return q
 
 

@@ -18,6 +18,7 @@ import triton.language as tl
 
 from headgate.kernels import reference
 from headgate.kernels.triton.launch import launch
+from headgate.kernels.triton.rms_norm import rms_norm
 
 # Largest values of the narrow cache dtypes; the others are left to overflow as PyTorch lets them.
 LIMITS = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
@@ -123,8 +124,11 @@ def rotary_and_write_kv(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
+    norms: tuple[torch.Tensor, torch.Tensor, float] | None = None,
 ) -> torch.Tensor:
     """As the reference; q is rotated in place, k goes to the cache only."""
+    if norms is not None:
+        q, k = rms_norm(q, norms[0], norms[2]), rms_norm(k, norms[1], norms[2])
     caches = (k_cache, v_cache, slot_mapping)
     if not (_takes(q, k, v, cos_sin) and k_cache.is_contiguous() and v_cache.is_contiguous()):
         return reference.rotary_and_write_kv(q, k, v, positions, cos_sin, *caches)

@@ -8,7 +8,7 @@ from headgate.kernels import ops
 from headgate.shard.attention_metadata import AttentionMetadata
 from headgate.shard.layers.linear import ColumnLinear, RowLinear
 from headgate.shard.layers.norm import RMSNorm
-from headgate.shard.layers.rotary import RotaryEmbedding
+from headgate.shard.layers.rotary import HeadNorms, RotaryEmbedding
 from headgate.shard.load_context import LoadContext
 
 
@@ -38,10 +38,10 @@ class Attention:
         self._rotary = rotary
         self._qkv = ColumnLinear.qkv(context, prefix, qkv_bias)
         self._output = RowLinear.output(context, f"{prefix}.o_proj", output_bias)
-        self._q_norm = self._k_norm = None
+        self._norms: HeadNorms | None = None
         if qk_norm:
-            self._q_norm = RMSNorm(context, f"{prefix}.q_norm", self._head_dim)
-            self._k_norm = RMSNorm(context, f"{prefix}.k_norm", self._head_dim)
+            q, k = (RMSNorm(context, f"{prefix}.{x}_norm", self._head_dim) for x in "qk")
+            self._norms = (q.weight, k.weight, q.eps)
 
     def __call__(
         self,
@@ -54,8 +54,6 @@ class Attention:
         tokens = x.shape[0]
         parts = self._qkv(x).split((self._q_size, self._kv_size, self._kv_size), dim=-1)
         q, k, v = (part.view(tokens, -1, self._head_dim) for part in parts)
-        if self._q_norm is not None and self._k_norm is not None:
-            q, k = self._q_norm(q), self._k_norm(k)
-        q = self._rotary(q, k, v, positions, kv, attention.slot_mapping)
+        q = self._rotary(q, k, v, positions, kv, attention.slot_mapping, self._norms)
         out = ops.paged_attention(q, *kv, attention, self._scale, self._window)
         return self._output(out.reshape(tokens, self._q_size))

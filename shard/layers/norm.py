@@ -13,11 +13,11 @@ class RMSNorm:
 
     def __init__(self, context: LoadContext, name: str, size: int) -> None:
         self.weight = context.weights.replicated(f"{name}.weight", (size,))
-        self._eps = context.config.rms_norm_eps
+        self.eps = context.config.rms_norm_eps
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return ops.rms_norm(x, self.weight, self._eps)
+        return ops.rms_norm(x, self.weight, self.eps)
 
     def add(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(norm of x + residual, x + residual). Both inputs may be overwritten."""
-        return ops.rms_norm_residual(x, residual, self.weight, self._eps)
+        return ops.rms_norm_residual(x, residual, self.weight, self.eps)

@@ -24,6 +24,8 @@ from headgate.kernels import ops
 from headgate.shard.errors import ModelError
 from headgate.shard.rope_config import RopeConfig
 
+HeadNorms = tuple[torch.Tensor, torch.Tensor, float]  # of queries, of keys; eps
+
 
 class RotaryEmbedding:
     """Angles for positions below `length`, shared by all layers."""
@@ -40,10 +42,11 @@ class RotaryEmbedding:
         positions: torch.Tensor,
         kv: tuple[torch.Tensor, torch.Tensor],
         slot_mapping: torch.Tensor,
+        norms: HeadNorms | None = None,
     ) -> torch.Tensor:
         """Rotates q[T, H, D] and k[T, K, D] by positions[T] (< length), stores k and v[T, K, D] in
         the caches `kv` at slot_mapping[T], and returns q. May work in place."""
-        return ops.rotary_and_write_kv(q, k, v, positions, self._cos_sin, *kv, slot_mapping)
+        return ops.rotary_and_write_kv(q, k, v, positions, self._cos_sin, *kv, slot_mapping, norms)
 
 
 def cos_sin_table(rope: RopeConfig, head_dim: int, length: int) -> torch.Tensor:

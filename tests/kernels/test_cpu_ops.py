@@ -167,6 +167,32 @@ def test_write_kv_rounds_as_torch_does(dtype: torch.dtype) -> None:
     assert torch.equal(*caches)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("normed", [False, True])
+def test_rotary_and_write_kv(dtype: torch.dtype, normed: bool) -> None:
+    """Against the reference, and the bits of the separate operations."""
+    sizes, dim = (6, 2, 2), 16
+    qkv, table = random(40, sum(sizes) * dim), random(100, 12, seed=1)
+    positions, slots = torch.arange(40) * 2 + 7, torch.arange(47, 7, -1)
+    norms = (random(dim, seed=2), random(dim, seed=3), 1e-6) if normed else None
+    results = []
+    for module in (operations, reference):
+        caches = [torch.zeros(6, 8, 2, dim, dtype=dtype) for _ in "kv"]
+        parts = qkv.clone().view(40, -1, dim).split(sizes, dim=1)
+        q = module.rotary_and_write_kv(*parts, positions, table, *caches, slots, norms)  # type: ignore[attr-defined]
+        results.append((q, *caches))
+    close = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=close, atol=close)
+    q, k, v = qkv.clone().view(40, -1, dim).split(sizes, dim=1)
+    if norms:
+        q, k = operations.rms_norm(q, norms[0], 1e-6), operations.rms_norm(k, norms[1], 1e-6)
+    q, k = operations.rotary_embedding(q, k, positions, table)
+    caches = [torch.zeros(6, 8, 2, dim, dtype=dtype) for _ in "kv"]
+    operations.write_kv(k, v, *caches, slots)
+    assert all(map(torch.equal, results[0], (q, *caches)))
+
+
 def test_other_dtypes_are_left_to_the_reference() -> None:
     x, weight = random(3, 8).double(), random(8).double()
     assert torch.equal(operations.rms_norm(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5))

@@ -44,8 +44,7 @@ def run_case(
         quantize=quantize,
         max_positions=case.max_positions,
     )
-    if case.architecture != "qwen3":  # norms its heads by way of a copy that torch makes
-        check_replay(model, group)
+    check_replay(model, group)
     beats: list[int] = []
     model.heartbeat = lambda: beats.append(1)
     ids = torch.load(checkpoints / f"{case.name}.pt")["ids"].tolist()
