@@ -409,7 +409,7 @@ class Engine:
                 return
             outcome = self._outputs.process(output)
             if outcome is not None:
-                if output.pooled is None:
+                if outcome.token_id is not None:
                     self._count_token(answer, now, gaps)
                 self._deliver(answer, outcome)
         except Exception:

@@ -104,6 +104,9 @@ class Answer:
         end: RowEnd = RowEnd.NONE,
     ) -> Outcome:
         """Takes the next token. `end`: why the shards ended the row with it."""
+        if self._valid.scores_only:
+            reason = router_pb2.FINISH_REASON_LENGTH
+            return Outcome(self._index, 0, 0, reason=reason)
         position = self.num_tokens
         self.num_tokens += 1
         # The token that ends an answer is no part of its text where stop texts are none either.

@@ -104,6 +104,11 @@ class SamplingParams:
         return max(self.n or 1, self.best_of or 1, self.beam_width or 1)
 
     @property
+    def scores_only(self) -> bool:
+        """Whether only the prompt's logprobs are wanted."""
+        return self.max_new_tokens == 0 and bool(self.prompt_logprobs or self.prompt_top_n_tokens)
+
+    @property
     def searches(self) -> bool:
         """Whether answers are found by beam search."""
         return (self.beam_width or 1) > 1
@@ -114,6 +119,8 @@ class SamplingParams:
         self._check_beams(limits)
         for name, holds, message in _RANGES:
             value = getattr(self, name)
+            if name == "max_new_tokens" and self.scores_only:
+                continue
             # NaN fails every comparison, infinity none: neither is a setting.
             if value is not None and not (math.isfinite(value) and holds(value)):
                 raise ValidationError(message, field=name)
@@ -182,6 +189,7 @@ class SamplingParams:
             "typical_p": _below_one(self.typical_p),
             "min_p": bool(self.min_p),
             "best_of": (self.best_of or 1) > 1,
+            "max_new_tokens": self.scores_only,
             "repetition_penalty": self.repetition_penalty not in (None, 1.0),
             "frequency_penalty": bool(self.frequency_penalty),
             "presence_penalty": bool(self.presence_penalty),

@@ -55,6 +55,7 @@ class ValidRequest:
     num_given: int = 1  # of them; fewer than all: the best
     ranked: bool = False  # best first, when all have ended
     normalize: bool = True  # an embedding, to length 1
+    scores_only: bool = False  # the prompt's logprobs are all: the token sampled is dropped
     beams: BeamParams | None = None  # how to search for the answers; None: they are chosen
     progress: Mapping[int, Progress] = field(default_factory=dict)  # by the answer's index
 
@@ -136,6 +137,7 @@ class Validator:
             ranked=ranked,
             beams=beams,
             normalize=message.embedding.normalize or not message.embedding.HasField("normalize"),
+            scores_only=parameters.scores_only,
             progress=progress,
         )
 
@@ -187,7 +189,7 @@ class Validator:
         return ids
 
     def _check_lengths(self, inputs: int, parameters: SamplingParams) -> int:
-        """The number of tokens to generate at most; raises where prompt and answer do not fit."""
+        """The most tokens that a row samples; raises where prompt and answer do not fit."""
         limit = self._config.max_total_tokens
         new = parameters.max_new_tokens
         if new is None:
@@ -198,7 +200,8 @@ class Validator:
                 f"Given: {inputs} `inputs` tokens and {new} `max_new_tokens`",
                 field="max_new_tokens",
             )
-        if inputs > self._config.max_input_tokens or new == 0:
+        fits = new > 0 or (parameters.scores_only and inputs < limit)
+        if inputs > self._config.max_input_tokens or not fits:
             raise ValidationError(
                 f"`inputs` must have less than {self._config.max_input_tokens} tokens. "
                 f"Given: {inputs}",
@@ -210,7 +213,7 @@ class Validator:
                 f"Given: {parameters.min_new_tokens}",
                 field="min_new_tokens",
             )
-        return new
+        return max(new, 1)  # a row that only scores its prompt samples a token at its end
 
     def _check_ids(self, parameters: SamplingParams) -> None:
         self._check_vocabulary(parameters.stop_token_ids, "stop_token_ids")

@@ -20,6 +20,7 @@ from headgate.router.gateway.openai_common import (
     alternatives,
     check_model,
     finish_reason,
+    prompt_logprobs,
     to_parameters,
     token_logprobs,
     usage,
@@ -74,7 +75,7 @@ class ChatRoute:
         answers = await collect(self._services, exchange, [call.request])
         headers = timing_headers(self._services, exchange, answers, compute_time=True)
         await exchange.respond(
-            _document(reply, answers, call.parsers, logprobs=top_n is not None),
+            _document(reply, answers, call.parsers, body, logprobs=top_n is not None),
             headers=JSON_HEADERS + headers,
         )
 
@@ -145,7 +146,12 @@ def _max_tokens(body: ChatRequest) -> int | None:
 
 
 def _document(
-    reply: Reply, answers: Sequence[Answer], parsers: Sequence[Parser | None], *, logprobs: bool
+    reply: Reply,
+    answers: Sequence[Answer],
+    parsers: Sequence[Parser | None],
+    body: ChatRequest,
+    *,
+    logprobs: bool,
 ) -> bytes:
     choices = [
         _choice(index, answer, parser, logprobs=logprobs)
@@ -153,7 +159,7 @@ def _document(
     ]
     return (
         b'{"object":"chat.completion","id":%s,"created":%s,"model":%s,"system_fingerprint":%s,'
-        b'"choices":[%s],"usage":%s}'
+        b'"choices":[%s],"usage":%s%s}'
     ) % (
         reply.id,
         reply.created,
@@ -161,6 +167,7 @@ def _document(
         reply.fingerprint,
         b",".join(choices),
         usage(answer.finished for answer in answers),
+        prompt_logprobs(answers[0].prefill, body.prompt_logprobs),
     )
 
 

@@ -117,11 +117,19 @@ def to_parameters(
 def add_choices(
     parameters: router_pb2.Parameters, body: CommonFields, info: router_pb2.InfoResponse
 ) -> None:
-    """Puts into the parameters how many answers there are to be, and which tokens they favour.
+    """Puts into the parameters how many answers there are to be, and what else these two routes
+    may ask for.
 
     Raises ValidationError.
     """
     parameters.allowed_token_ids.extend(body.allowed_token_ids or ())
+    if body.prompt_logprobs is not None:
+        if body.stream:
+            raise ValidationError("`prompt_logprobs` cannot be streamed", field="prompt_logprobs")
+        parameters.prompt_logprobs = True
+        top_n = max(body.prompt_logprobs, parameters.prompt_top_n_tokens)
+        if top_n:
+            parameters.prompt_top_n_tokens = top_n
     for id_, value in (body.logit_bias or {}).items():
         if not id_.isdecimal() or int(id_) > MAX_UINT32:
             raise ValidationError(
@@ -232,6 +240,33 @@ def _token_logprob(token: router_pb2.Token) -> bytes:
         json_string(token.text),
         logprob_of(token),
         b",".join(b"%d" % byte for byte in token.text.encode()),
+    )
+
+
+def prompt_logprobs(prefill: Sequence[router_pb2.Token], top_n: int | None) -> bytes:
+    """vLLM's list: for each prompt token its logprob and those of `top_n` others, by token id.
+
+    As a member with its comma; empty where `top_n` is None.
+    """
+    if top_n is None:
+        return b""
+    return b',"prompt_logprobs":[%s]' % b",".join(_prompt_token(token, top_n) for token in prefill)
+
+
+def _prompt_token(token: router_pb2.Token, top_n: int) -> bytes:
+    if not token.HasField("logprob"):
+        return b"null"
+    ranks = {other.id: rank for rank, other in enumerate(token.top, start=1)}
+    shown = {token.id: token} | {other.id: other for other in token.top[:top_n]}
+    return b"{%s}" % b",".join(
+        b'"%d":{"logprob":%s,"rank":%s,"decoded_token":%s}'
+        % (
+            id_,
+            logprob_of(entry),
+            b"%d" % ranks[id_] if id_ in ranks else b"null",
+            json_string(entry.text),
+        )
+        for id_, entry in shown.items()
     )
 
 

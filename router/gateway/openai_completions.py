@@ -19,6 +19,7 @@ from headgate.router.gateway.openai_common import (
     check_model,
     finish_reason,
     logprob_of,
+    prompt_logprobs,
     to_parameters,
     usage,
 )
@@ -59,7 +60,7 @@ class CompletionsRoute:
         answers = await collect(self._services, exchange, requests)
         of_choices = [prompt for prompt in prompts for _ in range(body.n or 1)]
         choices = [
-            _choice(index, prompt, answer, echo=bool(body.echo), logprobs=top_n is not None)
+            _choice(index, prompt, answer, body, logprobs=top_n is not None)
             for index, (prompt, answer) in enumerate(zip(of_choices, answers, strict=True))
         ]
         document = _document(reply, choices, answers)
@@ -128,7 +129,9 @@ def _requests(
     grammar = grammar_of(body)
     for index, prompt in enumerate(prompts):
         # Only the router can say an id's text, and it does so with the prompt's logprobs.
-        wants_prefill = bool(body.echo) and (top_n is not None or not isinstance(prompt, str))
+        wants_prefill = bool(body.echo) and (
+            top_n is not None or not isinstance(prompt, str) or body.max_tokens == 0
+        )
         parameters = to_parameters(
             body,
             max_tokens=body.max_tokens,
@@ -168,18 +171,21 @@ def _document(reply: Reply, choices: Sequence[bytes], answers: Sequence[Answer])
     )
 
 
-def _choice(index: int, prompt: Prompt, answer: Answer, *, echo: bool, logprobs: bool) -> bytes:
+def _choice(
+    index: int, prompt: Prompt, answer: Answer, body: CompletionRequest, *, logprobs: bool
+) -> bytes:
     finished = answer.finished
     text, tokens = finished.generated_text, list(answer.tokens)
-    if echo:
+    if body.echo:
         prefill = answer.prefill
         shown = prompt if isinstance(prompt, str) else "".join(token.text for token in prefill)
         text, tokens = shown + text, [*prefill, *tokens]
-    return b'{"index":%d,"text":%s,"logprobs":%s,"finish_reason":%s}' % (
+    return b'{"index":%d,"text":%s,"logprobs":%s,"finish_reason":%s%s}' % (
         index,
         json_string(text),
         _logprobs(tokens, 0) if logprobs else b"null",
         finish_reason(finished),
+        prompt_logprobs(answer.prefill, body.prompt_logprobs),
     )
 
 

@@ -66,6 +66,23 @@ def test_choices_over_http(server: LiveServer) -> None:
     assert one["text"] == choices[0]["text"]
 
 
+def test_a_prompt_is_scored_as_with_an_answer(server: LiveServer) -> None:
+    scoring = {"prompt": PROMPT, "echo": True, "logprobs": 1, "max_tokens": 0}
+    (choice,) = server.post("/v1/completions", scoring).json()["choices"]
+    assert choice["text"] == PROMPT
+    prefill = server.generate(PROMPT, max_new_tokens=1, decoder_input_details=True)["details"][
+        "prefill"
+    ]
+    assert choice["logprobs"]["token_logprobs"] == [token["logprob"] for token in prefill]
+    body = {"prompt": PROMPT, "prompt_logprobs": 1, "max_tokens": 1}
+    (choice,) = server.post("/v1/completions", body).json()["choices"]
+    shown = [
+        entry and entry[str(t["id"])]
+        for entry, t in zip(choice["prompt_logprobs"], prefill, strict=True)
+    ]
+    assert [entry and entry["logprob"] for entry in shown] == [t["logprob"] for t in prefill]
+
+
 # ------------------------------------------------------------------ beams
 
 BEAM_CASES: tuple[dict[str, Any], ...] = (

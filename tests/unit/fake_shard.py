@@ -321,7 +321,7 @@ class FakeShard:
                 row.dead = True
             elif complete:
                 rows.append(row_id)
-                count = row.sampling.top_n_tokens
+                count = row.sampling.top_n_tokens if row.lockstep else 0
                 top.append(best_tokens(row.histories[-1], self.vocabulary, count))
                 tokens.append(self._next(row))
                 ends.append(

@@ -14,7 +14,7 @@ from headgate.proto import router_pb2
 from headgate.proto.messages import RowSampling
 from headgate.router import errors
 from headgate.router.beam_search import BeamParams, EarlyStopping
-from tests.unit.fake_shard import expected_answer, expected_beams
+from tests.unit.fake_shard import expected_answer, expected_beams, expected_prompt_logprobs
 from tests.unit.fake_shard_server import EOS, Behaviour, RunningRouter, running_router, until
 from tests.unit.test_engine import request
 from tests.unit.test_service import Gateway
@@ -220,6 +220,25 @@ async def test_a_stop_text_ends_only_its_own_answer(tmp_path: Path) -> None:
         assert reasons[1] == router_pb2.FINISH_REASON_STOP_SEQUENCE
         assert len(answers_of(stopped)[1]) <= 5
         router.assert_idle()
+
+
+async def test_a_prompt_is_scored_without_an_answer(tmp_path: Path) -> None:
+    async with running_router(tmp_path) as router:
+        prompt = list(range(1, 12))
+        message = request(prompt, max_new_tokens=0, prompt_logprobs=True, n=2)
+        response = await router.stub.Generate(message)
+        for answer in (response, *response.others):
+            assert not answer.tokens
+            assert (answer.finished.generated_tokens, answer.finished.generated_text) == (0, "")
+            assert answer.finished.reason == router_pb2.FINISH_REASON_LENGTH
+        assert [token.id for token in response.finished.prefill] == prompt
+        logprobs = [token.logprob for token in response.finished.prefill[1:]]
+        assert logprobs == expected_prompt_logprobs(prompt)
+        router.assert_idle()
+        assert router.metric("tgi_generated_tokens") == 0
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await router.stub.Generate(request(prompt, max_new_tokens=0))
+        assert "`max_new_tokens` must be strictly positive" in str(caught.value.details())
 
 
 # ------------------------------------------------------------------ beams

@@ -49,6 +49,42 @@ async def test_every_choice_shows_the_prompts_logprobs() -> None:
             assert choice["logprobs"]["token_logprobs"][:2] == [None, -3.25]
 
 
+async def test_a_prompt_is_scored_without_an_answer() -> None:
+    async with RunningGateway() as running:
+        body = {"prompt": "Hi there", "echo": True, "max_tokens": 0}
+        assert (await running.http.post("/v1/completions", json=body)).status_code == 200
+        sent = running.router.requests[0].parameters
+        assert sent.HasField("max_new_tokens") and sent.max_new_tokens == 0
+        assert sent.prompt_logprobs
+
+
+async def test_prompt_logprobs_as_vllm_shows_them() -> None:
+    async def script(conversation: fake.Conversation, submit: pb.Submit) -> None:
+        second = fake.token(2, " there", -3.25)
+        second.top.extend([fake.token(7, " you", -0.5), fake.token(2, " there", -3.25)])
+        prefill = [pb.Token(id=1, text="Hi"), second]
+        conversation.send(submit, fake.accepted(), fake.finished("x", 1, prefill=prefill))
+
+    shown = [
+        None,
+        {
+            "2": {"logprob": -3.25, "rank": 2, "decoded_token": " there"},
+            "7": {"logprob": -0.5, "rank": 1, "decoded_token": " you"},
+        },
+    ]
+    async with RunningGateway(script) as running:
+        body = {"prompt_logprobs": 2}
+        text = await running.http.post("/v1/completions", json={"prompt": "Hi there", **body})
+        assert text.json()["choices"][0]["prompt_logprobs"] == shown
+        chat = await running.http.post("/v1/chat/completions", json={**CHAT, **body})
+        assert chat.json()["prompt_logprobs"] == shown
+        sent = running.router.requests[0].parameters
+        assert (sent.prompt_logprobs, sent.prompt_top_n_tokens) == (True, 2)
+        body |= {"prompt": "Hi", "stream": True}
+        refused = await running.http.post("/v1/completions", json=body)
+        assert refused.json()["error"]["param"] == "prompt_logprobs"
+
+
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
 async def test_streamed_choices_are_interleaved(path: str) -> None:
     async with RunningGateway() as running:
