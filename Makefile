@@ -10,6 +10,10 @@
 #   make lint, make format          ruff and mypy; ruff's formatter
 #   make wheel                      dist/*.whl and the source archive
 #   make bench-quality              what quantising the weights costs in quality
+#   make bench [RUNS=3] [BENCH_ARGS=--short]   docs/benchmarks.md: rates, latencies, share of the roofline
+#   make bench-peers                the same with other servers in turn, those whose place is given:
+#                                   OPENVINO_PYTHON and OPENVINO_MODELS, LLAMA_SERVER and LLAMA_MODELS,
+#                                   VLLM_PYTHON, TRANSFORMERS_PYTHON and TRANSFORMERS_MODEL
 #   make bench-host                 what gateway and router cost per token, without a model
 #   make test-fresh                 the image's steps and the README's commands on a bare Debian (root)
 #   make clean                      removes the environments and everything generated
@@ -18,7 +22,7 @@ VENV ?= .venv
 export VENV TORCH_INDEX PYTHON
 
 .PHONY: help serve test test-api test-kernels kernels-report setup setup-dev proto lint format wheel \
-	bench-host bench-quality test-fresh clean
+	bench bench-peers bench-host bench-quality test-fresh clean
 .DEFAULT_GOAL := help
 
 help:
@@ -69,6 +73,22 @@ wheel: setup-dev
 
 bench-quality: setup
 	@$(VENV)/bin/python -m headgate.bench.quality $(BENCH_ARGS)
+
+BENCH = $(VENV)/bin/python -m headgate.bench --output docs/benchmarks --runs $(or $(RUNS),3) \
+	$(if $(MODEL_ID),--model-id '$(MODEL_ID)') $(BENCH_ARGS)
+
+bench: setup
+	@BENCH_COMMAND="make bench" $(BENCH)
+
+bench-peers: setup
+	@BENCH_COMMAND="make bench-peers" $(BENCH) \
+		$(if $(OPENVINO_PYTHON),--openvino-python '$(OPENVINO_PYTHON)') \
+		$(if $(OPENVINO_MODELS),--openvino-models '$(OPENVINO_MODELS)') \
+		$(if $(LLAMA_SERVER),--llama-server '$(LLAMA_SERVER)') \
+		$(if $(LLAMA_MODELS),--llama-models '$(LLAMA_MODELS)') \
+		$(if $(VLLM_PYTHON),--vllm-python '$(VLLM_PYTHON)') \
+		$(if $(TRANSFORMERS_PYTHON),--transformers-python '$(TRANSFORMERS_PYTHON)') \
+		$(if $(TRANSFORMERS_MODEL),--transformers-model '$(TRANSFORMERS_MODEL)')
 
 bench-host: setup
 	@$(VENV)/bin/python -m headgate.bench.host $(BENCH_ARGS)

@@ -1,0 +1,205 @@
+"""`python -m headgate.bench`: Headgate, and peers where given, on one set of workloads, in turn.
+
+Writes the measurements (.jsonl), a page (.md) and a chart (.svg). Each round starts every server
+once; `make bench` and `make bench-peers` are this command with the paths of docs/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import platform
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from headgate import __version__
+from headgate.bench import client
+from headgate.bench.contestants import KINDS, Contestant, add_peer_flags, headgate, peers
+from headgate.bench.plot import throughput_chart
+from headgate.bench.processes import cpu_used, usage
+from headgate.bench.report import render
+from headgate.bench.results import Run, Session
+from headgate.bench.roofline import measure
+from headgate.bench.server import ServerFailed, free_port, running
+from headgate.bench.workload import WORKLOADS, make_requests, make_warm_up
+from headgate.launcher.cli import parse_serve
+from headgate.launcher.hardware import find_hardware
+from headgate.launcher.model_facts import read_model_facts
+from headgate.launcher.model_files import ModelFiles, find_source
+from headgate.launcher.prepare_model import prepare
+
+FULL_PLAN = "default:1:32,default:8:64,default:32:64,default:128:128,shared-prefix:8:64"
+SHORT_PLAN = "default:1:8,default:8:32,default:32:64,shared-prefix:8:32"
+SEED = 1
+WARM_UP_REQUESTS = 4
+
+
+def main() -> int:
+    arguments = _parse()
+    files = prepare(find_source(parse_serve(_model_flags(arguments), dict(os.environ))))
+    tokenizer = tokenizers.Tokenizer.from_file(str(Path(files.path) / "tokenizer.json"))
+    session = Session(_machine(), _model(files))
+    contestants = _contestants(arguments, files)
+    for number in range(arguments.runs):
+        session.roofline.append(asdict(measure(session.machine["cores"])))
+        for contestant in contestants:
+            try:
+                for run in _measure(contestant, arguments.plan, number, tokenizer):
+                    session.runs.append(run)
+                    _say(run)
+            except ServerFailed as error:
+                print(f"{contestant.title} failed: {error}", file=sys.stderr, flush=True)
+                if contestant.name == contestants[0].name:
+                    return 1
+            _write(session, arguments.output)
+    return 0
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m headgate.bench", description=__doc__)
+    parser.add_argument("--runs", type=int, default=3, help="rounds (default: 3)")
+    parser.add_argument(
+        "--plan",
+        default=FULL_PLAN,
+        help=f"workload:concurrency:requests, ... (default: {FULL_PLAN})",
+    )
+    parser.add_argument("--short", action="store_true", help=f"one round of {SHORT_PLAN}")
+    parser.add_argument("--kinds", default="bf16,int8,int4", help="of weights (default: all three)")
+    parser.add_argument("--model-id", default="", help="as of headgate serve")
+    parser.add_argument("--flags", default="", help="more flags of headgate serve, in one string")
+    parser.add_argument(
+        "--output", type=Path, default=Path("benchmarks"), help="path of what is written, less .md"
+    )
+    add_peer_flags(parser)
+    arguments = parser.parse_args()
+    if arguments.short:
+        arguments.runs, arguments.plan = 1, SHORT_PLAN
+    arguments.kinds = arguments.kinds.split(",")
+    if unknown := set(arguments.kinds) - set(KINDS):
+        parser.error(f"--kinds: {', '.join(sorted(unknown))}; there are {', '.join(KINDS)}")
+    arguments.plan = [_case(text, parser) for text in arguments.plan.split(",")]
+    return arguments
+
+
+def _case(text: str, parser: argparse.ArgumentParser) -> tuple[str, int, int]:
+    """(workload, concurrency, requests)"""
+    words = text.split(":")
+    if len(words) != 3 or words[0] not in WORKLOADS or not all(w.isdigit() for w in words[1:]):
+        parser.error(f"--plan: {text} is not workload:concurrency:requests")
+    return words[0], int(words[1]), int(words[2])
+
+
+def _model_flags(arguments: argparse.Namespace) -> list[str]:
+    return ["--model-id", arguments.model_id] if arguments.model_id else []
+
+
+def _contestants(arguments: argparse.Namespace, files: ModelFiles) -> list[Contestant]:
+    """Headgate and its peers of the same kind next to each other."""
+    found = []
+    for kind in arguments.kinds:
+        found.append(headgate(kind, arguments.model_id, arguments.flags.split()))
+        found += peers(arguments, kind, files.path)
+    return found
+
+
+def _measure(
+    contestant: Contestant,
+    plan: list[tuple[str, int, int]],
+    number: int,
+    tokenizer: tokenizers.Tokenizer,
+) -> list[Run]:
+    """Round `number` of one server, started for it. Raises ServerFailed."""
+    port = free_port()
+    runs = []
+    with running(contestant.command(port), f"http://127.0.0.1:{port}", contestant.health) as server:
+        for place, (workload, concurrency, count) in enumerate(plan):
+            words = 1 + 10 * place + number
+            warm_up = make_warm_up(WARM_UP_REQUESTS if place == 0 else 1, SEED, words, tokenizer)
+            client.run(server.url, contestant.model, warm_up, concurrency, contestant.exact)
+            requests = make_requests(workload, count, SEED, words, tokenizer)
+            before = usage(server.pid)
+            result = client.run(
+                server.url, contestant.model, requests, concurrency, contestant.exact
+            )
+            after = usage(server.pid)
+            runs.append(
+                Run(
+                    server=contestant.name,
+                    kind=contestant.kind,
+                    workload=workload,
+                    concurrency=concurrency,
+                    requests=count,
+                    round=number,
+                    ready_seconds=server.ready_seconds,
+                    cpu_seconds=cpu_used(before, after),
+                    peak_bytes={role: entry.peak_bytes for role, entry in after.items()},
+                    result=asdict(result),
+                )
+            )
+    return runs
+
+
+def _say(run: Run) -> None:
+    result = run.result
+    trouble = f", {result['errors']} errors: {result['first_error']}" if result["errors"] else ""
+    print(
+        f"round {run.round + 1}: {run.server} {run.kind} {run.workload} {run.concurrency}: "
+        f"{result['output_tokens_per_s']:.1f} tokens/s, first token {result['ttft_p50']:.0f} ms"
+        + trouble,
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def _write(session: Session, output: Path) -> None:
+    session.save(output.with_suffix(".jsonl"))
+    output.with_suffix(".md").write_text(render(session))
+    output.with_suffix(".svg").write_text(throughput_chart(session))
+
+
+def _machine() -> dict[str, Any]:
+    hardware = find_hardware()
+    return {
+        "cpu": _cpu_name(),
+        "cores": hardware.cores,
+        "memory_gib": round(hardware.memory_limit / (1 << 30)),
+        "version": __version__,
+        "when": time.strftime("%Y-%m-%d", time.gmtime()),
+        "command": os.environ.get("BENCH_COMMAND") or "python -m headgate.bench",
+    }
+
+
+def _cpu_name() -> str:
+    """With the instruction sets that matter."""
+    model, flags = platform.processor() or platform.machine(), ""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() == "model name":
+            model = value.strip()
+        elif key.strip() == "flags":
+            flags = value
+    wanted = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8")
+    return f"{model} ({', '.join(name for name in wanted if name in flags.split())})"
+
+
+def _model(files: ModelFiles) -> dict[str, Any]:
+    facts = read_model_facts(Path(files.path))
+    vocabulary = facts.vocab_size * facts.hidden_size
+    layers = facts.parameters - vocabulary * (1 if facts.tied_embeddings else 2)
+    return {
+        "name": files.model_id,
+        "parameters": facts.parameters,
+        "prompt_flops": 2 * layers,
+        "output_flops": 2 * (layers + vocabulary),
+    }
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.WARNING)
+    sys.exit(main())

@@ -1,0 +1,195 @@
+"""docs/benchmarks.md out of a session's measurements."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from headgate.bench.contestants import HEADGATE, KINDS
+from headgate.bench.results import Run, Session, middle, spread
+
+_BYTES_PER_WEIGHT = {"bf16": 2.0, "int8": 1.0, "int4": 0.5}
+_PEAK_OF_KIND = {"bf16": ("fma_gflops", "fp32 FMA"), "int8": ("vnni_gops", "int8 VNNI")}
+_GIB = 1 << 30
+
+_HEAD = """# Benchmarks
+
+Written by `{command}` on {when}. The raw figures are in [benchmarks.jsonl](benchmarks.jsonl).
+
+`make bench` starts the server once per kind of weights and round, sends the workloads below over
+HTTP and measures what the machine can do at best in the same round. `make bench-peers` does the
+same with other servers in turn; where they are installed is given by its variables (`make help`).
+Machines drift and are shared: only figures of one session can be compared, and ratios tell more
+than rates.
+
+- default: prompts of 16-64 (40 %), 100-200 (40 %) or 400-600 tokens (20 %), answers of 32-128,
+  greedy, ends of sequence ignored.
+- shared-prefix: one prefix of 600 tokens, then 20-60 of each request's own; the same answers.
+
+Lengths are the same in every run; words are a round's own. Latencies are medians over the rounds.
+
+| | |
+|---|---|
+{facts}
+
+![Output tokens per second](benchmarks.svg)
+"""
+
+
+def render(session: Session) -> str:
+    """The page."""
+    machine, model = session.machine, session.model
+    facts = {
+        "machine": f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB",
+        "model": f"{model['name']}, {model['parameters'] / 1e6:.0f} M parameters",
+        "Headgate": machine["version"],
+        "rounds": str(1 + max((run.round for run in session.runs), default=0)),
+        "best of the machine": f"fp32 FMA {session.roof('fma_gflops'):.0f} GFLOP/s, int8 VNNI "
+        f"{session.roof('vnni_gops'):.0f} GOP/s, memory {session.roof('memory_gb_s'):.1f} GB/s "
+        f"(spread {_roof_spread(session)})",
+    }
+    parts = [
+        _HEAD.format(
+            command=machine["command"],
+            when=machine["when"],
+            facts="\n".join(f"| {name} | {text} |" for name, text in facts.items()),
+        )
+    ]
+    for kind in KINDS:
+        if session.servers(kind):
+            parts.append(f"## {kind} weights\n\n{_rates(session, kind)}")
+    if len(session.servers()) > len(session.servers_of(HEADGATE)):
+        parts.append(f"## Headgate against its peers\n\n{_ratios(session)}")
+    parts.append(f"## Share of what the machine can do\n\n{_shares(session)}")
+    parts.append(f"## Processes\n\n{_processes(session)}")
+    return "\n".join(parts)
+
+
+def _rates(session: Session, kind: str) -> str:
+    rows = []
+    for case in session.cases():
+        for server, _ in session.servers(kind):
+            runs = session.of(server, kind, case)
+            if not runs:
+                continue
+            rates = _values(runs, "output_tokens_per_s")
+            rows.append(
+                (
+                    case[0],
+                    str(case[1]),
+                    server,
+                    f"{middle(rates):.1f}",
+                    f"{spread(rates):.1%}" if len(rates) > 1 else "1 run",
+                    _pair(runs, "ttft"),
+                    _pair(runs, "itl"),
+                )
+            )
+    head = ("workload", "at a time", "server", "output tokens/s", "spread")
+    return _table((*head, "first token p50 / p90 ms", "between tokens p50 / p90 ms"), rows)
+
+
+def _ratios(session: Session) -> str:
+    """Headgate's rate over each peer's, of the same kind of weights."""
+    rows = []
+    for case in session.cases():
+        for server, kind in session.servers():
+            own, other = session.of(HEADGATE, kind, case), session.of(server, kind, case)
+            if server == HEADGATE or not own or not other:
+                continue
+            first = _ratio(own, other, "ttft_p50")
+            rows.append(
+                (
+                    case[0],
+                    str(case[1]),
+                    f"{server} {kind}",
+                    f"{_ratio(own, other, 'output_tokens_per_s'):.2f}",
+                    f"{first:.2f}",
+                )
+            )
+    text = (
+        "Headgate's median over the peer's: above 1 is more tokens, below 1 an earlier first token."
+    )
+    head = ("workload", "at a time", "peer", "output tokens/s", "first token")
+    return text + "\n\n" + _table(head, rows)
+
+
+def _shares(session: Session) -> str:
+    model, rows = session.model, []
+    for server, kind in session.servers():
+        for case in session.cases():
+            runs = session.of(server, kind, case)
+            if not runs or case[0] != "default":
+                continue
+            if case[1] == 1:
+                token = middle(_values(runs, "itl_p50")) / 1e3
+                rate = model["parameters"] * _BYTES_PER_WEIGHT[kind] / token / 1e9
+                best, what = session.roof("memory_gb_s"), "memory bandwidth, decoding"
+                shown = f"{rate:.1f} GB/s"
+            elif kind in _PEAK_OF_KIND:
+                name, what = _PEAK_OF_KIND[kind]
+                rate = middle(_useful_gflops(run, model) for run in runs)
+                best, shown = session.roof(name), f"{rate:.0f} GFLOP/s"
+            else:
+                continue
+            share = f"{rate / best:.0%}" if best else "not measured"
+            rows.append((f"{server} {kind}", str(case[1]), what, shown, share))
+    text = (
+        "Useful arithmetic: two operations per weight and token, the vocabulary's only for tokens "
+        "that are sampled; prompts and answers together, over the whole time of the run. Decoding "
+        "one request: the weights' bytes over the median time between tokens."
+    )
+    return text + "\n\n" + _table(("server", "at a time", "of", "reached", "share"), rows)
+
+
+def _processes(session: Session) -> str:
+    rows = []
+    for server, kind in session.servers():
+        own = [run for run in session.runs if (run.server, run.kind) == (server, kind)]
+        cpu: dict[str, list[float]] = {}
+        for run in own:
+            for role, seconds in run.cpu_seconds.items():
+                cpu.setdefault(role, []).append(seconds / max(run.result["seconds"], 1e-9))
+        peak = middle(
+            max(sum(run.peak_bytes.values()) for run in own if run.round == number)
+            for number in {run.round for run in own}
+        )
+        roles = ", ".join(f"{role} {middle(shares):.2f}" for role, shares in sorted(cpu.items()))
+        ready = middle(run.ready_seconds for run in own)
+        rows.append((f"{server} {kind}", roles, f"{peak / _GIB:.2f}", f"{ready:.1f}"))
+    text = (
+        "CPU seconds per second of a run, by process; resident memory at its peak, summed over "
+        "the server's processes (shared pages count in each); seconds from the start of the "
+        "process until it is ready."
+    )
+    head = ("server", "CPU seconds per second", "peak memory GiB", "ready s")
+    return text + "\n\n" + _table(head, rows)
+
+
+def _useful_gflops(run: Run, model: dict[str, float]) -> float:
+    prompt, output = run.result["prompt_tokens"], run.result["output_tokens"]
+    work = prompt * model["prompt_flops"] + output * model["output_flops"]
+    return float(work / run.result["seconds"] / 1e9)
+
+
+def _values(runs: Iterable[Run], name: str) -> list[float]:
+    return [run.result[name] for run in runs]
+
+
+def _pair(runs: Sequence[Run], name: str) -> str:
+    low, high = (middle(_values(runs, f"{name}_{part}")) for part in ("p50", "p90"))
+    return f"{low:.0f} / {high:.0f}" if low >= 100 else f"{low:.1f} / {high:.1f}"
+
+
+def _ratio(own: Sequence[Run], other: Sequence[Run], name: str) -> float:
+    below = middle(_values(other, name))
+    return middle(_values(own, name)) / below if below else 0.0
+
+
+def _roof_spread(session: Session) -> str:
+    names = ("fma_gflops", "vnni_gops", "memory_gb_s")
+    return f"{max(spread([entry[name] for entry in session.roofline]) for name in names):.0%}"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,84 @@
+"""What was measured: one JSON line per run, kept beside the page that is made of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One run of one workload against one server."""
+
+    server: str
+    kind: str  # of the weights
+    workload: str
+    concurrency: int
+    requests: int
+    round: int
+    ready_seconds: float
+    cpu_seconds: dict[str, float]  # by role of process
+    peak_bytes: dict[str, int]  # by role of process, so far
+    result: dict[str, Any]  # client.RunResult
+
+    @property
+    def case(self) -> tuple[str, int]:
+        return self.workload, self.concurrency
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """Everything that one command measured."""
+
+    machine: dict[str, Any]
+    model: dict[str, Any]
+    roofline: list[dict[str, Any]] = field(default_factory=list)  # one per round
+    runs: list[Run] = field(default_factory=list)
+
+    def save(self, path: Path) -> None:
+        head = {"machine": self.machine, "model": self.model, "roofline": self.roofline}
+        lines = [head, *(asdict(run) for run in self.runs)]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    @classmethod
+    def load(cls, path: Path) -> Session:
+        head, *runs = (json.loads(line) for line in path.read_text().splitlines())
+        return cls(**head, runs=[Run(**run) for run in runs])
+
+    def cases(self) -> list[tuple[str, int]]:
+        return list(dict.fromkeys(run.case for run in self.runs))
+
+    def servers(self, kind: str = "") -> list[tuple[str, str]]:
+        """(server, kind), in the order in which they were measured."""
+        found = dict.fromkeys((run.server, run.kind) for run in self.runs)
+        return [entry for entry in found if not kind or entry[1] == kind]
+
+    def servers_of(self, name: str) -> list[tuple[str, str]]:
+        return [entry for entry in self.servers() if entry[0] == name]
+
+    def of(self, server: str, kind: str, case: tuple[str, int]) -> list[Run]:
+        return [
+            run
+            for run in self.runs
+            if (run.server, run.kind, run.case) == (server, kind, case) and not run.result["errors"]
+        ]
+
+    def roof(self, name: str) -> float:
+        """Median over the rounds; 0 where it was not measured."""
+        return middle(entry[name] for entry in self.roofline)
+
+
+def middle(values: Iterable[float]) -> float:
+    """The median; 0 without values."""
+    found = list(values)
+    return median(found) if found else 0.0
+
+
+def spread(values: Sequence[float]) -> float:
+    """How far the values lie apart, as a share of their median."""
+    centre = middle(values)
+    return (max(values) - min(values)) / centre if len(values) > 1 and centre else 0.0
