@@ -149,7 +149,7 @@ class GroupKeeper:
             if not self._fatal.done():
                 self._fatal.set_exception(error)
             return
-        self._validator.hear(facts.vocab_size, facts.eos_token_ids)
+        self._validator.hear(facts.vocab_size, facts.eos_token_ids, group.prepare_grammar)
         self._outputs.eos_token_ids = frozenset(facts.eos_token_ids)
         self._status.max_batch_total_tokens = facts.num_blocks * config.block_size
         self._engine.attach(group, facts.num_blocks)

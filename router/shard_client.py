@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -27,7 +27,8 @@ T = TypeVar("T")
 
 MAX_MESSAGE_BYTES = 256 << 20
 DIAL_PAUSE = 0.05  # seconds between attempts to reach a shard that is not up yet
-CALL_TIMEOUT = 5.0  # seconds, of Info
+CALL_TIMEOUT = 5.0  # seconds, of Info and PrepareGrammar
+MAX_PREPARED = 32  # grammars that shard 0 is taken to remember: it keeps more
 HEARTBEATS_PER_TIMEOUT = 10
 MIN_FAILURES = 3  # unanswered heartbeats in a row, however late this process itself was
 
@@ -81,6 +82,11 @@ class ShardClient:
     async def allocate(self, num_blocks: int) -> None:
         with self._broken_by_rpc("allocation of KV memory"):
             await self._stub.Allocate(shard_pb2.AllocateRequest(num_blocks=num_blocks))
+
+    async def prepare_grammar(self, grammar: str) -> None:
+        """Raises grpc.aio.AioRpcError."""
+        request = shard_pb2.PrepareGrammarRequest(grammar=grammar)
+        await self._stub.PrepareGrammar(request, timeout=CALL_TIMEOUT)
 
     async def heartbeat(self, timeout: float) -> shard_pb2.HeartbeatResponse:
         """Raises grpc.aio.AioRpcError."""
@@ -144,6 +150,8 @@ class ShardedClient:
         self._clients = [ShardClient(rank, address) for rank, address in enumerate(addresses)]
         self._answers: dict[int, list[shard_pb2.StepResult | None]] = {}  # by sequence, by rank
         self._results: deque[StepResult] = deque()
+        self._prepared: OrderedDict[str, None] = OrderedDict()  # grammars
+        self._preparing = asyncio.Lock()
         self._broken: GroupBroken | None = None
         self._notify: Callable[[], None] = lambda: None
 
@@ -173,6 +181,19 @@ class ShardedClient:
         for client in clients:
             client.open_steps(self._take_answer, self._take_broken)
         return GroupFacts(infos[0].vocab_size, tuple(infos[0].eos_token_ids), num_blocks)
+
+    async def prepare_grammar(self, grammar: str) -> None:
+        """Has shard 0 compile it, one at a time. Where that fails, the row's step does it."""
+        if grammar not in self._prepared:
+            async with self._preparing:
+                call = asyncio.ensure_future(self._clients[0].prepare_grammar(grammar))
+                await asyncio.wait((call,))  # a group that is left cancels it, not its callers
+                if not call.cancelled():
+                    call.exception()
+        self._prepared[grammar] = None
+        self._prepared.move_to_end(grammar)
+        if len(self._prepared) > MAX_PREPARED:
+            self._prepared.popitem(last=False)
 
     async def send(self, plan: StepPlan) -> None:
         """To every rank. Raises GroupBroken."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 
 from headgate.proto import router_pb2
@@ -78,9 +78,15 @@ class Validator:
         self._eos_token_ids: tuple[int, ...] | None = None
         self._heard = asyncio.Event()
 
-    def hear(self, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
-        """What the shards tell of their model."""
+    def hear(
+        self,
+        vocab_size: int,
+        eos_token_ids: Sequence[int],
+        prepare: Callable[[str], Awaitable[None]],
+    ) -> None:
+        """What shards tell of their model; `prepare` has them compile a grammar beforehand."""
         self.vocab_size, self._eos_token_ids = vocab_size, tuple(eos_token_ids)
+        self._prepare = prepare
         self._heard.set()
 
     def give_up(self) -> None:
@@ -234,7 +240,9 @@ class Validator:
         if not self._config.grammar_support:
             raise ValidationError("grammar is not supported", field="grammar")
         eos = await self._model_eos()
-        return await self._compiler.compile(parameters.grammar, self.vocab_size, eos)
+        grammar = await self._compiler.compile(parameters.grammar, self.vocab_size, eos)
+        await self._prepare(grammar)
+        return grammar
 
     async def _model_eos(self) -> tuple[int, ...]:
         """The model's own, once there are shards to tell them. Raises UnavailableError."""

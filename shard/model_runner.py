@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from concurrent.futures import wait
 from dataclasses import replace
 
 import numpy as np
@@ -137,6 +138,10 @@ class ModelRunner:
             expected_rows=config.max_batch_size,
         )
         return InputBatch(limits, self.model.config.eos_token_ids)
+
+    def prepare_grammar(self, source: str) -> None:
+        """Compiles it, beside the model's thread. One that does not compile fails with its row."""
+        wait((self._grammars.prepare(source),))
 
     def reset(self) -> None:
         """Drops all rows: a new stream of plans begins."""

@@ -76,6 +76,9 @@ class NullRunner:
     def allocate(self, num_blocks: int) -> None:
         self.reset()
 
+    def prepare_grammar(self, source: str) -> None:
+        """Nothing follows grammars here."""
+
     def reset(self) -> None:
         self._rows.clear()
 

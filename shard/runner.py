@@ -45,7 +45,7 @@ class Heartbeat:
 
 
 class Runner(Protocol):
-    """One rank. All methods are called from one thread."""
+    """One rank. All methods but prepare_grammar are called from one thread."""
 
     config: ShardConfig
     identity: ShardIdentity
@@ -59,6 +59,9 @@ class Runner(Protocol):
 
     def allocate(self, num_blocks: int) -> None:
         """Makes the KV cache; drops the one before it, and all rows."""
+
+    def prepare_grammar(self, source: str) -> None:
+        """Compiles a grammar that rows will have; returns when it is done. For any thread."""
 
     def reset(self) -> None:
         """Drops all rows: a new stream of plans begins."""

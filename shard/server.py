@@ -100,6 +100,12 @@ class ShardService(shard_pb2_grpc.ShardServicer):
         self._thread.call(lambda: self._runner.allocate(request.num_blocks))
         return shard_pb2.AllocateResponse()
 
+    def PrepareGrammar(
+        self, request: shard_pb2.PrepareGrammarRequest, context: grpc.ServicerContext
+    ) -> shard_pb2.PrepareGrammarResponse:
+        self._runner.prepare_grammar(request.grammar)
+        return shard_pb2.PrepareGrammarResponse()
+
     def Heartbeat(
         self, request: shard_pb2.HeartbeatRequest, context: grpc.ServicerContext
     ) -> shard_pb2.HeartbeatResponse:

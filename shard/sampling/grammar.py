@@ -8,6 +8,7 @@ in a shard that took over.
 from __future__ import annotations
 
 import logging
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -95,20 +96,22 @@ class GrammarMasks:
         self._num_threads = num_threads
         self._compiler = ThreadPoolExecutor(1, thread_name_prefix="grammar-compiler")
         self._filler = ThreadPoolExecutor(1, thread_name_prefix="grammar-masks")
+        self._lock = threading.Lock()  # of `_compiled`
         self._compiled: OrderedDict[str, Future[LLMatcher]] = OrderedDict()
         self._latest: dict[str, LLMatcher] = {}  # of the compiled grammars; the filler's own
         self._tokenizer: LLTokenizer | None = None
         self._executor: LLExecutor | None = None
 
     def prepare(self, source: str) -> Future[LLMatcher]:
-        """Begins to compile a grammar that will be needed soon."""
-        future = self._compiled.get(source)
-        if future is None:
-            future = self._compiled[source] = self._compiler.submit(self._compile, source)
-            if len(self._compiled) > _MAX_COMPILED:
-                self._latest.pop(self._compiled.popitem(last=False)[0], None)
-        else:
-            self._compiled.move_to_end(source)
+        """Begins to compile a grammar that will be needed soon. For any thread."""
+        with self._lock:
+            future = self._compiled.get(source)
+            if future is None:
+                future = self._compiled[source] = self._compiler.submit(self._compile, source)
+                if len(self._compiled) > _MAX_COMPILED:
+                    self._latest.pop(self._compiled.popitem(last=False)[0], None)
+            else:
+                self._compiled.move_to_end(source)
         return future
 
     def begin(self, rows: Sequence[ConstrainedRow]) -> Callable[[], Masks]:
@@ -128,7 +131,9 @@ class GrammarMasks:
             self._tokenizer = load_tokenizer(
                 self._model_path, self._vocab_size, self._eos_token_ids
             )
-        return new_matcher(self._tokenizer, source)
+        matcher = new_matcher(self._tokenizer, source)
+        matcher.compute_bitmask()  # the first one takes longest, and copies keep what it found
+        return matcher
 
     def _new_matcher(self, source: str, compiled: Future[LLMatcher]) -> LLMatcher:
         """A matcher at the beginning, with what the latest one of its grammar has found out.

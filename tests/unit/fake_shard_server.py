@@ -19,7 +19,7 @@ import grpc
 from tokenizers import Tokenizer as Backend
 
 from headgate.proto import router_pb2_grpc, shard_pb2, shard_pb2_grpc
-from headgate.proto.messages import StepResult, decode_plan, encode_result
+from headgate.proto.messages import RowEnd, StepPlan, StepResult, decode_plan, encode_result
 from headgate.router.config import RouterConfig
 from headgate.router.control import ControlClient
 from headgate.router.group_keeper import GroupKeeper
@@ -45,6 +45,7 @@ class Behaviour:
     hung: bool = False  # no heartbeats, no results
     hangs_in_warmup: bool = False
     stalled: bool = False  # heartbeats, but no progress
+    fails_grammars: bool = False  # rows with one end FAILED at their first token
     gate: asyncio.Event = field(default_factory=asyncio.Event)  # closed: steps wait
 
     def __post_init__(self) -> None:
@@ -61,6 +62,7 @@ class FakeShardServer(shard_pb2_grpc.ShardServicer):
         shard_pb2_grpc.add_ShardServicer_to_server(self, self._server)
         self.shard = self._new_shard(behaviour.num_blocks)
         self.warmups: list[shard_pb2.WarmupRequest] = []
+        self.prepared: list[str] = []  # grammars
 
     async def start(self, address: str) -> None:
         self._server.add_insecure_port(address)
@@ -97,6 +99,10 @@ class FakeShardServer(shard_pb2_grpc.ShardServicer):
         self.shard = self._new_shard(request.num_blocks)
         return shard_pb2.AllocateResponse()
 
+    async def PrepareGrammar(self, request: Any, context: Any) -> shard_pb2.PrepareGrammarResponse:
+        self.prepared.append(request.grammar)
+        return shard_pb2.PrepareGrammarResponse()
+
     async def Heartbeat(self, request: Any, context: Any) -> shard_pb2.HeartbeatResponse:
         while self._behaviour.hung:
             await asyncio.sleep(0.01)
@@ -125,9 +131,22 @@ class FakeShardServer(shard_pb2_grpc.ShardServicer):
                 self.shard.sequence = plan.sequence
             else:
                 result = self.shard.execute(plan)
+                if behaviour.fails_grammars:
+                    result = _failed(plan, result)
             if self._identity[1]:  # only rank 0 fills results
                 result = StepResult(result.epoch, result.sequence, refused=result.refused)
             yield encode_result(result)
+
+
+def _failed(plan: StepPlan, result: StepResult) -> StepResult:
+    """Rows with a grammar that are new end FAILED."""
+    bound = {row.id for row in plan.new_rows if row.sampling.grammar}
+    ends = [
+        RowEnd.FAILED if row in bound else end
+        for row, end in zip(result.rows, result.ends, strict=True)
+    ]
+    failures = {row: "it leads nowhere" for row in result.rows if row in bound}
+    return replace(result, ends=ends, failures=failures)
 
 
 class FakeGroup:

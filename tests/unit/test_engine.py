@@ -16,6 +16,7 @@ from headgate.proto.messages import Pooling, RowEnd, RowSampling
 from headgate.proto.token_columns import all_events
 from headgate.router import errors, output_processor
 from headgate.router.group_keeper import NotEnoughMemory
+from tests.checkpoints import write_tokenizer
 from tests.unit.fake_shard import expected_answer, expected_pooled, expected_prompt_logprobs
 from tests.unit.fake_shard_server import EOS, Behaviour, RunningRouter, running_router, until
 
@@ -126,6 +127,47 @@ async def _generate(
     router: RunningRouter, message: router_pb2.GenerateRequest
 ) -> router_pb2.GenerateResponse:
     return await router.stub.Generate(message)
+
+
+def constrained(prompt: list[int], regex: str = "a+") -> router_pb2.GenerateRequest:
+    return request(prompt, max_new_tokens=4, grammar=router_pb2.Grammar(regex=regex))
+
+
+async def test_shards_get_a_grammar_before_its_row(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path)
+    async with running_router(tmp_path, behaviour=Behaviour(vocabulary=300)) as router:
+        assert router.launcher.group is not None
+        first, other = router.launcher.group.servers
+        for regex in ("a+", "b+", "a+"):
+            await router.stub.Generate(constrained([1, 2], regex))
+        assert len(first.prepared) == 2 and other.prepared == []  # shard 0 alone, each once
+        assert "a+" in first.prepared[0] and "b+" in first.prepared[1]
+        await router.launcher.restart_group()
+        await until(lambda: len(router.launcher.said("ready")) == 2)
+        await router.stub.Generate(constrained([3]))
+        assert router.launcher.group.servers[0].prepared == first.prepared[:1]
+        with pytest.raises(grpc.aio.AioRpcError, match="unclosed"):
+            await router.stub.Generate(constrained([1], "["))
+
+
+async def test_a_row_that_fails_fails_its_request_alone(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path)
+    behaviour = Behaviour(vocabulary=300, fails_grammars=True)
+    async with running_router(tmp_path, behaviour=behaviour) as router:
+        healthy = request([5, 6], max_new_tokens=30)
+        running = asyncio.ensure_future(_generate(router, healthy))
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await router.stub.Generate(constrained([1, 2]))
+        error = errors.from_rpc_error(caught.value)
+        assert isinstance(error, errors.GenerationError) and "it leads nowhere" in error.message
+        assert ids_of(await running) == answer_of(router, healthy)[0]
+        router.assert_idle()
+
+
+async def test_grammars_may_be_switched_off(tmp_path: Path) -> None:
+    async with running_router(tmp_path, grammar_support=False) as router:
+        with pytest.raises(grpc.aio.AioRpcError, match="grammar is not supported"):
+            await router.stub.Generate(constrained([1]))
 
 
 async def test_a_request_that_kills_groups_is_given_up(tmp_path: Path) -> None:

@@ -189,6 +189,14 @@ def test_stop_tokens_wait_for_the_least_length_where_there_is_something_else(ste
     assert ends_of(results)[-1] is RowEnd.STOP_TOKEN
 
 
+def test_a_grammar_is_compiled_before_its_row_comes(step: Driver) -> None:
+    runner = step.runner
+    for source in (WORD, LLMatcher.grammar_from_regex("[")):  # what fails, fails with its row
+        runner.prepare_grammar(source)
+        assert runner._grammars.prepare(source).done()
+    assert runner._grammars.prepare(WORD) is runner._grammars.prepare(WORD)
+
+
 def test_a_row_that_cannot_go_on_fails_alone(step: Driver) -> None:
     broken = row(2, PROMPT, range(4, 8), grammar=LLMatcher.grammar_from_lark("start: nothing"))
     good = row(1, PROMPT, range(4), grammar=WORD)
