@@ -50,6 +50,11 @@ class BeamGroup:
         return len(self.members)
 
     @property
+    def running(self) -> list[Request]:
+        """Rows that run now."""
+        return [row for row in self.members if row.is_running]
+
+    @property
     def is_complete(self) -> bool:
         """Whether the round is over."""
         return all(row.id in self._candidates for row in self.ranked)

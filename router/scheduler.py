@@ -6,7 +6,6 @@ no I/O, reads no clock and knows no text.
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
 from collections import Counter, deque
 from heapq import nsmallest
 
@@ -16,10 +15,10 @@ from headgate.router.beam_rows import BeamGroup
 from headgate.router.kv_cache_manager import KVCacheManager
 from headgate.router.request import Request, RequestStatus
 from headgate.router.row_output import ProtocolError, RowOutput
+from headgate.router.row_set import RowSet, order_of
 from headgate.router.scheduler_config import RequestTooLarge, SchedulerConfig, SchedulerStats
 from headgate.router.step_budget import StepBudget
 from headgate.router.step_draft import OutstandingStep, StepDraft
-from headgate.router.waiting_queue import WaitingQueue
 
 __all__ = [
     "ProtocolError",
@@ -46,34 +45,24 @@ class Scheduler:
         self._config = config
         self._kv = KVCacheManager(config.num_blocks, config.block_size, config.prefix_caching)
         self._admission = Admission(self._kv, config.kv_overcommit)
-        self._requests: dict[int, Request] = {}  # all that are unfinished
-        self._searches: dict[int, Request] = {}  # by the id of their first row
-        self._waiting = WaitingQueue()
-        self._running: list[Request] = []  # in order of arrival
+        self._rows = RowSet(self._kv)
         self._outstanding: deque[OutstandingStep] = deque()
-        self._removed: list[int] = []  # rows the shards still hold for nothing
         self._reset_rows = False  # the next plan drops all rows of the shards
         self._budget = StepBudget(config.max_batch_prefill_tokens)
-        self._totals = dict.fromkeys(
-            ("prefix_queries", "prefix_hits", "preemptions", "recoveries", "refusals"), 0
-        )
+        self._totals = dict.fromkeys(("prefix_queries", "prefix_hits", "recoveries", "refusals"), 0)
 
     # ------------------------------------------------------------ requests
 
     def add(self, request: Request) -> None:
         """Queues a request. Raises RequestTooLarge, or ValueError for what cannot be one."""
-        if request.id in self._requests:
+        if request.id in self._rows:
             raise ValueError(f"request {request.id} is here already")
         if not request.prompt_ids:
             raise ValueError(f"request {request.id} has an empty prompt")
         if len(request.output_ids) >= request.sampling.max_new_tokens:
             raise ValueError(f"request {request.id} has all its tokens already")
         self._check_size(request)
-        request.status = RequestStatus.WAITING
-        if request.beams is not None:
-            self._searches[request.id] = request
-        self._requests[request.id] = request
-        self._waiting.add(request)
+        self._rows.add(request)
 
     def _check_size(self, request: Request) -> None:
         prompt, new = len(request.prompt_ids), request.sampling.max_new_tokens
@@ -106,52 +95,24 @@ class Scheduler:
 
     def cancel(self, request_id: int) -> bool:
         """Drops a request whatever its state. False: not here (any more)."""
-        request = self._requests.get(request_id) or self._searches.get(request_id)
+        request = self._rows.find(request_id)
         if request is None:
             return False
-        self._end(request, "cancelled")
+        self._rows.end(request, "cancelled")
         return True
 
     def finish(self, request_id: int, reason: str) -> bool:
         """As cancel, for a request that ended well (stop string): counts as a finished answer."""
-        request = self._requests.get(request_id)
+        request = self._rows.find(request_id)
         if request is None:
             return False
         self._admission.record(request)
-        self._end(request, reason)
+        self._rows.end(request, reason)
         return True
-
-    def _end(self, request: Request, reason: str) -> None:
-        """All of its beams end with it."""
-        for row in [request] if request.beams is None else request.beams.members:
-            if row.id in self._requests:
-                self._drop_row(row)
-            self._searches.pop(row.id, None)
-            row.status = RequestStatus.FINISHED
-            row.finish_reason = reason
-
-    def _drop_row(self, row: Request) -> None:
-        if row.is_running:
-            self._leave(row)
-        else:
-            self._waiting.remove(row)
-        del self._requests[row.id]
-
-    def _leave(self, request: Request) -> None:
-        """Takes a running request's blocks and row away. Its tokens in flight may still come."""
-        index = bisect_left(self._running, request.order, key=_order)
-        assert self._running[index] is request
-        del self._running[index]
-        self._kv.free(request)
-        if request.row_sent:
-            self._removed.append(request.id)
-        request.row_sent = False
-        request.num_scheduled = request.num_confirmed = 0
-        request.fork_of, request.copies = None, []
 
     def has_work(self) -> bool:
         """Whether any request is unfinished."""
-        return bool(self._requests)
+        return len(self._rows) > 0
 
     # ------------------------------------------------------------ planning
 
@@ -163,17 +124,16 @@ class Scheduler:
         """
         draft = StepDraft(epoch, sequence, self._budget.tokens)
         self._plan_running(draft)
-        if self._waiting and (not draft.preempted or self._is_stuck(draft)):
+        if self._rows.waiting and (not draft.preempted or self._is_stuck(draft)):
             self._admit_waiting(draft, now)
-            if self._is_stuck(draft) and self._running:
+            if self._is_stuck(draft) and self._rows.running:
                 # Only beams that wait for others of theirs, which cannot come in: make room.
-                for row in reversed(list(self._running)):
-                    self._give_way(row)
+                self._rows.give_way(list(self._rows.running))
                 self._admit_waiting(draft, now)
         self._check_draft(draft)
         if not draft.rows:
             return None
-        removed, self._removed = self._removed, []
+        removed, self._rows.removed = self._rows.removed, []
         reset, self._reset_rows = self._reset_rows, False
         self._outstanding.append(draft.outstanding())
         return draft.plan(removed, reset)
@@ -187,10 +147,10 @@ class Scheduler:
 
         Each row is sure of one token, so neither answers nor prompts starve the other.
         """
-        ready = [row for row in self._running if _can_go_on(row)]
+        ready = [row for row in self._rows.running if _can_go_on(row)]
         if len(ready) > draft.budget:  # after a refusal: the oldest, and the others in turns
             others = nsmallest(draft.budget - 1, ready[1:], key=_turn)
-            ready = [ready[0], *sorted(others, key=_order)]
+            ready = [ready[0], *sorted(others, key=order_of)]
         extra = draft.budget - len(ready)
         block_size = self._config.block_size
         for row in ready:
@@ -217,47 +177,29 @@ class Scheduler:
         The oldest never gives way, and every request fits alone: so there is always progress.
         """
         while (blocks := self._kv.extend(row, num_positions)) is None:
-            latest = self._running[-1]
+            latest = self._rows.running[-1]
             if row.beams is not None and latest.beams is row.beams and draft.holds(row.beams):
                 return None  # its other beams are planned already: it waits for the next step
-            self._preempt(latest)
+            self._rows.preempt(latest)
             draft.preempted = True
             if not row.is_running:
                 return None
         return blocks
 
-    def _preempt(self, request: Request) -> None:
-        """It gives way; so do its other beams, which could not go on without it."""
-        together = [request]
-        if request.beams is not None:
-            together = [row for row in request.beams.members if row.is_running]
-        assert self._running[0] not in together, "the oldest request would be preempted"
-        for row in together:
-            self._give_way(row)
-
-    def _give_way(self, row: Request) -> None:
-        self._leave(row)
-        self._requeue(row)
-        row.preemptions += 1
-        self._totals["preemptions"] += 1
-
-    def _requeue(self, request: Request) -> None:
-        request.status = RequestStatus.PREEMPTED
-        self._waiting.add(request)
-
     def _admit_waiting(self, draft: StepDraft, now: float) -> None:
         """Starts waiting requests in order, until one of them does not fit in."""
         opened = False
-        num_rows = sum(row.num_rows for row in self._running)
-        while self._waiting and draft.budget > 0:
-            request = self._waiting.head
+        running = self._rows.running
+        num_rows = len(running) + sum(row.num_rows - 1 for row in running if row.beams is not None)
+        while self._rows.waiting and draft.budget > 0:
+            request = self._rows.waiting.head
             if request.in_flight:
                 return  # preempted just now: first takes the token that is on its way
             num_rows += request.num_rows
             if num_rows > self._max_rows:
                 return
             if not opened:
-                self._admission.open(self._running)
+                self._admission.open(self._rows.running)
                 opened = True
             leader = _leader_to_fork(request)
             admitted = (
@@ -272,7 +214,7 @@ class Scheduler:
         """Starts the head of the queue from what the prefix cache has of it, if it fits in."""
         hits = self._kv.match(request)
         beams = request.beams
-        alone = all(beams is not None and row.beams is beams for row in self._running)
+        alone = all(beams is not None and row.beams is beams for row in self._rows.running)
         if not self._admission.fits(request, hits, alone):
             return False
         cached = len(hits) * self._config.block_size
@@ -310,22 +252,19 @@ class Scheduler:
 
     def _start(self, request: Request, num_computed: int, now: float) -> None:
         """The head of the queue runs from now on, with this many positions computed."""
-        self._waiting.pop()
+        self._rows.waiting.pop()
         if request.first_scheduled is None:
             request.first_scheduled = now
-        request.status = RequestStatus.RUNNING
-        request.num_prefill_tokens = request.num_tokens
-        request.num_scheduled = request.num_confirmed = num_computed
         if request.beams is not None:
             request.beams.forget(request)
-        insort(self._running, request, key=_order)
+        self._rows.start(request, num_computed)
 
     def _check_draft(self, draft: StepDraft) -> None:
         """What must hold at the end of `schedule`, whatever the load."""
         config = self._config
         assert draft.budget >= 0
-        assert not config.max_batch_size or len(self._running) <= config.max_batch_size
-        assert not self._is_stuck(draft) or not self._requests, "stuck: work but no plan"
+        assert not config.max_batch_size or len(self._rows.running) <= config.max_batch_size
+        assert not self._is_stuck(draft) or not self._rows, "stuck: work but no plan"
 
     # ------------------------------------------------------------ results
 
@@ -371,59 +310,19 @@ class Scheduler:
             if output.end:
                 if output.pooled is None:  # else there was no answer to learn from
                     self._admission.record(request)
-                self._end(request, output.end.name.lower())
+                self._rows.end(request, output.end.name.lower())
             if place >= 0 or output.prompt_logprobs:
                 outputs.append(output)
         for group in searches:
-            if group.is_complete:
-                outputs.extend(self._next_round(group))
+            if group.is_complete and not self._rows.next_round(group):
+                outputs.append(self._end_search(group))
         return outputs
 
-    def _next_round(self, group: BeamGroup) -> list[RowOutput]:
-        """Ends a round of beams: rows fork, or the search is done and all end."""
+    def _end_search(self, group: BeamGroup) -> RowOutput:
         leader = group.members[0]
-        forks = group.next_round()
-        if group.search.done:
-            self._admission.record(leader)
-            self._end(leader, "beams")
-            return [RowOutput(leader, None, hypotheses=group.search.finished)]
-        going_on = [row for row in group.ranked if row not in {fork.child for fork in forks}]
-        for row in group.members:
-            if row.id in self._requests and row not in going_on:
-                self._drop_row(row)
-                row.status = RequestStatus.WAITING  # to carry a beam again
-        in_place = True
-        for fork in forks:
-            self._requests[fork.child.id] = fork.child
-            in_place = self._fork_beam(fork.child, fork.parent) and in_place
-        if not in_place:  # then none stays: they need each other
-            for row in group.ranked:
-                if row.is_running:
-                    self._give_way(row)
-        return []
-
-    def _fork_beam(self, child: Request, parent: Request) -> bool:
-        """Starts a beam from the KV of another; False: it is in the queue instead.
-
-        Beams of running requests have been promised their memory, as rows that grow have.
-        """
-        if parent.is_running:
-            shared = parent.num_scheduled
-            while (copies := self._kv.fork(parent, child, shared)) is None:
-                latest = self._running[-1]
-                if latest.beams is parent.beams:
-                    break
-                self._preempt(latest)
-            else:
-                child.fork_of, child.copies = parent, copies
-                child.first_scheduled = parent.first_scheduled
-                child.status = RequestStatus.RUNNING
-                child.num_prefill_tokens = child.num_tokens
-                child.num_scheduled = child.num_confirmed = shared
-                insort(self._running, child, key=_order)
-                return True
-        self._requeue(child)
-        return not parent.is_running
+        self._admission.record(leader)
+        self._rows.end(leader, "beams")
+        return RowOutput(leader, None, hypotheses=group.search.finished)
 
     def _find(self, epoch: int, sequence: int) -> OutstandingStep | None:
         """The oldest outstanding plan if this is it; None for one that is void or unknown."""
@@ -453,16 +352,16 @@ class Scheduler:
     def _void(self, refused: OutstandingStep) -> None:
         for plan in self._outstanding:
             for forked in plan.forked:  # the KV it was to share or copy is not there
-                for row in [forked] if forked.beams is None else forked.beams.members:
+                for row in [forked] if forked.beams is None else forked.beams.running:
                     if row.is_running:
-                        self._leave(row)
-                        self._requeue(row)
+                        self._rows.leave(row)
+                        self._rows.requeue(row)
         self._drop_outstanding()
-        for row in self._running:
+        for row in self._rows.running:
             row.num_scheduled = row.num_confirmed
             row.num_prefill_tokens = row.num_tokens
             row.row_sent = False
-        self._removed.clear()
+        self._rows.removed.clear()
         self._reset_rows = True
         self._budget.cut(refused.num_tokens)
         self._totals["refusals"] += 1
@@ -480,22 +379,22 @@ class Scheduler:
         are too large for them, dropped from here.
         """
         self._drop_outstanding()
-        for row in list(self._running):
-            self._leave(row)
-            self._requeue(row)
+        for row in list(self._rows.running):
+            self._rows.leave(row)
+            self._rows.requeue(row)
             row.recoveries += 1
             self._totals["recoveries"] += 1
         self._kv.clear(num_blocks)
-        self._removed.clear()
+        self._rows.removed.clear()
         self._reset_rows = False
         self._budget.restore()
         too_large = []
-        for request in list(self._waiting):
+        for request in list(self._rows.waiting):
             request.last_sequence = 0
             if request.is_finished:
                 continue  # with another of its beams
             if self._blocks_needed(request) > self._kv.pool.num_blocks:
-                self._end(request, "too_large")
+                self._rows.end(request, "too_large")
                 too_large.append(request if request.beams is None else request.beams.members[0])
         return too_large
 
@@ -506,43 +405,25 @@ class Scheduler:
         """A snapshot; it forecasts anew, so ask at scrapes rather than at each step."""
         pool = self._kv.pool
         return SchedulerStats(
-            num_running=len(self._running),
-            num_waiting=len(self._waiting),
+            num_running=len(self._rows.running),
+            num_waiting=len(self._rows.waiting),
             blocks_total=pool.num_blocks,
             blocks_used=pool.num_used,
             blocks_cached=pool.num_cached,
             blocks_free=pool.num_free,
             refusals_in_a_row=self._budget.refusals_in_a_row,
             step_budget=self._budget.tokens,
-            predicted_peak_blocks=self._admission.peak_blocks(self._running),
+            predicted_peak_blocks=self._admission.peak_blocks(self._rows.running),
+            preemptions=self._rows.preemptions,
             **self._totals,
         )
 
     def check_integrity(self) -> None:
         """Raises AssertionError where the books do not balance."""
-        self._kv.check_integrity(self._running)
-        assert self._running == sorted(self._running, key=_order)
-        assert list(self._waiting) == sorted(self._waiting, key=_order)
-        assert {*self._running, *self._waiting} == set(self._requests.values())
+        self._rows.check_integrity()
         in_flight = Counter(request for plan in self._outstanding for request, _, _ in plan.rows)
-        for request in self._requests.values():
+        for request in self._rows.unfinished():
             assert request.in_flight == in_flight[request]
-        for request in self._waiting:
-            assert request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED)
-            assert not request.block_ids and not request.row_sent
-        for row in self._running:
-            assert row.status is RequestStatus.RUNNING
-            assert row.num_confirmed <= row.num_scheduled <= row.max_positions
-            assert row.num_scheduled <= len(row.block_ids) * self._config.block_size
-            assert row.row_sent or not row.in_flight
-            held = row.beams is not None  # until its other beams' tokens are known
-            assert row.num_confirmed < row.num_tokens + held
-            assert row.num_scheduled <= row.num_tokens or not row.lockstep
-        for request in self._requests.values():
-            if request.beams is not None:
-                assert request in request.beams.ranked
-                assert all(row.id in self._requests for row in request.beams.ranked)
-        assert not set(self._removed) & {row.id for row in self._running if row.row_sent}
 
 
 def _match(plan: OutstandingStep, result: StepResult) -> list[int]:
@@ -560,10 +441,6 @@ def _match(plan: OutstandingStep, result: StepResult) -> list[int]:
     if place != len(sampled):
         raise ProtocolError(f"step {plan.sequence} has tokens of rows it did not plan")
     return places
-
-
-def _order(request: Request) -> tuple[float, int]:
-    return request.order
 
 
 def _turn(row: Request) -> tuple[int, float, int]:

@@ -50,8 +50,9 @@ class StepDraft:
         else:
             if row.beams is not None and row.num_scheduled >= row.num_prefill_tokens:
                 self._choices.append((row.id, row.output_ids[-1]))
-            self._block_rows.extend([row.id] * len(blocks))
-            self._block_ids.extend(blocks)
+            if blocks:
+                self._block_rows.extend([row.id] * len(blocks))
+                self._block_ids.extend(blocks)
         row.num_scheduled += count
         row.in_flight += 1
         row.last_sequence = self.sequence
