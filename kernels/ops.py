@@ -18,6 +18,7 @@ import torch
 from headgate.kernels import reference
 
 if TYPE_CHECKING:
+    from headgate.kernels.int4_weight import Int4Weight
     from headgate.shard.attention_metadata import AttentionMetadata
 
 BACKENDS = ("reference", "cpu", "triton")
@@ -98,6 +99,49 @@ def pack_linear(weight: torch.Tensor, dtype: torch.dtype, quantize: str = "") ->
 
 def linear(x: torch.Tensor, weight: Any, bias: torch.Tensor | None = None) -> torch.Tensor:
     return _table["linear"](x, weight, bias)
+
+
+def linear_int8(
+    x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    return _table["linear_int8"](x, weight, scales, bias)
+
+
+def linear_fp8(
+    x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    return _table["linear_fp8"](x, weight, scales, bias)
+
+
+def linear_int4(
+    x: torch.Tensor, weight: Int4Weight, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    return _table["linear_int4"](x, weight, bias)
+
+
+def route(logits: torch.Tensor, top_k: int, renormalise: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    return _table["route"](logits, top_k, renormalise)
+
+
+def moe_mlp(
+    x: torch.Tensor,
+    experts: torch.Tensor,
+    weights: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+) -> torch.Tensor:
+    return _table["moe_mlp"](x, experts, weights, gate_up, down)
+
+
+def add_lora(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    slots: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    scaling: torch.Tensor,
+) -> torch.Tensor:
+    return _table["add_lora"](y, x, slots, a, b, scaling)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

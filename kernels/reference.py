@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
-from headgate.kernels import quantised
+from headgate.kernels import quantised, reference_products
 from headgate.kernels.quantised import QuantisedTensor
 
 if TYPE_CHECKING:  # kernels import nothing of shard; the step's metadata is read by its fields only
@@ -341,4 +341,4 @@ OPS: dict[str, Callable[..., Any]] = {
         write_kv,
         paged_attention,
     )
-}
+} | reference_products.OPS

@@ -130,11 +130,6 @@ def choose_shape(model: ModelFacts, config: LauncherConfig, hardware: Hardware) 
     device = "cuda" if hardware.gpus and not on_cpu else "cpu"
     num_shard = choose_num_shard(model, config, hardware, device)
     dtype = choose_dtype(model, config, hardware.gpus if device == "cuda" else ())
-    if config.quantize and device == "cuda":
-        raise LaunchError(
-            f"--quantize {config.quantize} is not available on GPUs in this version; --kernels cpu "
-            "serves on the CPU."
-        )
     threads = config.threads_per_shard or max(1, hardware.cores // num_shard)
     step_tokens = config.max_batch_prefill_tokens or _step_tokens(
         model, device, min(hardware.cores, threads * num_shard)

@@ -99,7 +99,7 @@ MODEL = (
     Flag(
         "quantize",
         Kind.TEXT,
-        "Quantise the weights on load (CPU): see quantization.md.",
+        "Quantise the weights on load: see quantization.md.",
         choices=_QUANTIZE + _OTHER_QUANTIZE,
         refused_values=_OTHER_QUANTIZE,
         env_aliases=("HF_MODEL_QUANTIZE",),

@@ -8,14 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from headgate.kernels import triton as kernels
+from headgate.kernels.int4_weight import Int4Weight
+from headgate.kernels.quantised import KINDS, QuantKind
+from headgate.kernels.reference_products import FP8, FP8_BLOCK
+from headgate.kernels.triton.linear_int8 import PackedQuantised
+
+CHIPS = ("sm_80", "sm_90", "sm_100")  # whose kernels are compiled for the report
+FP8_CHIPS = ("sm_90", "sm_100")
 
 _BLOCK_SIZE = 16
+_GROUP = 128  # of int4 checkpoints
+_TOP_K = 2
+_ADAPTERS, _RANK = 8, 16
 DTYPE = torch.bfloat16
 
 
@@ -31,13 +42,14 @@ class ModelShape:
     dim: int
     vocabulary: int
     qk_norm: bool = False
+    experts: int = 0  # of which each token takes 2
 
 
 MODELS = (
     ModelShape("Llama-3-8B", 4096, 14336, 32, 8, 128, 128256),
     ModelShape("Llama-3-70B / 8", 8192, 3584, 8, 1, 128, 16032),
     ModelShape("Qwen3-0.6B", 1024, 3072, 16, 8, 128, 151936, qk_norm=True),
-    ModelShape("Mixtral-8x7B", 4096, 14336, 32, 8, 128, 32000),
+    ModelShape("Mixtral-8x7B", 4096, 14336, 32, 8, 128, 32000, experts=8),
 )
 
 
@@ -69,6 +81,10 @@ class Maker:
             return torch.empty(shape, dtype=dtype, device="meta")
         return torch.randn(shape, device=self.device).to(dtype)
 
+    def filled(self, dtype: torch.dtype, *shape: int) -> torch.Tensor:
+        """Any values that fit: no product's time depends on them."""
+        return torch.ones(shape, device=self.device).to(dtype)
+
     def integers(self, values: torch.Tensor, dtype: torch.dtype = torch.int64) -> torch.Tensor:
         return values.to(dtype).to(self.device)
 
@@ -83,6 +99,7 @@ class Case:
     make: Callable[[Maker], Callable[[], Any]]
     nbytes: float
     operations: float
+    chips: tuple[str, ...] = CHIPS  # that have the instructions it needs
 
     @property
     def name(self) -> str:
@@ -202,7 +219,107 @@ def attention_cases(model: ModelShape, step: StepShape) -> Iterator[Case]:
         yield Case(op, model.name, step.name, make, nbytes, operations)
 
 
+def product_cases(model: ModelShape, step: StepShape) -> Iterator[Case]:
+    """Linear layers with quantised weights, at the shape of gate and up."""
+    tokens, width, inner = step.tokens, 2 * model.intermediate, model.hidden
+
+    def bytes_of(kind: QuantKind) -> float:
+        """Of a weight, with its share of scale and minimum."""
+        return 0.5 + 4 / kind.group if kind.offset else 1 + 2 / kind.group
+
+    def quantised(maker: Maker, kind: QuantKind) -> Callable[[], Any]:
+        groups = inner // kind.group
+        if kind.offset:
+            values = maker.filled(torch.uint8, width, inner // 2)
+        else:
+            values = maker.filled(torch.int8, width, inner)
+        scales = maker.filled(torch.bfloat16, groups, width)
+        weight = PackedQuantised(kind, inner, values, scales, scales if kind.offset else None)
+        x = maker.normal(tokens, inner)
+        return lambda: kernels.OPS["linear"](x, weight, None)
+
+    def int8(maker: Maker) -> Callable[[], Any]:
+        weight, x = maker.filled(torch.int8, width, inner), maker.normal(tokens, inner)
+        scales = maker.filled(torch.float32, width)
+        return lambda: kernels.OPS["linear_int8"](x, weight, scales, None)
+
+    def fp8(maker: Maker, *scaled: int) -> Callable[[], Any]:
+        weight, x = maker.filled(FP8, width, inner), maker.normal(tokens, inner)
+        scales = maker.filled(torch.float32, *scaled)
+        return lambda: kernels.OPS["linear_fp8"](x, weight, scales, None)
+
+    def int4(maker: Maker, awq: bool) -> Callable[[], Any]:
+        packed = (inner, width // 8) if awq else (inner // 8, width)
+        weight = Int4Weight(
+            "awq" if awq else "gptq",
+            maker.filled(torch.int32, *packed),
+            maker.filled(torch.int32, inner // _GROUP, width // 8),
+            maker.filled(DTYPE, inner // _GROUP, width),
+            _GROUP,
+        )
+        x = maker.normal(tokens, inner)
+        return lambda: kernels.OPS["linear_int4"](x, weight, None)
+
+    values = width * inner
+    block_scales = (width // FP8_BLOCK, inner // FP8_BLOCK)
+    listed: list[tuple[str, Callable[[Maker], Callable[[], Any]], float]] = [
+        *(
+            (f"linear {kind.name}", partial(quantised, kind=kind), values * bytes_of(kind))
+            for kind in KINDS.values()
+        ),
+        ("linear_int8", int8, values),
+        ("linear_fp8, a tensor's scale", lambda maker: fp8(maker, 1), values),
+        ("linear_fp8, channels", lambda maker: fp8(maker, width), values),
+        ("linear_fp8, blocks", lambda maker: fp8(maker, *block_scales), values),
+        ("linear_int4, GPTQ", lambda maker: int4(maker, False), values * (0.5 + 2.5 / _GROUP)),
+        ("linear_int4, AWQ", lambda maker: int4(maker, True), values * (0.5 + 2.5 / _GROUP)),
+    ]
+    moved = tokens * (inner + width) * DTYPE.itemsize
+    for op, make, nbytes in listed:
+        chips = FP8_CHIPS if "fp8" in op else CHIPS
+        work = 2 * tokens * values
+        yield Case(op, model.name, step.name, make, nbytes + moved, work, chips)
+
+
+def grouped_cases(model: ModelShape, step: StepShape) -> Iterator[Case]:
+    """Adapters; experts, where the model has them."""
+    tokens, width, inner = step.tokens, model.hidden, model.intermediate
+
+    def lora(maker: Maker) -> Callable[[], Any]:
+        x, y = maker.normal(tokens, width), maker.normal(tokens, width)
+        a, b = maker.normal(_ADAPTERS, _RANK, width), maker.normal(_ADAPTERS, width, _RANK)
+        slots = maker.integers(torch.arange(tokens) % _ADAPTERS, torch.int32)
+        scaling = maker.filled(torch.float32, _ADAPTERS)
+        return lambda: kernels.OPS["add_lora"](y, x, slots, a, b, scaling)
+
+    def route(maker: Maker) -> Callable[[], Any]:
+        logits = maker.normal(tokens, model.experts)
+        return lambda: kernels.OPS["route"](logits, _TOP_K, True)
+
+    def moe(maker: Maker) -> Callable[[], Any]:
+        x = maker.normal(tokens, width)
+        numbers = torch.arange(tokens * _TOP_K) % model.experts
+        experts = maker.integers(numbers.view(tokens, _TOP_K), torch.int32)
+        weights = maker.filled(torch.float32, tokens, _TOP_K)
+        gate_up = maker.normal(model.experts, 2 * inner, width)
+        down = maker.normal(model.experts, width, inner)
+        return lambda: kernels.OPS["moe_mlp"](x, experts, weights, gate_up, down)
+
+    item = DTYPE.itemsize
+    low = min(_ADAPTERS, tokens) * 2 * _RANK * width * item
+    work = 4 * tokens * _RANK * width
+    yield Case("add_lora", model.name, step.name, lora, low + 3 * tokens * width * item, work)
+    if model.experts:
+        routed = tokens * model.experts * item + 8 * tokens * _TOP_K
+        yield Case("route", model.name, step.name, route, routed, 5 * tokens * model.experts)
+        weights = 3 * min(model.experts, tokens * _TOP_K) * inner * width * item
+        work = 6 * tokens * _TOP_K * inner * width
+        yield Case("moe_mlp", model.name, step.name, moe, weights + 2 * tokens * width * item, work)
+
+
 GENERATORS: tuple[Callable[[ModelShape, StepShape], Iterator[Case]], ...] = (
     token_cases,
     attention_cases,
+    product_cases,
+    grouped_cases,
 )

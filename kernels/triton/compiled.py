@@ -22,7 +22,6 @@ from headgate.kernels.triton.launch import Launch
 
 # Shared memory that one program may have, in bytes.
 SHARED_LIMIT = {"sm_80": 163 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}
-CHIPS = ("sm_80", "sm_90", "sm_100")
 
 _POINTERS = {
     torch.float32: "*fp32",

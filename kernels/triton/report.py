@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from headgate.kernels.triton.cases import Case, Maker, all_cases
-from headgate.kernels.triton.compiled import CHIPS, Compiled, compile_for
+from headgate.kernels.triton.cases import CHIPS, Case, Maker, all_cases
+from headgate.kernels.triton.compiled import Compiled, compile_for
 from headgate.kernels.triton.launch import INTERPRETED, Launch, recording
 
 _DOCS = Path(__file__).resolve().parents[2] / "docs"
@@ -72,10 +72,13 @@ def rows_of(cases: Iterable[Case], chips: Iterable[str]) -> list[Row]:
     identities: dict[str, dict[str, list[Launch]]] = {}
     cases = list(cases)
     for case in cases:
-        identities[case.name] = {chip: _launches(case, chip) for chip in chips}
+        wanted = [chip for chip in chips if chip in case.chips]
+        identities[case.name] = {chip: _launches(case, chip) for chip in wanted}
     compiled: dict[str, Compiled] = {}
     for case in cases:
         by_chip = identities[case.name]
+        if not by_chip:
+            continue
         for index in range(len(next(iter(by_chip.values())))):
             found = {}
             for chip in by_chip:
@@ -129,7 +132,7 @@ def table(rows: Iterable[Row]) -> str:
     ]
     for row in rows:
         cells = row.cells()
-        lines.append(f"{row.key} {' | '.join(cells[chip] for chip in CHIPS)} |")
+        lines.append(f"{row.key} {' | '.join(cells.get(chip, '-') for chip in CHIPS)} |")
     return "\n".join(lines)
 
 

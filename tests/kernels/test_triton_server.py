@@ -27,10 +27,16 @@ def answers(server: LiveServer) -> list[list[int]]:
 
 
 @pytest.mark.parametrize(
-    "num_shard", [pytest.param(1, marks=pytest.mark.exhaustive), 2], ids=["1 shard", "2 shards"]
+    "chosen",
+    [
+        "--num-shard 2",
+        pytest.param("--num-shard 1", marks=pytest.mark.exhaustive),
+        pytest.param("--num-shard 1 --quantize int8", marks=pytest.mark.exhaustive),
+        pytest.param("--num-shard 2 --quantize int4", marks=pytest.mark.exhaustive),
+    ],
 )
-def test_a_server_gives_the_reference_s_tokens(tiny_llama: Path, num_shard: int) -> None:
-    flags = ("--model-id", str(tiny_llama), "--num-shard", str(num_shard), *FLAGS)
+def test_a_server_gives_the_reference_s_tokens(tiny_llama: Path, chosen: str) -> None:
+    flags = ("--model-id", str(tiny_llama), *chosen.split(), *FLAGS)
     with launched(*flags, "--kernels", "reference") as server:
         wanted = answers(server)
     with launched(*flags, "--kernels", "triton", env={"TRITON_INTERPRET": "1"}) as server:

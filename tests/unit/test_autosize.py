@@ -198,10 +198,11 @@ def test_quantised_weights_are_counted_as_they_are_held(
     assert sizes().quantize == ""
 
 
-def test_quantised_weights_are_for_cpus() -> None:
+def test_quantised_weights_on_a_gpu() -> None:
     hardware = replace(MACHINE, gpus=(L4,))
-    assert "--quantize int8 is not available on GPUs" in refusal("--quantize int8", SMALL, hardware)
-    assert sizes("--quantize int8 --kernels cpu", SMALL, hardware).device == "cpu"
+    found = sizes("--quantize int8", SMALL, hardware)
+    assert (found.device, found.quantize) == ("cuda", "int8")
+    assert found.weight_bytes < sizes("", SMALL, hardware).weight_bytes
 
 
 def test_a_float32_checkpoint() -> None:

@@ -1,0 +1,29 @@
+"""The linear layer: cuBLAS for weights as they are, linear_int8.py for quantised ones.
+
+Shapes: x[T, K] -> [T, N]. cuBLAS chooses its order of summation by T too: on a GPU a row's bits may
+depend on how many rows are computed beside it, unless its weights are quantised.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from headgate.kernels import reference
+from headgate.kernels.quantised import QuantisedTensor
+from headgate.kernels.triton.linear_int8 import PackedQuantised, linear_quantised
+
+
+def pack_linear(
+    weight: torch.Tensor, dtype: torch.dtype, quantize: str = ""
+) -> torch.Tensor | PackedQuantised:
+    packed = reference.pack_linear(weight, dtype, quantize)
+    return PackedQuantised.of(packed) if isinstance(packed, QuantisedTensor) else packed
+
+
+def linear(
+    x: torch.Tensor, weight: torch.Tensor | PackedQuantised, bias: torch.Tensor | None
+) -> torch.Tensor:
+    if not isinstance(weight, PackedQuantised):
+        return reference.linear(x, weight, bias)
+    rows = x if x.dim() == 2 and x.stride(-1) == 1 else x.reshape(-1, x.shape[-1])
+    return linear_quantised(rows, weight, bias).view(*x.shape[:-1], weight.shape[0])
