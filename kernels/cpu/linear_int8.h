@@ -68,14 +68,25 @@ void quantise_rows_tile(const void* data, int64_t tile) {
   }
 }
 
+// Loads of weights for one vector of columns in a group.
+template <int Q>
+constexpr int kStepsOf = Q == kInt4 ? kInt4Group / 8 : kInt8Group / 4;
+
+// Weights that will be needed: the address of the next ones, and how far it moves on at each step.
+struct Ahead {
+  const char* address;
+  int64_t stride;
+};
+
 // sums[r][v] += the products of one group. x[k / 4][R][4]; w at the first of V vectors of columns.
 template <int Q, int R, int V>
-HG_INLINE void add_group(const int8_t* x, const char* w, vi (&sums)[R][V]) {
+HG_INLINE void add_group(const int8_t* x, const char* w, Ahead& ahead, vi (&sums)[R][V]) {
   constexpr int kParts = Q == kInt4 ? 2 : 1;
-  constexpr int kSteps = (Q == kInt4 ? kInt4Group : kInt8Group) / 4 / kParts;
-  for (int step = 0; step < kSteps; ++step, w += kPanel * 4) {
-    __builtin_prefetch(w + kQuantisedPrefetch);
-    __builtin_prefetch(w + kQuantisedPrefetch + 64);
+  for (int step = 0; step < kStepsOf<Q>; ++step, w += kPanel * 4) {
+    // A single row takes each weight once: what is fetched far ahead need not enter the first level.
+    __builtin_prefetch(ahead.address, 0, R == 1 ? 2 : 3);
+    __builtin_prefetch(ahead.address + 64, 0, R == 1 ? 2 : 3);
+    ahead.address += ahead.stride;
     vi loaded[V];
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) loaded[v] = load_int(w + v * VL * 4);
@@ -99,8 +110,8 @@ HG_INLINE void add_group(const int8_t* x, const char* w, vi (&sums)[R][V]) {
 
 // R rows, V vectors of columns; y points at the first column.
 template <int Q, int R, int V>
-void multiply_quantised(const char* x, const char* block, int first, int64_t groups, float* y,
-                        int64_t y_stride, int64_t columns, const float* bias) {
+void multiply_quantised(const char* x, const char* block, Ahead ahead, int first, int64_t groups,
+                        float* y, int64_t y_stride, int64_t columns, const float* bias) {
   constexpr int kGroup = Q == kInt4 ? kInt4Group : kInt8Group;
   constexpr int kHeader = kPanel * (Q == kInt4 ? 4 : 2);
   constexpr int kBlock = kPanel * (Q == kInt4 ? kInt4Group / 2 : kInt8Group) + kHeader;
@@ -117,7 +128,7 @@ void multiply_quantised(const char* x, const char* block, int first, int64_t gro
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
       for (int v = 0; v < V; ++v) sums[r][v] = set1i(Q == kInt8 ? correction[r] : 0);
-    add_group<Q, R, V>((const int8_t*)(x + R * 8), block + kHeader + first * 4, sums);
+    add_group<Q, R, V>((const int8_t*)(x + R * 8), block + kHeader + first * 4, ahead, sums);
     const uint16_t* weight_scale = (const uint16_t*)block + first;
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) {
@@ -138,15 +149,15 @@ void multiply_quantised(const char* x, const char* block, int first, int64_t gro
 
 // All columns of one panel for R rows.
 template <int Q, int R>
-void multiply_quantised_panel(const char* x, const char* panel, int64_t groups, float* y,
-                              int64_t y_stride, int64_t columns, const float* bias) {
+void multiply_quantised_panel(const char* x, const char* panel, Ahead ahead, int64_t groups,
+                              float* y, int64_t y_stride, int64_t columns, const float* bias) {
   constexpr int V = kQuantisedVectors;
   for (int first = 0; first < kPanel && first < columns; first += V * VL)
-    multiply_quantised<Q, R, V>(x, panel, first, groups, y + first, y_stride, columns - first,
-                                bias ? bias + first : nullptr);
+    multiply_quantised<Q, R, V>(x, panel, ahead, first, groups, y + first, y_stride,
+                                columns - first, bias ? bias + first : nullptr);
 }
 
-using QuantisedPanel = void (*)(const char*, const char*, int64_t, float*, int64_t, int64_t,
+using QuantisedPanel = void (*)(const char*, const char*, Ahead, int64_t, float*, int64_t, int64_t,
                                 const float*);
 
 template <int Q>
@@ -167,15 +178,20 @@ QuantisedPanel quantised_panel(int64_t rows) {
 
 template <int Q>
 void multiply_panels(const QuantisedLinearJob& job, int64_t first, int64_t last, RowRange tiles) {
-  const int64_t groups = group_count(job.inner, Q);
+  const int64_t groups = group_count(job.inner, Q), panel_bytes = groups * block_bytes(Q);
+  const int64_t count = tiles.last - tiles.first;
+  // Each row tile asks for its share of the next panel, one alone for what it will soon take itself.
+  const int64_t stride = (block_bytes(Q) + kStepsOf<Q> * count - 1) / (kStepsOf<Q> * count);
   for (int64_t panel = first; panel < last; ++panel) {
-    const char* weight = job.weight + panel * groups * block_bytes(Q);
+    const char* weight = job.weight + panel * panel_bytes;
     const int64_t column = panel * kPanel;
     const int64_t columns = job.columns - column < kPanel ? job.columns - column : kPanel;
     for (int64_t tile = tiles.first; tile < tiles.last; ++tile) {
       const RowRange range = row_range(job.rows, job.row_tiles, tile);
+      const int64_t part = (tile - tiles.first) * panel_bytes / count;
+      const Ahead ahead = {weight + (count == 1 ? kQuantisedPrefetch : panel_bytes + part), stride};
       quantised_panel<Q>(range.last - range.first)(
-          job.x + range.first * groups * row_group_bytes(Q), weight, groups,
+          job.x + range.first * groups * row_group_bytes(Q), weight, ahead, groups,
           job.y + range.first * job.y_stride + column, job.y_stride, columns,
           job.bias ? job.bias + column : nullptr);
     }
