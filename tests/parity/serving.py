@@ -40,7 +40,7 @@ class Answer:
 class Server:
     """Serves requests from one checkpoint; the scheduler's limits are set by `limits`."""
 
-    def __init__(self, checkpoint: Path, max_total_tokens: int = 512) -> None:
+    def __init__(self, checkpoint: Path, max_total_tokens: int = 512, quantize: str = "") -> None:
         self._config = ShardConfig(
             model_path=str(checkpoint),
             dtype="bfloat16",
@@ -52,10 +52,13 @@ class Server:
             addresses=("unix:unused",),
             block_size=BLOCK_SIZE,
             num_blocks=1024,
+            quantize=quantize,
         )
         ops.use("", "cpu")
         group = single_group()
-        model = load_model(checkpoint, dtype="bfloat16", device="cpu", group=group)
+        model = load_model(
+            checkpoint, dtype="bfloat16", device="cpu", group=group, quantize=quantize
+        )
         self._runner = ModelRunner(model, group, self._config, ShardIdentity(0, 1, 1))
         self._runner.record()
         self.limits()

@@ -22,21 +22,30 @@ from tests.parity.serving import Answer, Job, Server
 GREEDY = RowSampling(max_new_tokens=40, logprobs=True, ignore_eos=True)
 SEEDED = replace(GREEDY, temperature=0.9, top_k=50, top_p=0.95, seed=1234)
 PENALISED = replace(SEEDED, repetition_penalty=1.2, frequency_penalty=0.3, min_p=0.01, seed=77)
+QUANTISED = {"tiny llama in int8": "int8", "tiny llama in int4": "int4"}
 
 
-@pytest.fixture(scope="module", params=["tiny llama", "tiny mistral with a window", "embedded"])
-def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if request.param == "embedded":
+@pytest.fixture(
+    scope="module", params=["tiny llama", "tiny mistral with a window", "embedded", *QUANTISED]
+)
+def model(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+@pytest.fixture(scope="module")
+def checkpoint(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if model == "embedded":
         return ensure_embedded_model()
     path = tmp_path_factory.mktemp("model")
-    if request.param == "tiny llama":
+    if "llama" in model:
         return make_checkpoint(path, "llama")
     return make_checkpoint(path, "mistral", sliding_window=20)
 
 
 @pytest.fixture(scope="module")
-def server(checkpoint: Path) -> Iterator[Server]:
-    yield Server(checkpoint)
+def server(model: str, checkpoint: Path) -> Iterator[Server]:
+    yield Server(checkpoint, quantize=QUANTISED.get(model, ""))
 
 
 def random_prompt(seed: int, length: int) -> list[int]:
