@@ -11,12 +11,11 @@ import logging
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from headgate.proto import router_pb2
-from headgate.proto.messages import Pooling, RowEnd, StepPlan, StepResult
-from headgate.router.beam_rows import BeamGroup
-from headgate.router.beam_search import BeamParams, BeamSearch, Hypothesis
+from headgate.proto.messages import StepPlan, StepResult
+from headgate.router.beam_search import Hypothesis
 from headgate.router.best_of import BestOf
 from headgate.router.config import RouterConfig
 from headgate.router.errors import (
@@ -28,10 +27,10 @@ from headgate.router.errors import (
     UnavailableError,
     ValidationError,
 )
+from headgate.router.live_answers import LiveAnswers
 from headgate.router.live_requests import Limiter, LiveAnswer, LiveRequest, Permit, Sink
 from headgate.router.metrics import Metrics, StepTimes
 from headgate.router.output_processor import Outcome, OutputProcessor
-from headgate.router.request import Request
 from headgate.router.row_output import ProtocolError, RowOutput
 from headgate.router.scheduler import Scheduler
 from headgate.router.scheduler_config import RequestTooLarge, SchedulerConfig
@@ -79,8 +78,7 @@ class Engine:
         self._outputs = outputs
         self._metrics = metrics
         self._limiter = Limiter(config.max_concurrent_requests)
-        self._live: dict[int, LiveAnswer] = {}  # by row id
-        self._next_id = 1
+        self._live = LiveAnswers(outputs)
         self._backlog: list[LiveAnswer] = []  # accepted before there was any KV memory
         self._scheduler: Scheduler | None = None
         self._wake = asyncio.Event()
@@ -113,16 +111,11 @@ class Engine:
         if valid.ranked:
             sink = BestOf(sink, valid.num_answers, valid.num_given)
         live = LiveRequest(valid, sink, permit)
-        for index in range(valid.num_answers):
-            if index not in valid.progress or not valid.progress[index].finished:
-                self._open(live, index)
-        if valid.beams is not None:
-            self._make_beams(live, valid.beams)
+        to_schedule = self._live.open(live)
         resumed: list[tuple[LiveAnswer, Outcome]] = []
         try:
-            # Beams are scheduled by the first of them.
-            for answer in live.answers if valid.beams is None else live.answers[:1]:
-                outcome = self._resume(answer)
+            for answer in to_schedule:
+                outcome = self._live.resume(answer)
                 if outcome is not None:
                     resumed.append((answer, outcome))
                 if outcome is None or not outcome.reason:
@@ -145,43 +138,6 @@ class Engine:
         self._wake.set()
         return live
 
-    def _open(self, live: LiveRequest, index: int) -> None:
-        """One more answer; the first of them computes the prompt for the others."""
-        valid, leader = live.valid, live.answers[0].request if live.answers else None
-        sampling = replace(
-            valid.sampling,
-            sample_index=index,
-            prompt_logprobs=valid.sampling.prompt_logprobs and index == 0,
-        )
-        request = Request(
-            id=self._take_id(),
-            prompt_ids=valid.prompt_ids,
-            sampling=sampling,
-            arrival=valid.arrival,
-            # Either wants something of each prompt token, which the cache does not have.
-            skip_prefix_cache=sampling.prompt_logprobs or sampling.pooling is Pooling.MEAN,
-            leader=leader,
-        )
-        answer = LiveAnswer(live, request, self._outputs.open(request.id, valid, index))
-        live.answers.append(answer)
-        live.num_open += 1
-        self._live[request.id] = answer
-
-    def _make_beams(self, live: LiveRequest, params: BeamParams) -> None:
-        """Rows for all beams, the first of them those of the answers."""
-        rows = [answer.request for answer in live.answers]
-        first = rows[0]
-        while len(rows) < params.width:
-            rows.append(
-                Request(self._take_id(), first.prompt_ids, first.sampling, arrival=first.arrival)
-            )
-        for row in rows:
-            row.sampling = params.row_sampling(row.sampling)
-            row.leader = None
-        for row in rows[1:]:
-            row.sampling = replace(row.sampling, prompt_logprobs=False)
-        BeamGroup.of(BeamSearch(params), rows)
-
     def cancel(self, live: LiveRequest) -> None:
         """The client left: memory is freed at once, nothing more is sent. Idempotent."""
         if not live.ended:
@@ -191,7 +147,7 @@ class Engine:
         """Ends the requests with this request or call id with an error; how many there were."""
         named = {
             answer.live
-            for answer in self._live.values()
+            for answer in self._live
             if name in (answer.live.valid.request_id, answer.live.valid.call_id)
         }
         for live in named:
@@ -205,7 +161,7 @@ class Engine:
             live.sink.send(router_pb2.GenerateEvent(error=error.to_proto()))
 
     def fail_all(self, error: RouterError) -> None:
-        for answer in list(self._live.values()):
+        for answer in self._live:
             self.fail(answer.live, error)
 
     @property
@@ -268,11 +224,9 @@ class Engine:
                     self.fail(answer.live, ValidationError(str(error), field="max_new_tokens"))
         else:
             for request in self._scheduler.reset(num_blocks):
-                if request.id in self._live:  # else it went with another of its answers
-                    self.fail(
-                        self._live[request.id].live,
-                        GenerationError("the new shards have too little memory"),
-                    )
+                found = self._live.get(request.id)
+                if found is not None:  # else it went with another of the request
+                    self.fail(found.live, GenerationError("the new shards have too little memory"))
         if self._lost_group:
             self._lost_group = False
             self._metrics.value("tgi_group_recoveries").inc()
@@ -288,7 +242,7 @@ class Engine:
         self._lost_group = True
         if self._scheduler is not None:
             self._scheduler.reset()
-        for answer in list(self._live.values()):
+        for answer in self._live:
             if answer.request.recoveries >= MAX_RECOVERIES:
                 self.fail(
                     answer.live,
@@ -356,8 +310,10 @@ class Engine:
     def _holds_prompt(self, plan: StepPlan) -> bool:
         if plan.new_rows or any(count > 1 for count in plan.counts):
             return True
-        requests = (self._live[row].request for row in plan.rows if row in self._live)
-        return any(request.num_scheduled <= request.num_prefill_tokens for request in requests)
+        answers = filter(None, map(self._live.get, plan.rows))
+        return any(
+            answer.request.num_scheduled <= answer.request.num_prefill_tokens for answer in answers
+        )
 
     def _take(self, step: _Step, result: StepResult) -> None:
         """A result: tokens go to their clients, what ended is freed."""
@@ -428,10 +384,10 @@ class Engine:
         for answer, hypothesis in zip(live.answers, hypotheses, strict=False):
             answer.first_token, answer.score = now, hypothesis.score
             self._metrics.tokens_at_once(len(hypothesis.token_ids))
-            last = len(hypothesis.token_ids) - 1
-            for place, id_ in enumerate(hypothesis.token_ids):
-                end = hypothesis.end if place == last else RowEnd.NONE
-                self._deliver(answer, answer.text.push(id_, hypothesis.logprobs[place], end=end))
+            tokens, outcome = answer.text.push_all(hypothesis)
+            live.sink.send(router_pb2.GenerateEvent(tokens=tokens))
+            if not live.ended:
+                self._finish(answer, outcome)
 
     def _count_token(self, answer: LiveAnswer, now: float, gaps: Counter[float]) -> None:
         if answer.last_token is None:
@@ -468,33 +424,13 @@ class Engine:
             embedding=outcome.embedding,
             score=answer.score,
         )
-        self._forget(answer)
+        self._live.close(answer)
         live.sink.send(router_pb2.GenerateEvent(finished=finished))
         if live.ended:
             self._metrics.succeeded(live.times(now), live.num_tokens)
             live.log_end(_REASON_NAMES[outcome.reason], now, self._config.log_prompts)
 
     # ------------------------------------------------------------------ books
-
-    def _take_id(self) -> int:
-        """A row id that no live answer has."""
-        while True:
-            taken = self._next_id
-            self._next_id = taken % 0xFFFFFFFF + 1
-            if taken not in self._live:
-                return taken
-
-    def _resume(self, answer: LiveAnswer) -> Outcome | None:
-        """Takes over what an earlier router delivered; the outcome may be that it was all."""
-        valid = answer.live.valid
-        progress = valid.progress.get(answer.index)
-        if progress is None:
-            return None
-        ids = [token.id for token in progress.tokens]
-        end = self._outputs.end_of(valid, ids)
-        outcome = answer.text.replay(progress.tokens, progress.text_offset, end)
-        answer.request.output_ids.extend(ids[: answer.text.num_tokens])
-        return outcome
 
     def _queue(self, answer: LiveAnswer) -> None:
         """Raises RequestTooLarge."""
@@ -517,14 +453,4 @@ class Engine:
                     self._scheduler.cancel(answer.request.id)
                 if answer in self._backlog:
                     self._backlog.remove(answer)
-                self._forget(answer)
-
-    def _forget(self, answer: LiveAnswer) -> None:
-        """It has ended; with the last of its answers the request has."""
-        live = answer.live
-        del self._live[answer.request.id]
-        self._outputs.close(answer.request.id)
-        live.num_open -= 1
-        if not live.num_open:
-            live.ended = True
-            live.permit.release()
+                self._live.close(answer)

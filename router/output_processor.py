@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from headgate.proto import router_pb2
 from headgate.proto.messages import PromptLogprobs, RowEnd, TopTokens
+from headgate.router.beam_search import Hypothesis
 from headgate.router.detokenizer import Detokenizer, Pieces
 from headgate.router.pooling import normalised
 from headgate.router.row_output import RowOutput
@@ -134,6 +135,17 @@ class Answer:
                 router_pb2.FINISH_REASON_STOP_SEQUENCE if stopped else FINISH_REASONS[end]
             )
         return outcome
+
+    def push_all(self, hypothesis: Hypothesis) -> tuple[router_pb2.Tokens, Outcome]:
+        """Takes a whole answer; its tokens as one message, and what the last of them brought."""
+        message = router_pb2.Tokens(index=self._index)
+        *others, last = zip(hypothesis.token_ids, hypothesis.logprobs, strict=True)
+        for id_, logprob in others:
+            message.MergeFrom(self.push(id_, logprob).tokens)
+        outcome = self.push(*last, end=hypothesis.end)
+        message.MergeFrom(outcome.tokens)
+        message.first_index, message.text_offset, message.text = 0, 0, self.text
+        return message, outcome
 
     def replay(self, tokens: Iterable[router_pb2.Token], text_offset: int, end: RowEnd) -> Outcome:
         """Takes tokens that an earlier router delivered, with the text up to `text_offset`.

@@ -1,12 +1,15 @@
-"""Servers shared by a test session, started when first asked for."""
+"""Servers and a reference shared by a test session, started when first asked for."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from headgate.launcher.embedded_model import ensure_embedded_model
 from tests.checkpoints import make_checkpoint
 from tests.server.live_server import LiveServer, launched
 
@@ -36,3 +39,12 @@ def small(tiny_checkpoint: Path) -> Iterator[LiveServer]:
     flags = ("--max-total-tokens", "128", "--max-concurrent-requests", "8")
     with launched("--model-id", str(tiny_checkpoint), *flags) as live:
         yield live
+
+
+@pytest.fixture(scope="session")
+def reference() -> Any:
+    """The embedded model in Transformers, in float32."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(ensure_embedded_model(), dtype=torch.float32)
+    return model.eval().requires_grad_(False)

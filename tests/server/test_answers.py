@@ -7,14 +7,12 @@ reference's two best logits lie within 1e-3 of each other the rest is not compar
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 
-from headgate.launcher.embedded_model import ensure_embedded_model
 from tests.server.live_server import LiveServer, launched
 
 PROMPTS = (
@@ -41,15 +39,6 @@ PROMPTS = (
 )
 NEAR_TIE = 1e-3
 LOGPROB_TOLERANCE = 2e-3
-
-
-@pytest.fixture(scope="module")
-def reference() -> Iterator[Any]:
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(ensure_embedded_model(), dtype=torch.float32)
-    with torch.inference_mode():
-        yield model.eval()
 
 
 def _prompt_ids(server: LiveServer, prompt: str) -> list[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -10,7 +9,6 @@ import pytest
 import torch
 
 from headgate import Client
-from headgate.launcher.embedded_model import ensure_embedded_model
 from tests.server.live_server import LiveServer
 from tests.server.test_answers import PROMPTS
 
@@ -93,15 +91,6 @@ BEAM_CASES: tuple[dict[str, Any], ...] = (
 )
 EARLY_STOPPING: tuple[bool | str, ...] = (False, True, "never")
 BEAM_TIE = 2e-3  # of a score: what the stored weights' rounding may change
-
-
-@pytest.fixture(scope="module")
-def reference() -> Iterator[Any]:
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(ensure_embedded_model(), dtype=torch.float32)
-    with torch.inference_mode():
-        yield model.eval()
 
 
 def reference_beams(model: Any, ids: list[int], case: dict[str, Any]) -> tuple[list[int], float]:
