@@ -44,6 +44,10 @@ VARIABLES: tuple[Variable, ...] = (
         "HEADGATE_CPU_ISA",
         "avx512, avx2 or generic: instructions for the CPU kernels (default: the best there are).",
     ),
+    Variable(
+        "HEADGATE_STEP_TRACE",
+        "A file: each shard writes there, with its rank appended, when each step began and ended.",
+    ),
     Variable("XDG_CACHE_HOME", "Else they are in `headgate` below this one (default ~/.cache)."),
     Variable(
         "ATTENTION",

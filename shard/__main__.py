@@ -18,6 +18,7 @@ from types import FrameType
 
 import torch
 
+from headgate import garbage
 from headgate.config_file import ConfigError, load_config
 from headgate.kernels import ops
 from headgate.log import set_up_logging
@@ -32,6 +33,7 @@ from headgate.shard.models.registry import load_model
 from headgate.shard.null_runner import NullRunner
 from headgate.shard.runner import Runner
 from headgate.shard.server import ShardService, start_server
+from headgate.shard.step_trace import StepTrace
 
 logger = logging.getLogger("headgate.shard")
 
@@ -46,6 +48,7 @@ class ShardProcess:
 
     def __init__(self) -> None:
         self._socket_path = ""
+        self._trace: StepTrace | None = None
         self._stopping = threading.Event()
         self._failing = threading.Lock()
 
@@ -61,7 +64,9 @@ class ShardProcess:
             logger.error("the launcher is gone")
             self.exit(1)
         self._socket_path = address.removeprefix("unix:") if address.startswith("unix:") else ""
-        server = start_server(ShardService(runner, thread), address)
+        self._trace = StepTrace.from_environment(os.environ, identity.rank)
+        garbage.settle()
+        server = start_server(ShardService(runner, thread, self._trace), address)
         fields = {"address": address, "epoch": identity.epoch}
         logger.info("shard serves", extra={"fields": fields})
         server.wait_for_termination()
@@ -91,6 +96,8 @@ class ShardProcess:
         if self._socket_path:
             with contextlib.suppress(OSError):  # already removed, with its directory
                 os.unlink(self._socket_path)
+        if self._trace is not None:
+            self._trace.close()
         sys.stderr.flush()
         os._exit(code)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -14,9 +15,10 @@ from grpc_reflection.v1alpha import reflection
 
 from headgate.config_file import ConfigError
 from headgate.proto import shard_pb2, shard_pb2_grpc
-from headgate.proto.messages import StepPlan, decode_plan, encode_result
+from headgate.proto.messages import StepPlan, StepResult, decode_plan, encode_result
 from headgate.shard.model_thread import ModelThread
 from headgate.shard.runner import Runner
+from headgate.shard.step_trace import StepTrace
 from headgate.shard.vote import Superseded
 
 SERVICE_NAME = shard_pb2.DESCRIPTOR.services_by_name["Shard"].full_name
@@ -28,7 +30,7 @@ class StepStream:
     """One client's stream of plans. It is current until it ends or another one opens."""
 
     def __init__(self) -> None:
-        self._results: queue.SimpleQueue[shard_pb2.StepResult | None] = queue.SimpleQueue()
+        self._results: queue.SimpleQueue[StepResult | None] = queue.SimpleQueue()
         self._closed = threading.Event()
 
     @property
@@ -40,19 +42,20 @@ class StepStream:
         self._closed.set()
         self._results.put(None)
 
-    def put(self, result: shard_pb2.StepResult) -> None:
+    def put(self, result: StepResult) -> None:
         self._results.put(result)
 
     def results(self) -> Iterator[shard_pb2.StepResult]:
         while (result := self._results.get()) is not None:
-            yield result
+            yield encode_result(result)  # here, beside the next step
 
 
 class ShardService(shard_pb2_grpc.ShardServicer):
     """headgate.shard.v1.Shard over one runner."""
 
-    def __init__(self, runner: Runner, thread: ModelThread) -> None:
+    def __init__(self, runner: Runner, thread: ModelThread, trace: StepTrace | None = None) -> None:
         self._runner = runner
+        self._trace = trace
         self._thread = thread
         self._lock = threading.Lock()
         self._stream: StepStream | None = None  # the current one
@@ -150,11 +153,14 @@ class ShardService(shard_pb2_grpc.ShardServicer):
     def _step(self, stream: StepStream, plan: StepPlan, problem: str) -> None:
         if not stream.is_current:
             return
+        began = time.perf_counter_ns()
         try:
             result = self._runner.step(plan, lambda: stream.is_current, problem)
         except Superseded:
             return
-        stream.put(encode_result(result))
+        stream.put(result)
+        if self._trace is not None:
+            self._trace.note(plan, began, time.perf_counter_ns())
 
 
 def _decode(message: shard_pb2.StepPlan) -> tuple[StepPlan, str]:

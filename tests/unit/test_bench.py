@@ -20,11 +20,13 @@ from headgate.bench.processes import cpu_used, usage
 from headgate.bench.report import render
 from headgate.bench.results import Run, Session, spread
 from headgate.bench.scheduling import step_milliseconds
+from headgate.bench.steps import gaps, read_trace
 from headgate.bench.streams import StreamFailed, Streams
 from headgate.bench.workload import BenchRequest, make_requests, make_warm_up
-from headgate.proto.messages import RowSampling
+from headgate.proto.messages import RowSampling, StepPlan
 from headgate.router.kv_cache_manager import KVCacheManager
 from headgate.router.request import Request
+from headgate.shard.step_trace import StepTrace
 from tests.unit.tokenizers_for_tests import byte_level
 
 TOKENIZER = byte_level()
@@ -126,6 +128,22 @@ def test_the_page_has_medians_shares_and_ratios(tmp_path: Path) -> None:
     assert spread([1.0]) == 0.0
 
 
+def test_gaps_between_decode_steps_are_read_from_a_trace(tmp_path: Path) -> None:
+    trace = StepTrace.from_environment({"HEADGATE_STEP_TRACE": str(tmp_path / "trace")}, 1)
+    assert trace is not None and StepTrace.from_environment({}, 0) is None
+    times = [(0, 10), (12, 20), (23, 30), (90, 100), (101, 110)]
+    for sequence, (began, ended) in enumerate(times, start=1):
+        counts = [5, 1] if sequence == 3 else [1, 1]
+        trace.note(StepPlan(1, sequence, rows=(1, 2), counts=counts), began, ended)
+    trace.close()
+    with (tmp_path / "trace.1").open("a") as file:
+        file.write("6 2 2 11")  # the process was killed
+    steps = read_trace(tmp_path / "trace.1")
+    assert len(steps) == 5
+    assert list(gaps(steps, rows=2)) == [(2, 8), (1, 9)]
+    assert list(gaps(steps, rows=3)) == []
+
+
 def test_processes_are_counted_by_role() -> None:
     before = usage(os.getpid())
     sum(number * number for number in range(2_000_000))
@@ -139,7 +157,7 @@ def answering(answer: bytes) -> Iterator[str]:
     """The address of a server that gives every request this answer."""
 
     def serve(connection: socket.socket) -> None:
-        with connection:
+        with connection, contextlib.suppress(OSError):
             while connection.recv(65536):
                 connection.sendall(answer)
 
