@@ -1,0 +1,54 @@
+"""docs/migrating.md: every line about TGI's behaviour names a test that exists and says its fate.
+
+And docs/api.md says something of each field of OpenAI's own clients.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+from openai.types import completion_create_params
+from openai.types.chat import completion_create_params as chat_create_params
+from openai.types.responses import response_create_params
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "migrating.md").read_text()
+API = (ROOT / "docs" / "api.md").read_text()
+
+
+def rows() -> list[list[str]]:
+    table = PAGE.split("| Behaviour of TGI | Here | Test |\n|---|---|---|\n")[1]
+    lines = table.split("\n\n")[0].strip().splitlines()
+    return [re.split(r" \| ", line.strip("| ")) for line in lines]
+
+
+def test_every_line_is_kept_fixed_or_dropped() -> None:
+    assert len(rows()) > 60
+    for cells in rows():
+        assert len(cells) == 3, cells
+        assert re.match(r"(kept|fixed|dropped)\b", cells[1]), cells
+
+
+def test_every_named_test_exists() -> None:
+    functions: set[str] = set()
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        tree = ast.parse(path.read_text())
+        functions |= {
+            f"{path.name}::{node.name}"
+            for node in tree.body
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        }
+    named = {cells[2].strip("`") for cells in rows()}
+    assert named <= functions, sorted(named - functions)
+
+
+def test_fields_of_openais_client_are_documented() -> None:
+    for params in (
+        chat_create_params.CompletionCreateParamsBase,
+        completion_create_params.CompletionCreateParamsBase,
+        response_create_params.ResponseCreateParamsBase,
+    ):
+        missing = [name for name in params.__annotations__ if f"`{name}`" not in API]
+        assert not missing, params
