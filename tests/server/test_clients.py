@@ -1,4 +1,4 @@
-"""The clients people have: openai, huggingface_hub, text-generation, gRPC stubs."""
+"""openai's client and gRPC stubs, in detail; test_client_tables.py has a row for each feature."""
 
 from __future__ import annotations
 
@@ -11,16 +11,11 @@ from pathlib import Path
 
 import openai
 import pytest
-from huggingface_hub import InferenceClient
 
 from headgate.launcher.embedded_model import ensure_embedded_model
 from tests.server.live_server import ROOT, LiveServer, launched
 
 QUESTION = [{"role": "user", "content": "What is the capital of Japan?"}]
-# `text-generation` pins an old huggingface_hub, so `make test` gives it an environment of its own.
-TGI_CLIENT_PYTHON = (
-    Path(os.environ.get("TGI_CLIENT_VENV", ROOT / ".venv-tgi-client")) / "bin/python"
-)
 
 
 @pytest.fixture
@@ -191,66 +186,6 @@ def test_openai_errors(client: openai.OpenAI) -> None:
     with pytest.raises(openai.UnprocessableEntityError, match=r"max_new_tokens|max_tokens"):
         client.chat.completions.create(model="tgi", messages=QUESTION, max_tokens=10**7)
     assert [model.id for model in client.models.list().data]
-
-
-def test_inference_client(server: LiveServer) -> None:
-    client = InferenceClient(model=server.url)
-    text = client.text_generation(
-        "The capital of France is", max_new_tokens=8, return_full_text=False
-    )
-    details = client.text_generation(
-        "The capital of France is", max_new_tokens=8, details=True, return_full_text=False
-    )
-    assert details.generated_text == text
-    assert len(details.details.tokens) == 8
-    stream = client.text_generation("The capital of France is", max_new_tokens=8, stream=True)
-    assert "".join(stream) == text
-
-
-def test_inference_client_chat(server: LiveServer) -> None:
-    client = InferenceClient(base_url=f"{server.url}/v1")
-    answer = client.chat_completion(QUESTION, max_tokens=32, temperature=0)
-    assert "Tokyo" in answer.choices[0].message.content
-    stream = client.chat_completion(QUESTION, max_tokens=32, temperature=0, stream=True)
-    text = "".join(chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices)
-    assert text == answer.choices[0].message.content
-
-
-TGI_CLIENT = """
-import sys
-from text_generation import Client
-from text_generation.errors import ValidationError
-
-client = Client(sys.argv[1])
-answer = client.generate("The capital of France is", max_new_tokens=8, decoder_input_details=True)
-assert answer.details.generated_tokens == 8 and len(answer.details.prefill) == 5, answer
-assert answer.details.finish_reason == "length"
-streamed = list(client.generate_stream("The capital of France is", max_new_tokens=8))
-assert "".join(r.token.text for r in streamed) == answer.generated_text
-assert streamed[-1].generated_text == answer.generated_text
-sampled = client.generate("Hello", max_new_tokens=4, do_sample=True, seed=3, best_of=1)
-assert sampled.details.seed == 3
-try:
-    client.generate("Hello", max_new_tokens=10**6)
-except ValidationError as error:
-    assert "max_new_tokens" in str(error)
-else:
-    raise AssertionError("no ValidationError")
-print("Paris" in answer.generated_text)
-"""
-
-
-def test_text_generation_client(server: LiveServer) -> None:
-    if not TGI_CLIENT_PYTHON.exists():
-        pytest.fail(f"{TGI_CLIENT_PYTHON} is missing: `make test` makes it")
-    done = subprocess.run(
-        [TGI_CLIENT_PYTHON, "-c", TGI_CLIENT, server.url],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "True"
 
 
 def test_grpc_example_script(server: LiveServer) -> None:
