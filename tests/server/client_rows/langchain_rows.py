@@ -70,12 +70,6 @@ def row_structured_output(url: str) -> None:
     assert set(answer) == {"city", "big"} and isinstance(answer["big"], bool)
 
 
-def row_json_mode(url: str) -> None:
-    model = chat(url, model_kwargs={"response_format": {"type": "json_object"}})
-    text = model.invoke("A JSON object with one key.").content
-    assert text.lstrip().startswith("{")
-
-
 def row_bind_tools(url: str) -> None:
     tool = {
         "type": "function",

@@ -74,7 +74,7 @@ def row_response_format(url: str) -> None:
 def row_errors(url: str) -> None:
     for change, kind in (
         ({"model": "openai/nobody"}, litellm.NotFoundError),
-        ({"max_tokens": 10**7}, litellm.UnprocessableEntityError),
+        ({"max_tokens": 10**7}, litellm.ContextWindowExceededError),
     ):
         try:
             ask(url, **change, num_retries=0)

@@ -22,7 +22,7 @@ def chat(url: str, **more: Any) -> Any:
 
 
 def row_n_choices(url: str) -> None:
-    answers = [chat(url, temperature=1, n=3, seed=2, max_tokens=6) for _ in range(2)]
+    answers = [chat(url, temperature=1.5, n=3, seed=2, max_tokens=12) for _ in range(2)]
     texts = [[choice.message.content for choice in answer.choices] for answer in answers]
     assert texts[0] == texts[1] and len(set(texts[0])) > 1
     assert [choice.index for choice in answers[0].choices] == [0, 1, 2]
