@@ -211,7 +211,7 @@ class SamplingParams:
             raise ValueError(
                 f"`early_stopping` must be True, False or 'never', not {self.early_stopping!r}"
             )
-        self._within("length_penalty", -math.inf, math.inf)
+        self._within("length_penalty", -router.MAX_LENGTH_PENALTY, router.MAX_LENGTH_PENALTY)
         if not self.use_beam_search:
             for name, neutral in (("length_penalty", 1.0), ("early_stopping", False)):
                 if getattr(self, name) != neutral:

@@ -16,6 +16,7 @@ from headgate.router.grammar import Grammar
 MIN_TEMPERATURE = 1e-6  # anything lower is as good as greedy and would overflow float32 logits
 MAX_SEED = 2**64 - 1
 MAX_BIAS = 100
+MAX_LENGTH_PENALTY = 20  # a power of lengths: what a float can hold for any context
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,8 +172,12 @@ class SamplingParams:
             raise ValidationError(
                 f"`beam_width` must be >= `n` = {self.n}. Given: {width}", field="beam_width"
             )
-        if self.length_penalty is not None and not math.isfinite(self.length_penalty):
-            raise ValidationError("`length_penalty` must be finite", field="length_penalty")
+        penalty = self.length_penalty
+        if penalty is not None and not -MAX_LENGTH_PENALTY <= penalty <= MAX_LENGTH_PENALTY:
+            raise ValidationError(
+                f"`length_penalty` must be >= -{MAX_LENGTH_PENALTY} and <= {MAX_LENGTH_PENALTY}",
+                field="length_penalty",
+            )
         if not self.searches:
             return
         for name, given in self._unfit_for_beams().items():

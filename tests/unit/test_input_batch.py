@@ -134,6 +134,15 @@ def test_a_fork_may_leave_its_parent_earlier_or_go_on_otherwise_and_outlives_its
     assert target.token_ids[children[1], :6].tolist() == [0, 1, 2, 3, 4, 44]
 
 
+def test_the_router_may_choose_a_rows_last_token() -> None:
+    target = batch()
+    run(target, [60, 61], new_rows=[new_row(1), new_row(2)], rows=[1, 2], counts=[5, 5])
+    target.apply(plan(forks=[Fork(2, 3, 1, [8, 9], 5, [44])], choices=[(2, 45)]))
+    assert target.token_ids[target.slot_of(1), 5] == 60
+    assert target.token_ids[target.slot_of(2), 5] == 45
+    assert target.token_ids[target.slot_of(3), 5] == 44
+
+
 def test_what_a_row_says_of_tokens_reaches_the_sampler_and_its_forks() -> None:
     target = batch()
     said = {"logit_bias": ((3, -1.5),), "allowed_token_ids": (3, 5)}
@@ -271,6 +280,9 @@ def test_prompt_chunks_meet_without_gap_or_overlap() -> None:
         ({"forks": [Fork(1, 2, 1, [0, 1], 5, [9])]}, "a fork, begins with tokens whose KV"),
         ({"forks": [Fork(1, 2, 1, [], 5)]}, "a fork, has fewer blocks"),
         ({"forks": [Fork(1, 2, 1, [0, 1], 4, [100])]}, "a fork, holds a token outside"),
+        ({"choices": [(5, 1)]}, "row 5 is unknown"),
+        ({"choices": [(1, 1)]}, "row 1 has no last token that could be replaced"),
+        ({"choices": [(1, 100)]}, "row 1 gets a token outside the vocabulary"),
         ({"rows": [1], "counts": [2]}, "row 1 is scheduled for tokens that are not known"),
         ({"rows": [1], "counts": [0]}, "row 1 is scheduled for no token"),
         ({"rows": [1, 1], "counts": [1, 1]}, "scheduled twice"),

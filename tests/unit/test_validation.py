@@ -106,7 +106,14 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ),
     ({"beam_width": 0}, "beam_width", "`beam_width` must be > 0 and <= 128. Given: 0"),
     ({"beam_width": 2, "n": 3}, "beam_width", "`beam_width` must be >= `n` = 3. Given: 2"),
-    ({"length_penalty": math.inf}, "length_penalty", "`length_penalty` must be finite"),
+    *(
+        (
+            {"length_penalty": value},
+            "length_penalty",
+            "`length_penalty` must be >= -20 and <= 20",
+        )
+        for value in (math.inf, math.nan, 20.5, -21.0)
+    ),
     *(
         (
             {"beam_width": 2, name: value},
