@@ -87,6 +87,15 @@ def test_other_ways_to_ask(server: LiveServer) -> None:
     assert pieces[-1].generation is not None and pieces[-1].generation.finish_reason == "eos_token"
 
 
+def test_several_answers_to_one_prompt(live: LiveServer) -> None:
+    fields = {"guided_regex": MAIL, "temperature": 1.5, "seed": 6, "max_tokens": 60}
+    body = {"messages": CHAT, "n": 3, **fields}
+    choices = live.post("/v1/chat/completions", body).json()["choices"]
+    texts = [choice["message"]["content"] for choice in choices]
+    assert all(re.fullmatch(MAIL, text) for text in texts) and len(set(texts)) == 3
+    assert {choice["finish_reason"] for choice in choices} == {"stop"}
+
+
 def test_an_answer_that_is_cut_is_the_beginning_of_one(server: LiveServer) -> None:
     choice = server.post(
         "/v1/chat/completions",
