@@ -31,6 +31,13 @@ def test_every_line_is_kept_fixed_or_dropped() -> None:
         assert re.match(r"(kept|fixed|dropped)\b", cells[1]), cells
 
 
+def test_named_metrics_exist() -> None:
+    metrics = (ROOT / "docs" / "metrics.md").read_text()
+    named = set(re.findall(r"`(tgi_\w+)`", PAGE))
+    assert len(named) > 10
+    assert all(f"`{name}`" in metrics for name in named)
+
+
 def test_every_named_test_exists() -> None:
     functions: set[str] = set()
     for path in (ROOT / "tests").rglob("test_*.py"):

@@ -184,7 +184,9 @@ def pins(*files: str) -> dict[str, set[str]]:
         for line in (ROOT / "deploy" / file).read_text().splitlines():
             if line and not line.startswith("#"):
                 match = re.fullmatch(
-                    r'([a-z0-9_-]+)==([\w.]+)( ; python_version [<>]=? "3.11")?', line
+                    r"([a-z0-9_-]+)==([\w.]+)"
+                    r'( ; (python_version [<>]=? "3.11"|sys_platform == "linux"))?',
+                    line,
                 )
                 assert match, f"{file}: {line!r} is no exact pin"
                 found.setdefault(match[1].replace("_", "-"), set()).add(match[2])
