@@ -50,6 +50,23 @@ def grammar_of(body: CommonFields) -> router_pb2.Grammar | None:
     return _read(given[0], _READERS[given[0]], getattr(body, given[0])).to_proto()
 
 
+def text_grammar(form: dict[str, Any] | None) -> router_pb2.Grammar | None:
+    """What `text.format` of the Responses API says. Raises ValidationError."""
+    if not form or form.get("type") == "text":
+        return None
+    return _read("text.format", _text_format, form).to_proto()
+
+
+def _text_format(form: dict[str, Any]) -> Grammar:
+    if form.get("type") == "json_object":
+        return _JSON_OBJECT
+    if form.get("type") != "json_schema":
+        raise ValueError("`type` must be text, json_object or json_schema")
+    if form.get("schema") is None:
+        raise ValueError("missing field `schema`")
+    return json_schema(form["schema"])
+
+
 def with_grammar_field(names: Mapping[str, str], body: CommonFields) -> Mapping[str, str]:
     """A route's names of the router's fields, with that of the one that brings the grammar."""
     given = _given(body)

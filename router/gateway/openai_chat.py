@@ -32,7 +32,12 @@ from headgate.router.gateway.services import Services
 from headgate.router.gateway.sse import json_string
 from headgate.router.gateway.tools import ToolUse, tools_of
 
-_FIELD_NAMES = {**FIELD_NAMES, "inputs": "messages", "top_n_tokens": "top_logprobs"}
+_FIELD_NAMES = {
+    **FIELD_NAMES,
+    "inputs": "messages",
+    "top_n_tokens": "top_logprobs",
+    "grammar": "tools",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,14 +90,14 @@ class ChatRoute:
         """Raises ModelNotFoundError, ValidationError, TemplateError."""
         check_model(body.model, info)
         _refuse(body)
+        chat, use = self._chats.of(info), tools_of(body, nested=True)
         parameters = to_parameters(
             body,
             max_tokens=_max_tokens(body),
             top_n=_alternatives(body),
-            grammar=grammar_of(body),
+            grammar=chat.grammar(use, grammar_of(body)),
         )
         add_choices(parameters, body, info)
-        chat, use = self._chats.of(info), tools_of(body, nested=True)
         prompt = await self._prompt(chat, body, use)
         if chat.needs_special_tokens(use):
             parameters.skip_special_tokens = False
@@ -103,7 +108,8 @@ class ChatRoute:
             request_id=request_id,
             adapter_id=body.adapter_id or "",
         )
-        parsers = [chat.parser(use, prompt) for _ in range(num_answers(request))]
+        has_grammar = parameters.HasField("grammar")
+        parsers = [chat.parser(use, prompt, has_grammar) for _ in range(num_answers(request))]
         return ChatCall(request, parsers)
 
     async def prompt(self, body: ChatRequest, info: router_pb2.InfoResponse) -> str:

@@ -13,6 +13,7 @@ from headgate.router.errors import RouterError, ValidationError
 from headgate.router.gateway.chat_deltas import truncated
 from headgate.router.gateway.exchange import JSON_HEADERS, Exchange
 from headgate.router.gateway.generation import Answer, AnswerStream, collect, timing_headers
+from headgate.router.gateway.grammar_fields import text_grammar
 from headgate.router.gateway.openai_common import (
     FIELD_NAMES,
     check_model,
@@ -34,6 +35,7 @@ _FIELD_NAMES = {
     "messages": "input",
     "max_new_tokens": "max_output_tokens",
     "top_n_tokens": "top_logprobs",
+    "grammar": "tools",
 }
 _UNSERVED = (
     "store", "previous_response_id", "conversation", "background", "prompt", "context_management",
@@ -54,12 +56,17 @@ class ResponsesRoute:
         body = await exchange.read_json(ResponsesRequest, self._services.config.payload_limit)
         info = self._services.serving_info()
         check_model(body.model, info)
+        if body.text and body.text.format:
+            exchange.field_names = {**_FIELD_NAMES, "grammar": "text.format"}
         _refuse(body)
         exchange.warn_ignored("include", [name for name in body.include or () if name != _LOGPROBS])
         use, top_n = tools_of(body, nested=False), _alternatives(body)
         chat = self._chats.of(info)
         prompt = await chat.prompt(messages_of(body.input, body.instructions), use, _extra(body))
-        parameters = to_parameters(body, max_tokens=body.max_output_tokens, top_n=top_n)
+        grammar = chat.grammar(use, text_grammar(body.text.format if body.text else None))
+        parameters = to_parameters(
+            body, max_tokens=body.max_output_tokens, top_n=top_n, grammar=grammar
+        )
         if chat.needs_special_tokens(use):
             parameters.skip_special_tokens = False
         request = router_pb2.GenerateRequest(
@@ -69,9 +76,8 @@ class ResponsesRoute:
             request_id=exchange.request_id,
             adapter_id=body.adapter_id or "",
         )
-        growing = _GrowingResponse(
-            _constants(body, info), chat.parser(use, prompt) or PlainParser(), top_n is not None
-        )
+        parser = chat.parser(use, prompt, grammar is not None) or PlainParser()
+        growing = _GrowingResponse(_constants(body, info), parser, top_n is not None)
         if body.stream:
             stream = _ResponseStream(self._services, exchange, growing)
             await stream.run([request], [growing])
@@ -90,9 +96,6 @@ def _refuse(body: ResponsesRequest) -> None:
         raise ValidationError(
             "`truncation` other than disabled is not supported", field="truncation"
         )
-    form = body.text.format if body.text else None
-    if form and form.get("type") != "text":
-        raise ValidationError("`text.format` other than text is not supported", field="text.format")
 
 
 def _alternatives(body: ResponsesRequest) -> int | None:

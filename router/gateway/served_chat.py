@@ -23,6 +23,7 @@ from headgate.router.gateway.parsers.choice import (
 from headgate.router.gateway.parsers.deltas import Parser, PlainParser
 from headgate.router.gateway.parsers.reasoning import ReasoningParser
 from headgate.router.gateway.parsers.tool_parser import CallFormat, ToolParser
+from headgate.router.gateway.tool_grammar import answer_grammar
 from headgate.router.gateway.tools import ToolUse
 
 _LONG_CHAT = 65_536  # characters; longer ones are rendered off the event loop
@@ -100,12 +101,22 @@ class ServedChat:
         except TemplateError:  # there are templates that take no system message
             return template.render(_with_user_text(written, text), extra)
 
-    def parser(self, use: ToolUse, prompt: str) -> Parser | None:
-        """A parser for the answer to this prompt; None: all of it is content."""
+    def grammar(self, use: ToolUse, wanted: router_pb2.Grammar | None) -> router_pb2.Grammar | None:
+        """What the answer must be, its calls included. `wanted`: what the client asks of it.
+
+        Raises ValidationError.
+        """
+        return answer_grammar(use, self.tool_parser, wanted)
+
+    def parser(self, use: ToolUse, prompt: str, has_grammar: bool) -> Parser | None:
+        """A parser for the answer to this prompt; None: all of it is content.
+
+        `has_grammar`: the answer has a form from its first token on, so there is no reasoning.
+        """
         parser: Parser | None = None
         if use.callable_names:
             parser = self.tool_parser(use.callable_names, parallel=use.parallel)
-        if self.splits_reasoning:
+        if self.splits_reasoning and not has_grammar:
             begun = begins_in_reasoning(self.reasoning_choice, prompt)
             parser = ReasoningParser(parser or PlainParser(), begun=begun)
         return parser

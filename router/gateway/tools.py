@@ -41,7 +41,7 @@ class ToolUse:
     tools: tuple[Tool, ...] = ()
     callable_names: frozenset[str] = frozenset()  # all of them, or what `tool_choice` leaves
     required: bool = False  # the answer must be a call
-    parallel: bool = True  # it may be several
+    parallel: bool = True  # it may be several; one where a function is named
 
 
 class ToolFields(Protocol):
@@ -69,12 +69,7 @@ def tools_of(body: ToolFields, *, nested: bool) -> ToolUse:
             tools.append(function_of(value.get("function"), f"{where}.function"))
         else:
             tools.append(function_of(value, where))
-    use = tool_use(tools, body.tool_choice, parallel=body.parallel_tool_calls is not False)
-    if use.required:
-        raise ValidationError(
-            "`tool_choice` other than auto and none is not supported", field="tool_choice"
-        )
-    return use
+    return tool_use(tools, body.tool_choice, parallel=body.parallel_tool_calls is not False)
 
 
 def function_of(value: Any, where: str) -> Tool:
@@ -124,7 +119,8 @@ def tool_use(tools: Iterable[Tool], choice: Any, *, parallel: bool) -> ToolUse:
             raise ValidationError(
                 f"`tool_choice` names `{name[:64]}`, which is not in `tools`", field="tool_choice"
             )
-    return ToolUse(tools, frozenset(chosen), required, parallel)
+    named = required and choice != "required" and len(chosen) == 1
+    return ToolUse(tools, frozenset(chosen), required, parallel and not named)
 
 
 def _chosen(choice: Any, names: list[str]) -> tuple[list[str], bool]:

@@ -95,6 +95,44 @@ def test_openai_tools(client: openai.OpenAI) -> None:
     assert json.loads(made.function.arguments) == {"city": "Paris"}
 
 
+TIME = {
+    "name": "get_time",
+    "parameters": {
+        "type": "object",
+        "properties": {"zone": {"enum": ["UTC", "CET"]}, "hours": {"type": "integer"}},
+        "required": ["zone", "hours"],
+        "additionalProperties": False,
+    },
+}
+
+
+def test_openai_forced_tools(client: openai.OpenAI) -> None:
+    """The model would answer with text; the calls fit their schemas all the same."""
+    tools = [{"type": "function", "function": function} for function in (WEATHER, TIME)]
+
+    def call(choice: object, **more: object) -> tuple[str, dict[str, object]]:
+        answer = client.chat.completions.create(
+            model="tgi", messages=QUESTION, tools=tools, tool_choice=choice, max_tokens=64,
+            temperature=0.8, seed=3, parallel_tool_calls=False, **more,
+        )  # fmt: skip
+        assert answer.choices[0].finish_reason == "tool_calls"
+        (made,) = answer.choices[0].message.tool_calls
+        return made.function.name, json.loads(made.function.arguments)
+
+    name, arguments = call("required")
+    assert name in ("get_weather", "get_time") and arguments
+    name, arguments = call({"type": "function", "function": {"name": "get_time"}})
+    assert name == "get_time" and set(arguments) == {"zone", "hours"}
+    assert arguments["zone"] in ("UTC", "CET") and isinstance(arguments["hours"], int)
+    strict = [{"type": "function", **TIME, "strict": True}]
+    response = client.responses.create(
+        model="tgi", input="What time is it?", tools=strict, tool_choice="required",
+        parallel_tool_calls=False, max_output_tokens=64, temperature=0,
+    )  # fmt: skip
+    (item,) = response.output
+    assert item.type == "function_call" and json.loads(item.arguments)["zone"] in ("UTC", "CET")
+
+
 def test_openai_responses(client: openai.OpenAI) -> None:
     ask: dict[str, object] = {
         "model": "tgi", "input": QUESTION, "temperature": 0, "max_output_tokens": 32,

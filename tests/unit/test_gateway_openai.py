@@ -285,7 +285,7 @@ CHAT_REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"logit_bias": {"five": 1}}, "logit_bias"),
     ({"grammar": {"type": "json"}}, "grammar"),
     ({"tools": [{"type": "function"}]}, "tools[0].function"),
-    ({"tool_choice": "required"}, "tool_choice"),
+    ({"tool_choice": "required"}, "tool_choice"),  # without tools
     ({"functions": [{}]}, "functions"),
     ({"response_format": {"type": "xml"}}, "response_format"),
     ({"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}, "response_format"),

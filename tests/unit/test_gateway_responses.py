@@ -205,6 +205,24 @@ async def test_logprobs() -> None:
         assert not running.router.requests[-1].parameters.top_n_tokens
 
 
+async def test_text_formats() -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    form = {"type": "json_schema", "name": "x", "schema": schema, "strict": True}
+    async with RunningGateway(saying('{"a": 1}')) as running:
+        answer = await ask(running, {"input": "Hi", "text": {"format": form}})
+        assert answer["text"] == {"format": form}
+        grammar = running.router.requests[-1].parameters.grammar
+        assert json.loads(grammar.json_schema) == schema
+        await ask(running, {"input": "Hi", "text": {"format": {"type": "json_object"}}})
+        assert running.router.requests[-1].parameters.grammar.json_object
+        await ask(running, {"input": "Hi", "tools": [TOOL], "tool_choice": "required"})
+        assert running.router.requests[-1].parameters.grammar.structural_tags.tags
+        for wrong in ({"type": "xml"}, {"type": "json_schema", "name": "x"}):
+            body = {"input": "Hi", "text": {"format": wrong}}
+            response = await running.http.post("/v1/responses", json=body)
+            assert response.json()["error"]["param"] == "text.format"
+
+
 async def test_errors() -> None:
     async def script(conversation: fake.Conversation, submit: pb.Submit) -> None:
         conversation.send(submit, fake.accepted())

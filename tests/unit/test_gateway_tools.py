@@ -194,6 +194,75 @@ async def test_reasoning() -> None:
         assert answer["choices"][0]["message"] == {"role": "assistant", "content": text}
 
 
+# ------------------------------------------------------------------ grammars
+
+STRICT = {"type": "function", "function": {**FUNCTION, "name": "strict", "strict": True}}
+
+
+async def grammar_of(running: RunningGateway, **change: Any) -> pb.Grammar:
+    body = {**ASK, "tools": [TOOL, STRICT], **change}
+    response = await running.http.post("/v1/chat/completions", json=body)
+    assert response.status_code == 200, response.text
+    return running.router.requests[-1].parameters.grammar
+
+
+async def test_required_and_named_calls_have_a_grammar() -> None:
+    async with RunningGateway(saying(CALL)) as running:
+        tags = (await grammar_of(running, tool_choice="required")).structural_tags
+        assert [tag.begin for tag in tags.tags] == [
+            f'<tool_call>\n{{"name": "{name}", "arguments": ' for name in ("get_weather", "strict")
+        ]
+        assert {tag.end for tag in tags.tags} == {"}\n</tool_call>"}
+        assert json.loads(tags.tags[0].json_schema) == FUNCTION["parameters"]
+        assert not tags.triggers and not tags.single and tags.separator == "\n"
+        one = await grammar_of(running, tool_choice="required", parallel_tool_calls=False)
+        assert one.structural_tags.single and not one.structural_tags.separator
+        named = {"type": "function", "function": {"name": "get_weather"}}
+        tags = (await grammar_of(running, tool_choice=named)).structural_tags
+        assert len(tags.tags) == 1 and tags.single
+
+
+async def test_calls_of_strict_tools_have_one() -> None:
+    async with RunningGateway(saying(CALL)) as running:
+        tags = (await grammar_of(running)).structural_tags
+        assert tags.triggers == ["<tool_call>"]
+        schemas = [json.loads(tag.json_schema) for tag in tags.tags]
+        assert schemas == [{"type": "object"}, FUNCTION["parameters"]]
+        assert not (await grammar_of(running, tools=[TOOL])).WhichOneof("kind")
+        assert not (await grammar_of(running, tool_choice="none")).WhichOneof("kind")
+
+
+async def test_tools_beside_a_response_format() -> None:
+    async with RunningGateway(saying(CALL)) as running:
+        form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object"}}}
+        tags = (await grammar_of(running, response_format=form)).structural_tags
+        assert tags.single and (tags.tags[-1].begin, tags.tags[-1].end) == ("", "")
+        body = {**ASK, "tool_choice": "required", "response_format": form}
+        response = await running.http.post("/v1/chat/completions", json=body)
+        assert response.json()["error"]["param"] == "tool_choice"
+        response = await running.http.post(
+            "/v1/chat/completions", json={**ASK, "guided_regex": "a+"}
+        )
+        assert response.json()["error"]["param"] == "tools"
+
+
+async def test_a_schema_that_cannot_be_followed_is_the_tools() -> None:
+    async def refuse(conversation: fake.Conversation, submit: pb.Submit) -> None:
+        conversation.send(submit, fake.error("validation", 422, "not valid", field="grammar"))
+
+    async with RunningGateway(refuse) as running:
+        body = {**ASK, "tool_choice": "required"}
+        response = await running.http.post("/v1/chat/completions", json=body)
+        assert response.json()["error"]["param"] == "tools"
+
+
+async def test_what_has_a_form_is_not_taken_for_reasoning() -> None:
+    async with RunningGateway(saying('{"a": 1}'), reasoning_parser="deepseek_r1") as running:
+        body = {"messages": ASK["messages"], "response_format": {"type": "json_object"}}
+        answer = (await running.http.post("/v1/chat/completions", json=body)).json()
+        assert answer["choices"][0]["message"] == {"role": "assistant", "content": '{"a": 1}'}
+
+
 # ------------------------------------------------------------------- prompts
 
 HISTORY = [
@@ -349,3 +418,5 @@ def test_choices() -> None:
         "tools": [{**by_name, "name": "b"}],
     }
     assert use(in_responses) == ({"b"}, True)
+    assert tool_use(tools, "required", parallel=True).parallel
+    assert not tool_use(tools, by_name, parallel=True).parallel

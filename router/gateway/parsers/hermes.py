@@ -13,4 +13,5 @@ class HermesParser(ToolParser):
 
     mark = "<tool_call>"
     close = "</tool_call>"
+    trigger = mark
     written = CallFormat('<tool_call>\n{"name": ', ', "arguments": ', "}\n</tool_call>", "\n")

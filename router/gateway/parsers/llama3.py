@@ -21,6 +21,7 @@ class Llama3Parser(ToolParser):
 
     mark = "<|python_tag|>"
     mark_is_special = True
+    trigger = '{"name": '
     written = CallFormat('{"name": ', ', "parameters": ', "}", "; ")
 
     def __init__(self, names: Collection[str], *, parallel: bool) -> None:

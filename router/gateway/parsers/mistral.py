@@ -27,6 +27,7 @@ class MistralParser(ToolParser):
 
     mark = "[TOOL_CALLS]"
     mark_is_special = True
+    trigger = mark
     written = CallFormat('[TOOL_CALLS] [{"name": ', ', "arguments": ', "}]", "")
 
     def new_id(self) -> str:

@@ -79,6 +79,7 @@ class ToolParser:
     close: ClassVar[str] = ""  # follows it, or ""
     mark_is_special: ClassVar[bool] = False  # a special token, which texts leave out by default
     written: ClassVar[CallFormat]
+    trigger: ClassVar[str]  # how `written` begins: text that goes on as a call wherever it comes
 
     def __init__(self, names: Collection[str], *, parallel: bool) -> None:
         """`names`: of the tools that may be called. `parallel`: more than one call is wanted."""
