@@ -24,6 +24,7 @@ from headgate.router.gateway.openai_common import (
     to_parameters,
     token_logprobs,
     usage,
+    warn_of_hints,
 )
 from headgate.router.gateway.openai_schemas import ChatRequest
 from headgate.router.gateway.parsers.deltas import Parser
@@ -38,6 +39,7 @@ _FIELD_NAMES = {
     "top_n_tokens": "top_logprobs",
     "grammar": "tools",
 }
+_UNSERVED = ("audio", "store", "web_search_options", "moderation")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +62,10 @@ class ChatRoute:
         body = await exchange.read_json(ChatRequest, self._services.config.payload_limit)
         exchange.field_names = with_grammar_field(_FIELD_NAMES, body)
         info = self._services.serving_info()
+        hints = {"reasoning_effort": body.reasoning_effort, "verbosity": body.verbosity}
+        warn_of_hints(exchange, self._chats.of(info), hints, body.service_tier)
+        if body.prediction:
+            exchange.warn_ignored("prediction", ["it would make nothing faster"])
         call = await self.prepare(body, info, exchange.request_id)
         top_n = _alternatives(body)
         reply = Reply.of(info, "chatcmpl")
@@ -118,7 +124,10 @@ class ChatRoute:
 
     async def _prompt(self, chat: ServedChat, body: ChatRequest, use: ToolUse) -> str:
         messages = flatten(body.messages)
-        return await chat.prompt(messages, use, body.chat_template_kwargs, body.tool_prompt)
+        extra = {"reasoning_effort": body.reasoning_effort, "verbosity": body.verbosity}
+        extra = {name: value for name, value in extra.items() if value}
+        extra.update(body.chat_template_kwargs or {})
+        return await chat.prompt(messages, use, extra, body.tool_prompt)
 
 
 def _refuse(body: ChatRequest) -> None:
@@ -126,8 +135,9 @@ def _refuse(body: ChatRequest) -> None:
         raise ValidationError("`functions` is not supported", field="functions")
     if body.function_call not in (None, "none", "auto"):
         raise ValidationError("`function_call` is not supported", field="function_call")
-    if body.audio:
-        raise ValidationError("`audio` is not supported", field="audio")
+    for name in _UNSERVED:
+        if getattr(body, name):
+            raise ValidationError(f"`{name}` is not supported", field=name)
     if any(modality != "text" for modality in body.modalities or ()):
         raise ValidationError("`modalities` other than text is not supported", field="modalities")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from headgate.router.gateway.errors import ModelNotFoundError, openai_error
 from headgate.router.gateway.exchange import Exchange
 from headgate.router.gateway.generation import AnswerStream, check_num_answers
 from headgate.router.gateway.openai_schemas import CommonFields, SamplingFields
+from headgate.router.gateway.served_chat import ServedChat
 from headgate.router.gateway.services import Services
 from headgate.router.gateway.sse import DONE, event, json_number, json_string
 from headgate.router.gateway.tgi_schemas import MAX_UINT32, MAX_UINT64
@@ -33,6 +34,13 @@ _NEUTRAL_MODELS = ("tgi", "dummy")
 _GREEDY_BELOW = 1e-5  # a temperature that float32 logits cannot tell from 0
 # Where the router's name of a field is not the one that these routes' clients know.
 FIELD_NAMES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}
+# Fields that are variables of the chat template.
+VARIABLES = {
+    "reasoning_effort": "reasoning_effort",
+    "reasoning.effort": "reasoning_effort",
+    "verbosity": "verbosity",
+    "text.verbosity": "verbosity",
+}
 _MAX_SHOWN = 128  # characters of a client's own word in a message
 
 
@@ -68,6 +76,20 @@ def check_model(model: str | None, info: router_pb2.InfoResponse) -> None:
             f"The model `{model[:_MAX_SHOWN]}` does not exist; `{served_name(info)}` is served",
             field="model",
         )
+
+
+def warn_of_hints(
+    exchange: Exchange, chat: ServedChat, hints: Mapping[str, str | None], tier: str | None
+) -> None:
+    """Says which wishes have no effect here: variables the template does not know, and tiers.
+
+    `hints`: the wish for each variable of the chat template, by the name of its field.
+    """
+    for name, value in hints.items():
+        if value and not chat.knows(VARIABLES[name]):
+            exchange.warn_ignored(name, [value])
+    if tier not in (None, "auto", "default"):
+        exchange.warn_ignored("service_tier", [str(tier)])
 
 
 def to_parameters(

@@ -94,6 +94,21 @@ class ChatRequest(CommonFields, kw_only=True):
     modalities: list[str] | None = None
     audio: Any = None
     chat_template_kwargs: dict[str, Any] | None = None
+    # Variables of the chat template, where it knows them.
+    reasoning_effort: str | None = None
+    verbosity: str | None = None
+    # Nothing is stored, looked up or judged here, and nobody is served before others.
+    store: bool | None = None
+    web_search_options: Any = None
+    moderation: Any = None
+    prediction: Any = None
+    service_tier: str | None = None
+    # Of no effect: nothing is kept per user, and prompts are cached in any case.
+    metadata: dict[str, Any] | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    prompt_cache_options: Any = None
 
 
 class CompletionRequest(CommonFields, kw_only=True):

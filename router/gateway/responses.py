@@ -20,12 +20,17 @@ from headgate.router.gateway.openai_common import (
     served_name,
     to_parameters,
     token_logprobs,
+    warn_of_hints,
 )
 from headgate.router.gateway.parsers.deltas import Parser, PlainParser, Reasoning
 from headgate.router.gateway.responses_input import messages_of
 from headgate.router.gateway.responses_output import Event, Logprobs, OutputItems, new_id
-from headgate.router.gateway.responses_schemas import ResponsesRequest
-from headgate.router.gateway.served_chat import ServedChats
+from headgate.router.gateway.responses_schemas import (
+    ReasoningConfig,
+    ResponsesRequest,
+    TextConfig,
+)
+from headgate.router.gateway.served_chat import ServedChat, ServedChats
 from headgate.router.gateway.services import Services
 from headgate.router.gateway.tools import tools_of
 
@@ -59,9 +64,9 @@ class ResponsesRoute:
         if body.text and body.text.format:
             exchange.field_names = {**_FIELD_NAMES, "grammar": "text.format"}
         _refuse(body)
-        exchange.warn_ignored("include", [name for name in body.include or () if name != _LOGPROBS])
         use, top_n = tools_of(body, nested=False), _alternatives(body)
         chat = self._chats.of(info)
+        _warn(exchange, body, chat)
         prompt = await chat.prompt(messages_of(body.input, body.instructions), use, _extra(body))
         grammar = chat.grammar(use, text_grammar(body.text.format if body.text else None))
         parameters = to_parameters(
@@ -98,6 +103,15 @@ def _refuse(body: ResponsesRequest) -> None:
         )
 
 
+def _warn(exchange: Exchange, body: ResponsesRequest, chat: ServedChat) -> None:
+    reasoning, text = body.reasoning or ReasoningConfig(), body.text or TextConfig()
+    hints = {"reasoning.effort": reasoning.effort, "text.verbosity": text.verbosity}
+    warn_of_hints(exchange, chat, hints, body.service_tier)
+    exchange.warn_ignored("include", [name for name in body.include or () if name != _LOGPROBS])
+    summaries = (reasoning.summary, reasoning.generate_summary)
+    exchange.warn_ignored("reasoning.summary", [value for value in summaries if value])
+
+
 def _alternatives(body: ResponsesRequest) -> int | None:
     """Alternatives for each token; None: no logprobs."""
     if _LOGPROBS in (body.include or ()):
@@ -107,8 +121,10 @@ def _alternatives(body: ResponsesRequest) -> int | None:
 
 def _extra(body: ResponsesRequest) -> dict[str, Any]:
     """Variables for the chat template."""
-    effort = body.reasoning.effort if body.reasoning else None
-    return {**({"reasoning_effort": effort} if effort else {}), **(body.chat_template_kwargs or {})}
+    reasoning, text = body.reasoning or ReasoningConfig(), body.text or TextConfig()
+    extra: dict[str, Any] = {"reasoning_effort": reasoning.effort, "verbosity": text.verbosity}
+    extra = {name: value for name, value in extra.items() if value}
+    return {**extra, **(body.chat_template_kwargs or {})}
 
 
 def _constants(body: ResponsesRequest, info: router_pb2.InfoResponse) -> dict[str, Any]:

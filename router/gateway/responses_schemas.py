@@ -14,12 +14,15 @@ class TextConfig(msgspec.Struct):
     """`text`: what the answer looks like."""
 
     format: dict[str, Any] | None = None
+    verbosity: str | None = None  # a variable of the chat template
 
 
 class ReasoningConfig(msgspec.Struct):
     """`reasoning`: `effort` is a variable of the chat template."""
 
     effort: str | None = None
+    summary: str | None = None
+    generate_summary: str | None = None  # its former name
 
 
 class ResponseStreamOptions(msgspec.Struct):
@@ -54,13 +57,13 @@ class ResponsesRequest(SamplingFields, kw_only=True):
     prompt: Any = None
     context_management: Any = None
     moderation: Any = None
+    service_tier: str | None = None
     # Of no effect: nothing is kept per user, and prompts are cached in any case.
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
     prompt_cache_options: Any = None
-    service_tier: str | None = None
     # vLLM's and TGI's own:
     chat_template_kwargs: dict[str, Any] | None = None
     adapter_id: str | None = None

@@ -60,6 +60,10 @@ class ServedChat:
             config.reasoning_parser,
         )
 
+    def knows(self, variable: str) -> bool:
+        """Whether a template reads this variable."""
+        return variable in self.template.variables or variable in self.tool_template.variables
+
     async def prompt(
         self,
         messages: Sequence[Message],
