@@ -27,6 +27,7 @@ BoolArray = npt.NDArray[np.bool_]
 TokenArray = npt.NDArray[np.integer]
 
 _MAX_COMPILED = 64  # grammars kept for rows to come
+_LEARNING_ROWS = 8  # of a grammar, whose tables later rows begin with
 _NO_TOKEN_LEFT = "the grammar leaves no token to choose"
 
 
@@ -54,11 +55,16 @@ class RowGrammar:
     def read(self, output: TokenArray, new_matcher: Callable[[str], LLMatcher]) -> LLMatcher:
         """The matcher after `output`, all of the row's so far. Raises GrammarError."""
         if self._matcher is None:
-            self._matcher = new_matcher(self.source)
+            self._matcher, self._num_read = new_matcher(self.source), 0
         if self._num_read < len(output):
             self._matcher.consume_tokens(output[self._num_read :].tolist())
             self._num_read = len(output)
         return self._matcher
+
+    def reread(self, output: TokenArray, matcher: LLMatcher) -> LLMatcher:
+        """As `read`, from the beginning, with another matcher."""
+        self._matcher = None
+        return self.read(output, lambda _: matcher)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +104,7 @@ class GrammarMasks:
         self._filler = ThreadPoolExecutor(1, thread_name_prefix="grammar-masks")
         self._lock = threading.Lock()  # of `_compiled`
         self._compiled: OrderedDict[str, Future[LLMatcher]] = OrderedDict()
-        self._latest: dict[str, LLMatcher] = {}  # of the compiled grammars; the filler's own
+        self._learnt: dict[str, tuple[LLMatcher, int]] = {}  # with rows that it learnt from
         self._tokenizer: LLTokenizer | None = None
         self._executor: LLExecutor | None = None
 
@@ -109,7 +115,7 @@ class GrammarMasks:
             if future is None:
                 future = self._compiled[source] = self._compiler.submit(self._compile, source)
                 if len(self._compiled) > _MAX_COMPILED:
-                    self._latest.pop(self._compiled.popitem(last=False)[0], None)
+                    self._learnt.pop(self._compiled.popitem(last=False)[0], None)
             else:
                 self._compiled.move_to_end(source)
         return future
@@ -136,16 +142,17 @@ class GrammarMasks:
         return matcher
 
     def _new_matcher(self, source: str, compiled: Future[LLMatcher]) -> LLMatcher:
-        """A matcher at the beginning, with what the latest one of its grammar has found out.
+        """A matcher at the beginning, with the tables of the grammar's first rows.
 
-        A matcher builds its tables as it goes, about 100 microseconds a state, and copies take
-        along what is there. Raises GrammarError.
+        A matcher builds its tables as it goes, which doubles a mask's time, and copies take along
+        what is there. Raises GrammarError.
         """
-        latest = self._latest.get(source)
-        matcher = None if latest is None or latest.is_error() else latest.deep_copy()
+        known, num_rows = self._learnt.get(source, (None, 0))
+        matcher = None if known is None or known.is_error() else known.deep_copy()
         if matcher is None or not matcher.reset():
             matcher = compiled.result().deep_copy()
-        self._latest[source] = matcher
+        if num_rows < _LEARNING_ROWS:
+            self._learnt[source] = matcher, num_rows + 1
         return matcher
 
     def _fill(self, rows: Sequence[ConstrainedRow], futures: dict[str, Future[LLMatcher]]) -> Masks:
@@ -167,6 +174,11 @@ class GrammarMasks:
                 matchers.append((row, matcher))
         words = self._bit_masks([matcher for _, matcher in matchers])
         for (row, matcher), bits in zip(matchers, words, strict=True):
+            if matcher.is_error():
+                # Tables of other rows count against its limits: by itself it might go on.
+                compiled = futures[row.grammar.source].result()
+                matcher = row.grammar.reread(row.output, compiled.deep_copy())
+                bits = self._bit_masks([matcher])[0]
             allowed = np.unpackbits(bits, count=self._vocab_size, bitorder="little").view(np.bool_)
             if matcher.is_error():
                 masks.failures[row.slot] = error_of(matcher)

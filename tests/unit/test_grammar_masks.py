@@ -60,6 +60,14 @@ def test_a_new_row_begins_anew_whatever_others_read(masks: GrammarMasks) -> None
         assert allowed(masks, RowGrammar(WORD), b"cb") == [*b"abc", IM_END]
 
 
+def test_what_others_learnt_fails_no_row(masks: GrammarMasks) -> None:
+    other = masks.prepare(LLMatcher.grammar_from_regex("z")).result()
+    masks._learnt[WORD] = other.deep_copy(), 1  # as good as full tables: the row cannot go on
+    growing = RowGrammar(WORD)
+    assert allowed(masks, growing, b"ab") == [*b"abc", IM_END]
+    assert allowed(masks, growing, b"abcab") == [IM_END]
+
+
 @pytest.mark.parametrize("shared", [0, 2, 3])
 def test_a_fork_goes_its_own_way(masks: GrammarMasks, shared: int) -> None:
     parent = RowGrammar(FORKED)
