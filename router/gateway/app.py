@@ -242,7 +242,8 @@ class Gateway:
                 }
             },
         )
-        if exchange.path in _COUNTED and error.http_status not in (401, 405):
+        counted = exchange.path in (*_COUNTED, self._config.predict_route)
+        if counted and error.http_status not in (401, 405):
             self.services.client.count_failure(error.error_type)
 
 

@@ -578,6 +578,7 @@ def _use_client(address: str) -> None:
         assert client.generate(ids, params).tokens == whole.tokens
         assert client.generate("abc", params, stop=whole.text[3:5]).text == whole.text[:5]
         assert client.info().model_id == "test/model"
+        assert client.cancel("nobody") == 0
         for piece in client.stream("abc", max_new_tokens=100):
             assert piece.tokens
             break
