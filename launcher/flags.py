@@ -51,7 +51,8 @@ MODEL = (
     Flag(
         "tokenizer-config-path",
         Kind.PATH,
-        "A tokenizer_config.json to use instead of the model's, say for its chat template.",
+        "A tokenizer_config.json to use instead of the model's, say for its chat template, or a "
+        ".jinja file with the template alone.",
         default="",
     ),
     Flag(

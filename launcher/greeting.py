@@ -38,7 +38,8 @@ def first_request(config: LauncherConfig, port: int, files: ModelFiles) -> tuple
 
 
 def _has_chat_template(config: LauncherConfig, directory: Path) -> bool:
-    if (directory / "chat_template.jinja").exists():
+    named = config.tokenizer_config_path.endswith(".jinja")
+    if named or (directory / "chat_template.jinja").exists():
         return True
     path = Path(config.tokenizer_config_path or directory / "tokenizer_config.json")
     try:

@@ -47,7 +47,8 @@ def test_values() -> None:
         "--model M --tensor_parallel_size 3 --max-model-len 4k --gpu-memory-utilization 0.5 "
         "--dtype float --max-num-seqs 7 --max-num-batched-tokens=1K --no-enable-prefix-caching "
         "--host 127.0.0.1 --api-key k --served-model-name s --block-size 32 --revision r "
-        '--allowed-origins \'["http://a", "http://b"]\' --download-dir /d --max-logprobs 3'
+        '--allowed-origins \'["http://a", "http://b"]\' --download-dir /d --max-logprobs 3 '
+        "--chat-template /t.jinja"
     )
     assert (config.num_shard, config.max_total_tokens, config.dtype) == (3, 4000, "float32")
     assert (config.cuda_memory_fraction, config.max_batch_size) == (0.5, 7)
@@ -55,6 +56,7 @@ def test_values() -> None:
     assert (config.hostname, config.port, config.api_key) == ("127.0.0.1", 8000, "k")
     assert config.cors_allow_origin == ("http://a", "http://b")
     assert (config.served_model_name, config.block_size, config.revision) == ("s", 32, "r")
+    assert config.tokenizer_config_path == "/t.jinja"
     assert (config.huggingface_hub_cache, config.max_top_n_tokens) == ("/d", 3)
 
 
