@@ -101,7 +101,10 @@ def choice(value: Any) -> Grammar:
 def structural_tag(value: Any) -> Grammar:
     """Tags in free text: {"structures": [{"begin", "schema", "end"}], "triggers": [...]}."""
     if isinstance(value, str):
-        value = json_module.loads(value)
+        try:
+            value = json_module.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"the structural tag is not JSON: {error}") from error
     if not isinstance(value, dict) or not isinstance(value.get("structures"), list):
         raise ValueError("a structural tag has a list `structures`, and a list `triggers`")
     tags = []

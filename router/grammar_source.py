@@ -58,7 +58,7 @@ def schema_source(schema: dict[str, Any]) -> str:
     defaults: Any = {} if spaced else _SCHEMA_DEFAULTS
     try:
         return LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults, _SCHEMA_OVERRIDES)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise GrammarError(str(error)) from error
 
 

@@ -34,7 +34,7 @@ def tgi_grammar(value: Any, field: str = "grammar") -> router_pb2.Grammar | None
     """
     if not value:
         return None
-    return _read(field, _tgi, value).to_proto()
+    return _read(field, _tgi, value)
 
 
 def grammar_of(body: CommonFields) -> router_pb2.Grammar | None:
@@ -47,14 +47,14 @@ def grammar_of(body: CommonFields) -> router_pb2.Grammar | None:
         )
     if not given:
         return None
-    return _read(given[0], _READERS[given[0]], getattr(body, given[0])).to_proto()
+    return _read(given[0], _READERS[given[0]], getattr(body, given[0]))
 
 
 def text_grammar(form: dict[str, Any] | None) -> router_pb2.Grammar | None:
     """What `text.format` of the Responses API says. Raises ValidationError."""
     if not form or form.get("type") == "text":
         return None
-    return _read("text.format", _text_format, form).to_proto()
+    return _read("text.format", _text_format, form)
 
 
 def _text_format(form: dict[str, Any]) -> Grammar:
@@ -81,9 +81,9 @@ def _given(body: CommonFields) -> list[str]:
     return given
 
 
-def _read(name: str, read: Callable[[Any], Grammar], value: Any) -> Grammar:
+def _read(name: str, read: Callable[[Any], Grammar], value: Any) -> router_pb2.Grammar:
     try:
-        return read(value)
+        return read(value).to_proto()  # a ValueError too, for half a surrogate pair
     except ValueError as error:
         raise ValidationError(f"`{name}`: {error}", field=name) from error
 

@@ -292,6 +292,7 @@ CHAT_REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"response_format": {"type": "json_object"}, "guided_regex": "a"}, "guided_regex"),
     ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs"),
     ({"structured_outputs": {"regexp": "a"}}, "structured_outputs"),
+    ({"structured_outputs": {"structural_tag": "[" * 9999}}, "structured_outputs"),
     ({"guided_choice": [1]}, "guided_choice[0]"),
     ({"guided_json": 5}, "guided_json"),
     ({"audio": {"voice": "x"}}, "audio"),

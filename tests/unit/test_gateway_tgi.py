@@ -209,6 +209,7 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"grammar": {"type": "yaml", "value": "a"}}, "grammar"),
     ({"grammar": {"type": "json", "value": 5}}, "grammar"),
     ({"grammar": {"type": "json", "value": "{"}}, "grammar"),
+    ({"grammar": {"type": "json", "value": '{"const": "\\ud800"}'}}, "grammar"),
     ({"grammar": {"type": "json_schema", "value": {"name": "x"}}}, "grammar"),
     ({"grammar": "a+"}, "grammar"),
     ({"top_k": 0}, "top_k"),

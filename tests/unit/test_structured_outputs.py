@@ -69,7 +69,7 @@ def test_what_reaches_the_router(fields: dict[str, Any], kind: str, value: Any) 
         ({"choice": []}, "a list of texts"),
         ({"structural_tag": {"structures": []}}, "triggers"),
         ({"structural_tag": {"format": {}}}, "structures"),
-        ({"structural_tag": "{"}, "Expecting"),
+        ({"structural_tag": "{"}, "not JSON"),
         ({"regex": "a", "whitespace_pattern": " "}, "whitespace_pattern"),
         ({"regex": "a", "disable_any_whitespace": True}, "disable_any_whitespace"),
     ],
