@@ -14,6 +14,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 # A compilation takes about 2 ms for a thousand symbols, and a symbol is a property, an alternative
 # or a piece of one.
 MAX_SYMBOLS = 50_000
+MAX_ROW_ITEMS = 6_000  # alternatives at one place; an optional property makes four
 MAX_LEXER_STATES = 50_000  # of 1 to 2 kB each
 _LOUD = 1_000  # characters of an error
 
@@ -43,7 +44,10 @@ def load_tokenizer(
 def new_matcher(tokenizer: LLTokenizer, grammar: str) -> LLMatcher:
     """A matcher at the grammar's beginning. Raises GrammarError."""
     limits = LLParserLimits(
-        max_grammar_size=MAX_SYMBOLS, max_lexer_states=MAX_LEXER_STATES, verbose_errors=False
+        max_grammar_size=MAX_SYMBOLS,
+        max_items_in_row=MAX_ROW_ITEMS,
+        max_lexer_states=MAX_LEXER_STATES,
+        verbose_errors=False,
     )
     matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=limits)
     if matcher.is_error():

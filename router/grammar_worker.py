@@ -27,6 +27,11 @@ def compile_grammar(tokenizer: LLTokenizer, grammar: Grammar) -> str:
     source = to_source(grammar, tokenizer)
     matcher = new_matcher(tokenizer, source)
     matcher.compute_bitmask()
+    brace = tokenizer.tokenize_str("{")
+    if not matcher.is_error() and matcher.validate_tokens(brace) == len(brace):
+        # Too many optional properties are found out where the first of them may come.
+        matcher.consume_tokens(brace)
+        matcher.compute_bitmask()
     if matcher.is_error():
         raise GrammarError(error_of(matcher))
     return source

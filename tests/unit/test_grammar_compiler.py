@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -142,7 +143,9 @@ async def test_outcomes_are_kept(compiler: GrammarCompiler) -> None:
     assert await compiled(compiler, replace(GRAMMARS[2])) == first
 
 
+MANY = {"type": "object", "properties": {f"p{index}": {} for index in range(1800)}}
 BAD = [
+    (Grammar("json_schema", json.dumps(MANY)), "items"),
     (Grammar("regex", "a["), "unclosed character class"),
     (Grammar("json_schema", '{"not": {}}'), "not"),
     (Grammar("json_schema", "{"), "not JSON"),
