@@ -432,6 +432,10 @@ def _match(plan: OutstandingStep, result: StepResult) -> list[int]:
     places = []
     for request, _, samples in plan.rows:
         if samples and place < len(sampled) and sampled[place] == request.id:
+            if request.beams is not None and not result.top:
+                raise ProtocolError(
+                    f"no alternatives for beam {request.id} in step {plan.sequence}"
+                )
             places.append(place)
             place += 1
         elif samples and request.status is not RequestStatus.FINISHED:

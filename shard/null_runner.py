@@ -2,8 +2,8 @@
 
 A row's answer is its prompt, over and over, so that the text is real text and the same for the
 same request. Ends of sequence never come; stop tokens and lengths end a row as always. Sampling
-parameters change nothing, logprobs are 0, there are no alternatives and no prompt logprobs; a
-pooled prompt is the number 1.
+parameters change nothing, logprobs are 0, there are no prompt logprobs and no alternatives but for
+beams, which are offered the first tokens of the vocabulary; a pooled prompt is the number 1.
 """
 
 from __future__ import annotations
@@ -19,11 +19,14 @@ from headgate.proto.messages import (
     RowEnd,
     StepPlan,
     StepResult,
+    TopTokens,
 )
 from headgate.shard.config import ShardConfig, ShardIdentity
 from headgate.shard.input_batch import PlanError
 from headgate.shard.model_config import ModelConfig
 from headgate.shard.runner import Heartbeat, RunnerFacts
+
+_NO_TOP = TopTokens((), ())
 
 
 @dataclass(slots=True)
@@ -35,7 +38,14 @@ class _Row:
     uncomputed: int  # known tokens that no plan has computed
     num_prompt: int
     pooled: bool
+    candidates: TopTokens  # what a beam may go on with
     ended: bool = False
+
+    def fork(self, num_tokens: int) -> _Row:
+        """A row of so many tokens that begins like this one, all computed but the last."""
+        given = num_tokens - self.num_prompt
+        left = self.left + self.given - given
+        return replace(self, given=given, left=left, uncomputed=1, ended=False)
 
     def next_token(self) -> tuple[int, RowEnd]:
         token = self.script[self.given % len(self.script)]
@@ -94,6 +104,7 @@ class NullRunner:
             raise PlanError(problem)
         self._apply(plan)
         rows, tokens, ends = [], [], []
+        top: list[TopTokens] = []
         pooled: list[PooledStates] = []
         held = self._rows
         for row_id, count in zip(plan.rows, plan.counts, strict=True):
@@ -110,12 +121,19 @@ class NullRunner:
             rows.append(row_id)
             tokens.append(token)
             ends.append(end)
+            top.append(row.candidates)
         self.heartbeat.beat()
         result = StepResult(plan.epoch, plan.sequence)
         if not self.identity.rank:
             logprobs = [0.0] * len(rows)
             result = replace(
-                result, rows=rows, token_ids=tokens, ends=ends, logprobs=logprobs, pooled=pooled
+                result,
+                rows=rows,
+                token_ids=tokens,
+                ends=ends,
+                logprobs=logprobs,
+                top=top if any(entry is not _NO_TOP for entry in top) else (),
+                pooled=pooled,
             )
         spent = time.perf_counter_ns() - started
         return replace(result, forward_ns=spent, total_ns=spent)
@@ -129,7 +147,8 @@ class NullRunner:
         for new in plan.new_rows:
             self._rows[new.id] = self._new_row(new)
         for fork in plan.forks:
-            self._rows[fork.child] = replace(self._rows[fork.parent])
+            known = fork.num_tokens + len(fork.token_ids)
+            self._rows[fork.child] = self._rows[fork.parent].fork(known)
 
     def _new_row(self, new: NewRow) -> _Row:
         known = len(new.prompt_ids) + len(new.output_ids)
@@ -141,4 +160,10 @@ class NullRunner:
             uncomputed=known - new.num_computed_tokens,
             num_prompt=len(new.prompt_ids),
             pooled=new.sampling.pooling is not Pooling.NONE,
+            candidates=_candidates(new),
         )
+
+
+def _candidates(new: NewRow) -> TopTokens:
+    count = new.sampling.top_n_tokens if new.lockstep else 0
+    return TopTokens(range(count), [0.0] * count) if count else _NO_TOP

@@ -8,12 +8,13 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import ClassVar
 
 import httpx
 import psutil
 import pytest
 
-from tests.server.live_server import LiveServer, launched
+from tests.server.live_server import LiveServer, launched, sse_events
 
 GREEDY = {"max_new_tokens": 60}
 SAMPLED = {"max_new_tokens": 60, "do_sample": True, "temperature": 0.8, "top_p": 0.95, "seed": 5}
@@ -53,6 +54,33 @@ class Streaming(threading.Thread):
                 self.started.set()
 
 
+class StreamingChoices(threading.Thread):
+    """Collects the texts of two choices; `started` is set when both have some."""
+
+    BODY: ClassVar[dict] = {
+        "prompt": PROMPT,
+        "max_tokens": 60,
+        "n": 2,
+        "seed": 9,
+        "ignore_eos": True,
+    }
+
+    def __init__(self, server: LiveServer) -> None:
+        super().__init__(daemon=True)
+        self.server = server
+        self.texts = ["", ""]
+        self.started = threading.Event()
+
+    def run(self) -> None:
+        url = f"{self.server.url}/v1/completions"
+        with httpx.stream("POST", url, json={**self.BODY, "stream": True}, timeout=120) as response:
+            for event in sse_events(response):
+                for choice in event["choices"]:
+                    self.texts[choice["index"]] += choice["text"]
+                if all(len(text) > 10 for text in self.texts):
+                    self.started.set()
+
+
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_streams_go_on_after_a_shard_is_lost(
@@ -82,14 +110,18 @@ def test_streams_go_on_after_a_shard_is_lost(
 
 def test_the_router_is_restarted_and_streams_go_on(pair: LiveServer) -> None:
     expected = pair.token_ids(PROMPT, **CONSTRAINED)
-    stream = Streaming(pair, CONSTRAINED)
+    whole = pair.post("/v1/completions", StreamingChoices.BODY).json()["choices"]
+    stream, choices = Streaming(pair, CONSTRAINED), StreamingChoices(pair)
     stream.start()
-    assert stream.started.wait(60)
+    choices.start()
+    assert stream.started.wait(60) and choices.started.wait(60)
     for process in pair.processes("headgate.router"):
         process.kill()
     stream.join(60)
+    choices.join(60)
     assert stream.ids == expected
     assert stream.final["generated_text"] == stream.text
+    assert choices.texts == [choice["text"] for choice in whole]
 
 
 def test_a_group_that_keeps_dying_ends_the_launcher(tiny_checkpoint: Path) -> None:

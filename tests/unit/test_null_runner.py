@@ -7,6 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 from headgate.proto.messages import RowSampling
+from headgate.router.beam_rows import BeamGroup
+from headgate.router.beam_search import BeamParams, BeamSearch
 from headgate.router.request import Request
 from headgate.router.scheduler import Scheduler
 from headgate.router.scheduler_config import SchedulerConfig
@@ -68,6 +70,23 @@ def test_a_preempted_answer_goes_on_where_it_was() -> None:
     serve(asked, num_blocks=12)
     assert any(entry.preemptions for entry in asked)
     assert [entry.output_ids for entry in asked] == [[id_, 4, 5] * 10 for id_ in (1, 2, 3)]
+
+
+def test_forks_go_on_from_what_they_share() -> None:
+    leader = request(1, [3, 4, 5], max_new_tokens=7)
+    children = [
+        Request(id_, [3, 4, 5], RowSampling(7, sample_index=id_), leader=leader) for id_ in (2, 3)
+    ]
+    serve([leader, *children])
+    assert [entry.output_ids for entry in children] == [[3, 4, 5, 3, 4, 5, 3]] * 2
+
+
+def test_beams_have_something_to_choose_from() -> None:
+    params = BeamParams(width=2, max_new_tokens=5)
+    rows = [request(id_, [3, 4], max_new_tokens=5, top_n_tokens=4) for id_ in (1, 2)]
+    group = BeamGroup.of(BeamSearch(params), rows)
+    serve(rows[:1])
+    assert [len(one.token_ids) for one in group.search.finished] == [5, 5]
 
 
 def test_only_rank_0_has_tokens_and_what_cannot_be_decoded_ends_the_shard() -> None:
