@@ -352,6 +352,17 @@ def test_long_texts_are_tokenised_like_short_ones(validator: Validator) -> None:
     assert long == asyncio.run(encode("hello ")) * 1000
 
 
+async def test_the_loop_runs_on_while_a_long_text_is_tokenised(validator: Validator) -> None:
+    """The library's `encode` would hold the interpreter, and with it every step, for all of it."""
+    text = "The river was quiet in the morning, and no lantern burned. " * 10_000
+    encoding = asyncio.ensure_future(validator._tokenizer.encode(text))
+    turns = 0
+    while not encoding.done():
+        await asyncio.sleep(0.001)
+        turns += 1
+    assert len(await encoding) > 100_000 and turns > 20
+
+
 def test_spans_are_in_characters(validator: Validator) -> None:
     spans = asyncio.run(validator._tokenizer.spans("né 😀!"))
     assert [(span.text, span.start, span.stop) for span in spans][-1] == ("!", 4, 5)
