@@ -13,9 +13,12 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from headgate.kernels import reference
+from headgate.kernels.philox import Draw
 
 if TYPE_CHECKING:
     from headgate.kernels.int4_weight import Int4Weight
@@ -198,6 +201,12 @@ def write_kv(
     slot_mapping: torch.Tensor,
 ) -> None:
     _table["write_kv"](k, v, k_cache, v_cache, slot_mapping)
+
+
+def gumbel_argmax(
+    scores: npt.NDArray[np.float32], best: float, temperature: float, draw: Draw
+) -> int:
+    return _table["gumbel_argmax"](scores, best, temperature, draw)
 
 
 def paged_attention(

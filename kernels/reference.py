@@ -15,10 +15,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
 from headgate.kernels import quantised, reference_products
+from headgate.kernels.philox import NOISE_MAX, NOISE_MIN, Draw, gumbel_noise_at
 from headgate.kernels.quantised import QuantisedTensor
 
 if TYPE_CHECKING:  # kernels import nothing of shard; the step's metadata is read by its fields only
@@ -174,6 +177,20 @@ class _Kind:
         if self.alibi_slopes is None:
             return None
         return self.alibi_slopes.view(kv_heads, -1, 1, 1) * distance
+
+
+def gumbel_argmax(
+    scores: npt.NDArray[np.float32], best: float, temperature: float, draw: Draw
+) -> int:
+    """The id with the largest (score - best) / temperature + Gumbel noise, the first of equals.
+
+    scores: float32[vocab] on the host, all below infinity; `best`, the largest, is finite.
+    """
+    temperature, largest = np.float32(temperature), np.float32(best)
+    # A score this far below the best cannot win: the noise spans no more.
+    floor = largest - np.float32(NOISE_MAX - NOISE_MIN) * temperature
+    ids = np.flatnonzero(scores >= floor)
+    return int(ids[((scores[ids] - largest) / temperature + gumbel_noise_at(draw, ids)).argmax()])
 
 
 def paged_attention(
@@ -339,6 +356,7 @@ OPS: dict[str, Callable[..., Any]] = {
         rotary_embedding,
         rotary_and_write_kv,
         write_kv,
+        gumbel_argmax,
         paged_attention,
     )
 } | reference_products.OPS

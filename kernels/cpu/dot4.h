@@ -29,7 +29,6 @@ HG_INLINE vi low_nibbles(vi a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)
 HG_INLINE vi high_nibbles(vi a) {
   return _mm512_and_si512(_mm512_srli_epi16(a, 4), _mm512_set1_epi8(15));
 }
-HG_INLINE vf to_float(vi a) { return _mm512_cvtepi32_ps(a); }
 HG_INLINE vf load_i8(const int8_t* p) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
 }
@@ -63,7 +62,6 @@ HG_INLINE vi low_nibbles(vi a) { return _mm256_and_si256(a, _mm256_set1_epi8(15)
 HG_INLINE vi high_nibbles(vi a) {
   return _mm256_and_si256(_mm256_srli_epi16(a, 4), _mm256_set1_epi8(15));
 }
-HG_INLINE vf to_float(vi a) { return _mm256_cvtepi32_ps(a); }
 HG_INLINE vf load_i8(const int8_t* p) {
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
 }
@@ -87,7 +85,6 @@ HG_INLINE vi dot4(vi sum, Bytes w, Inputs x) {
 }
 HG_INLINE vi low_nibbles(vi a) { return a & 0x0f0f0f0f; }
 HG_INLINE vi high_nibbles(vi a) { return (a >> 4) & 0x0f0f0f0f; }
-HG_INLINE vf to_float(vi a) { return __builtin_convertvector(a, vf); }
 HG_INLINE vf load_i8(const int8_t* p) {
   return vf{(float)p[0], (float)p[1], (float)p[2], (float)p[3]};
 }

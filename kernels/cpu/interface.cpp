@@ -2,6 +2,7 @@
 //
 // Pointers are the caller's; nothing is kept after a call returns. Strides are in elements. Shapes
 // are checked in Python, before the call.
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -300,4 +301,19 @@ HG_API void hg_rotary_and_write_kv(float* q, int64_t q_token_stride, int64_t q_h
        v_token_stride, v_head_stride, kv_heads, head_dim, cache_dtype},
       q_norm, k_norm, eps};
   run(kernels->heads, job, divide_up(tokens, per_tile), tokens * cost);
+}
+
+// The token with the largest (score - best) / temperature + noise, the first of equals; -1 where no
+// score is a number.
+HG_API int64_t hg_gumbel_argmax(const float* scores, int64_t size, float best, float temperature,
+                                uint64_t seed, uint32_t position, uint32_t sample_index) {
+  const int64_t tiles = divide_up(size, kGumbelTile);
+  thread_local std::vector<GumbelBest> found;
+  found.resize(size_t(tiles));
+  const GumbelJob job = {scores, found.data(), size, seed, position, sample_index, best, temperature};
+  run(kernels->gumbel, job, tiles, size * 2);
+  GumbelBest most = {-INFINITY, -1};
+  for (const GumbelBest& one : found)
+    if (one.token >= 0 && (most.token < 0 || one.sum > most.sum)) most = one;
+  return most.token;
 }

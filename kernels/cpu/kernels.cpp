@@ -2,6 +2,7 @@
 #include "attention.h"
 #include "elementwise.h"
 #include "linear.h"
+#include "sampling.h"
 
 namespace headgate {
 
@@ -11,7 +12,7 @@ namespace headgate {
 extern const Kernels HG_TABLE = {
     HG_TEXT(HG_NAME), kTileRows,       pack_rows_tile, linear_tile, attention_tile,
     attention_merge_tile, embedding_tile,  rms_norm_tile,  gate_tile,   rotary_tile,
-    heads_tile, write_kv_tile,
+    heads_tile, gumbel_tile, write_kv_tile,
 };
 
 }  // namespace headgate

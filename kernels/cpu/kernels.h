@@ -151,6 +151,20 @@ struct HeadsJob {
   float eps;
 };
 
+constexpr int kGumbelTile = 2048;  // tokens
+struct GumbelBest {
+  float sum;
+  int64_t token;  // -1: none has a score
+};
+struct GumbelJob {
+  const float* scores;                       // [size]
+  GumbelBest* found;                         // of each tile
+  int64_t size;
+  uint64_t seed;
+  uint32_t position, sample_index;
+  float best, temperature;                   // the sum's score is (score - best) / temperature
+};
+
 struct Kernels {
   const char* name;
   int tile_rows;  // tallest row tile of linear
@@ -163,6 +177,7 @@ struct Kernels {
   void (*gate)(const void* job, int64_t tile);
   void (*rotary)(const void* job, int64_t tile);
   void (*heads)(const void* job, int64_t tile);
+  void (*gumbel)(const void* job, int64_t tile);
   void (*write_kv)(const void* job, int64_t tile);
 };
 

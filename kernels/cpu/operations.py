@@ -10,12 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from headgate.kernels import reference
+from headgate.kernels.cpu import library
 from headgate.kernels.cpu.calls import allocate, call
 from headgate.kernels.cpu.packed import DTYPES, PackedWeight
 from headgate.kernels.cpu.quantised import QuantisedWeight
+from headgate.kernels.philox import Draw
 from headgate.kernels.quantised import QuantisedTensor
 
 if TYPE_CHECKING:
@@ -339,6 +343,24 @@ def paged_attention(
     return out
 
 
+def gumbel_argmax(
+    scores: npt.NDArray[np.float32], best: float, temperature: float, draw: Draw
+) -> int:
+    if not scores.flags.c_contiguous:
+        return reference.gumbel_argmax(scores, best, temperature, draw)
+    loaded = library.load()
+    assert loaded is not None, "asked for without available()"
+    return loaded.hg_gumbel_argmax(
+        scores.ctypes.data,
+        len(scores),
+        best,
+        temperature,
+        draw.seed,
+        draw.output_position,
+        draw.sample_index,
+    )
+
+
 OPS: dict[str, Callable[..., Any]] = {
     function.__name__: function
     for function in (
@@ -353,6 +375,7 @@ OPS: dict[str, Callable[..., Any]] = {
         rotary_embedding,
         rotary_and_write_kv,
         write_kv,
+        gumbel_argmax,
         paged_attention,
     )
 }

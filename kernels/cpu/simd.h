@@ -43,7 +43,9 @@ HG_INLINE vf round_even(vf a) { return _mm512_roundscale_ps(a, 8); }
 HG_INLINE vi to_int(vf a) { return _mm512_cvtps_epi32(a); }
 HG_INLINE vf as_float(vi a) { return _mm512_castsi512_ps(a); }
 HG_INLINE vi as_int(vf a) { return _mm512_castps_si512(a); }
+HG_INLINE vf to_float(vi a) { return _mm512_cvtepi32_ps(a); }
 HG_INLINE vi shift_left(vi a, int n) { return _mm512_slli_epi32(a, n); }
+HG_INLINE vi shift_right(vi a, int n) { return _mm512_srai_epi32(a, n); }
 HG_INLINE vi add_int(vi a, vi b) { return _mm512_add_epi32(a, b); }
 HG_INLINE vi and_int(vi a, vi b) { return _mm512_and_si512(a, b); }
 HG_INLINE vi load_int(const void* p) { return _mm512_loadu_si512(p); }
@@ -106,7 +108,9 @@ HG_INLINE vf round_even(vf a) { return _mm256_round_ps(a, 8); }
 HG_INLINE vi to_int(vf a) { return _mm256_cvtps_epi32(a); }
 HG_INLINE vf as_float(vi a) { return _mm256_castsi256_ps(a); }
 HG_INLINE vi as_int(vf a) { return _mm256_castps_si256(a); }
+HG_INLINE vf to_float(vi a) { return _mm256_cvtepi32_ps(a); }
 HG_INLINE vi shift_left(vi a, int n) { return _mm256_slli_epi32(a, n); }
+HG_INLINE vi shift_right(vi a, int n) { return _mm256_srai_epi32(a, n); }
 HG_INLINE vi add_int(vi a, vi b) { return _mm256_add_epi32(a, b); }
 HG_INLINE vi and_int(vi a, vi b) { return _mm256_and_si256(a, b); }
 HG_INLINE vi load_int(const void* p) { return _mm256_loadu_si256((const __m256i*)p); }
@@ -172,7 +176,9 @@ HG_INLINE vf vabs(vf a) { return (vf)((vi)a & 0x7fffffff); }
 // Only for |a| < 2^22, which is all that exp_v asks.
 HG_INLINE vf round_even(vf a) { vf magic = set1(12582912.0f); return (a + magic) - magic; }
 HG_INLINE vi to_int(vf a) { return __builtin_convertvector(a, vi); }
+HG_INLINE vf to_float(vi a) { return __builtin_convertvector(a, vf); }
 HG_INLINE vi shift_left(vi a, int n) { return a << n; }
+HG_INLINE vi shift_right(vi a, int n) { return a >> n; }
 HG_INLINE vi add_int(vi a, vi b) { return a + b; }
 HG_INLINE vi and_int(vi a, vi b) { return a & b; }
 HG_INLINE vi load_int(const void* p) { vi x; memcpy(&x, p, 16); return x; }

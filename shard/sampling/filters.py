@@ -33,6 +33,13 @@ class Candidates:
         return Candidates(self.ids[kept], self.scores[kept])
 
 
+def has_filters(params: np.void) -> bool:
+    """Whether the row's filters may leave less than everything. params: the row's record."""
+    return bool(
+        params["top_k"] > 0 or params["top_p"] < 1 or params["typical_p"] < 1 or params["min_p"] > 0
+    )
+
+
 def apply_filters(candidates: Candidates, params: np.void) -> Candidates:
     """Those that the row's filters leave, at least one. params: the row's record."""
     if 0 < params["top_k"] < len(candidates):

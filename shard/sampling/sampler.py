@@ -15,10 +15,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from headgate.shard.sampling.filters import Candidates, apply_filters, floor_of_best
+from headgate.kernels import ops
+from headgate.kernels.philox import NOISE_MAX, NOISE_MIN, Draw, gumbel_noise_at
+from headgate.shard.sampling.filters import (
+    Candidates,
+    apply_filters,
+    floor_of_best,
+    has_filters,
+)
 from headgate.shard.sampling.params import IntArray, SampledRows
 from headgate.shard.sampling.penalties import apply_penalties
-from headgate.shard.sampling.philox import NOISE_MAX, NOISE_MIN, gumbel_noise_at
 from headgate.shard.sampling.watermark import apply_watermark
 
 # A score this far below the best cannot win: the noise spans no more.
@@ -75,13 +81,12 @@ def _choose(scores: npt.NDArray[np.float32], rows: SampledRows, index: int) -> i
     # Of a broken model's infinite or undefined logits, too, some token is taken.
     if not params["temperature"] or not np.isfinite(scores[best]):
         return best
+    draw = Draw(int(params["seed"]), int(rows.output_positions[index]), int(params["sample_index"]))
+    if not has_filters(params):
+        largest, temperature = float(scores[best]), float(params["temperature"])
+        return ops.gumbel_argmax(scores, largest, temperature, draw)
     candidates = apply_filters(_candidates(scores, best, params), params)
-    noise = gumbel_noise_at(
-        int(params["seed"]),
-        int(rows.output_positions[index]),
-        int(params["sample_index"]),
-        candidates.ids,
-    )
+    noise = gumbel_noise_at(draw, candidates.ids)
     return int(candidates.ids[(candidates.scores + noise).argmax()])
 
 

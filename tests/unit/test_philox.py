@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headgate.shard.sampling.philox import (
+from headgate.kernels.philox import (
     NOISE_MAX,
     NOISE_MIN,
+    Draw,
     _gumbel,
     gumbel_noise_at,
     philox4x32,
@@ -20,7 +21,7 @@ ONES = 0xFFFFFFFF
 
 def gumbel_noise(seed: int, position: int, sample_index: int, vocab_size: int) -> np.ndarray:
     """Of all tokens."""
-    return gumbel_noise_at(seed, position, sample_index, np.arange(vocab_size))
+    return gumbel_noise_at(Draw(seed, position, sample_index), np.arange(vocab_size))
 
 
 @pytest.mark.parametrize(
@@ -75,7 +76,7 @@ def test_sparse_noise_is_a_part_of_dense_noise(
     ids = np.array(sorted(data.draw(st.sets(st.integers(0, vocab_size - 1)))), np.int64)
     dense = gumbel_noise(seed, position, sample_index, vocab_size)
     assert dense.shape == (vocab_size,)
-    assert np.array_equal(gumbel_noise_at(seed, position, sample_index, ids), dense[ids])
+    assert np.array_equal(gumbel_noise_at(Draw(seed, position, sample_index), ids), dense[ids])
 
 
 def test_noise_stays_within_its_bounds() -> None:

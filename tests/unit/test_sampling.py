@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
+from headgate.kernels.philox import Draw, gumbel_noise_at
 from headgate.proto.messages import RowSampling, TopTokens
 from headgate.shard.sampling.filters import Candidates, apply_filters, floor_of_best
 from headgate.shard.sampling.logprobs import best_tokens, token_logprobs
 from headgate.shard.sampling.params import History, SampledRows, params_array
 from headgate.shard.sampling.penalties import apply_penalties, needs_history
-from headgate.shard.sampling.philox import gumbel_noise_at
 from headgate.shard.sampling.sampler import sample
 from headgate.shard.sampling.token_bias import TokenBias
 
@@ -79,9 +79,8 @@ def reference_token(logits: list[float], entry: Row) -> int:
         return scores.index(max(scores))
     probabilities = _softmax([score / sampling.temperature for score in scores])
     probabilities = reference_filters(probabilities, sampling)
-    noise = gumbel_noise_at(
-        sampling.seed, len(entry.output), sampling.sample_index, np.arange(len(logits))
-    )
+    draw = Draw(sampling.seed, len(entry.output), sampling.sample_index)
+    noise = gumbel_noise_at(draw, np.arange(len(logits)))
     perturbed = [
         math.log(p) + float(n) if p else -INF for p, n in zip(probabilities, noise, strict=True)
     ]

@@ -6,10 +6,12 @@ Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 201
     counter = (token id // 4, output position, sample index, 0)
 
 gives four words, one per token id. It holds no state: a recomputed, moved or resharded row draws
-the same numbers. Computed with NumPy on the CPU whatever the model's device is.
+the same numbers. Here it is computed with NumPy; the C++ (cpu/sampling.h) draws the same.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +28,15 @@ _ROUNDS = 10
 # Noise lies within these: the words 0 and 2**32 - 1.
 NOISE_MIN = -3.14
 NOISE_MAX = 22.88
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """What a row's noise depends on."""
+
+    seed: int  # 64 bits
+    output_position: int
+    sample_index: int
 
 
 def philox4x32(
@@ -55,14 +66,12 @@ def _mix(product: UIntArray, word: UIntArray, key: int, out: UIntArray) -> None:
     np.bitwise_xor(out, np.uint64(key), out=out)
 
 
-def gumbel_noise_at(
-    seed: int, output_position: int, sample_index: int, token_ids: npt.NDArray[np.int64]
-) -> npt.NDArray[np.float32]:
+def gumbel_noise_at(draw: Draw, token_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
     """Standard Gumbel noise of some tokens at one place of a row's output. token_ids: ascending."""
     if not len(token_ids):
         return np.empty(0, np.float32)
-    rest = (output_position & _WORD, sample_index & _WORD, 0)
-    key = (seed & _WORD, (seed >> 32) & _WORD)
+    rest = (draw.output_position & _WORD, draw.sample_index & _WORD, 0)
+    key = (draw.seed & _WORD, (draw.seed >> 32) & _WORD)
     num_groups = int(token_ids[-1]) // 4 + 1
     if len(token_ids) > num_groups:
         # Nearly all tokens: cheaper by whole groups than one by one, with the same outcome.

@@ -1,0 +1,59 @@
+"""The Gumbel-max rule in C++: the reference's tokens for any vocabulary, threads and scores."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from headgate.kernels import reference
+from headgate.kernels.cpu import operations, set_num_threads
+from headgate.kernels.philox import Draw, gumbel_noise_at
+
+pytestmark = pytest.mark.usefixtures("cpu_kernels")
+
+
+def scores_of(vocab_size: int, seed: int, spread: float = 3.0) -> np.ndarray:
+    return (np.random.default_rng(seed).standard_normal(vocab_size) * spread).astype(np.float32)
+
+
+@pytest.mark.parametrize("vocab_size", [1, 5, 259, 2048, 2049, 10_000, 49_152])
+def test_tokens_are_the_references(vocab_size: int) -> None:
+    for seed in range(12):
+        scores = scores_of(vocab_size, seed, spread=(0.0, 1.0, 8.0)[seed % 3])
+        draw = Draw(2**63 + seed * 977, output_position=seed * 5, sample_index=seed % 3)
+        for temperature in (1.0, 0.3, 5.0, 1e-6):
+            arguments = (scores, float(scores.max()), temperature, draw)
+            expected = reference.gumbel_argmax(*arguments)
+            for threads in (1, 3):
+                set_num_threads(threads)
+                assert operations.gumbel_argmax(*arguments) == expected
+
+
+def test_the_noise_is_the_references() -> None:
+    """Token by token: all others are out of reach, or tie with it but for the noise."""
+    draw = Draw(77, 3, 1)
+    noise = gumbel_noise_at(draw, np.arange(3000))
+    order = np.argsort(-noise)
+    scores = np.zeros(3000, np.float32)
+    for token in order[:200]:
+        assert operations.gumbel_argmax(scores, 0.0, 1.0, draw) == token
+        scores[token] = -np.inf
+    near = np.full(3000, -np.inf, np.float32)
+    for one, other in zip(order[200:300], order[2000:2100], strict=True):
+        difference = noise[one] - noise[other]
+        near[[one, other]] = 0.0, difference * np.float32(1 - 1e-5)
+        assert operations.gumbel_argmax(near, float(near.max()), 1.0, draw) == one
+        near[other] = difference * np.float32(1 + 1e-5)
+        assert operations.gumbel_argmax(near, float(near.max()), 1.0, draw) == other
+        near[[one, other]] = -np.inf
+
+
+def test_scores_that_are_not_numbers_never_win() -> None:
+    scores = scores_of(5000, 1)
+    scores[::2] = -np.inf
+    scores[1::4] = np.nan
+    draw = Draw(5, 0, 0)
+    arguments = (scores, float(np.nanmax(scores)), 1.0, draw)
+    token = operations.gumbel_argmax(*arguments)
+    assert np.isfinite(scores[token])
+    assert token == reference.gumbel_argmax(*arguments)
