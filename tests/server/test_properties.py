@@ -25,7 +25,7 @@ from schemathesis.specs.openapi.checks import (
 
 from tests.server.live_server import LiveServer
 
-SECONDS = float(os.environ.get("TEST_API_SECONDS", "10"))
+SECONDS = float(os.environ.get("TEST_API_SECONDS", "8"))
 LONG = "TEST_API_SECONDS" in os.environ
 CHECKS = [
     not_a_server_error,
