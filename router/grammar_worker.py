@@ -39,7 +39,9 @@ def compile_grammar(tokenizer: LLTokenizer, grammar: Grammar) -> str:
 
 def main() -> None:
     settings = json.loads(sys.argv[1])
-    resource.setrlimit(resource.RLIMIT_AS, (_MAX_MEMORY, _MAX_MEMORY))
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    memory = _MAX_MEMORY if hard == resource.RLIM_INFINITY else min(hard, _MAX_MEMORY)
+    resource.setrlimit(resource.RLIMIT_AS, (memory, hard))
     tokenizer, problem = None, ""
     try:
         tokenizer = load_tokenizer(
