@@ -57,6 +57,14 @@ PHRASES: Mapping[str, str] = {
     "n": "Answers to each prompt.",
     "best_of": "Answers made, of which the best by mean logprob are given.",
     "user": "Accepted, of no effect.",
+    "tools": "Functions that the model may call.",
+    "tool_choice": "Whether it may, must not or must call one.",
+    "parallel_tool_calls": "False: one call at most.",
+    "reasoning_effort": "A variable of the chat template.",
+    "input": "The prompt: text or items; of embeddings, one or several.",
+    "instructions": "The system message.",
+    "max_output_tokens": "Length of the answer; absent: as many as fit.",
+    "encoding_format": "Of embeddings: numbers, or their bytes.",
 }
 
 
@@ -163,17 +171,37 @@ _COMMON: Mapping[str, Any] = {
     "guided_json_object": {"type": ["boolean", "null"]},
 }
 
+_TEXT_FORMAT = _kinds(
+    text=_object(type={"enum": ["text", "json_object"]}),
+    json_schema=_object(type={"const": "json_schema"}, name={"type": "string"}, schema=_SCHEMA),
+)
+_NAMED = {"type": {"const": "function"}}
+_CHOICES = {"enum": ["auto", "none", "required", None]}
+_TOOL_CHOICE = {"anyOf": [_CHOICES, _object(**_NAMED, function=_object(name=_TEXT))]}
+_FLAT_TOOL_CHOICE = {"anyOf": [_CHOICES, _object(**_NAMED, name=_TEXT)]}
+_CALLS = {
+    "type": ["array", "null"],
+    "items": _object(
+        id=_TEXT,
+        type={"const": "function"},
+        function=_object(name=_TEXT, arguments={"type": "string"}),
+    ),
+}
+
 # Fields whose types leave open what they hold, and those that are not served, by schema.
 _UNSERVED: Mapping[str, Mapping[str, Any]] = {
     "GenerateParameters": {"grammar": _GRAMMAR, "adapter_id": _ABSENT},
     "ChatRequest": {
         **_COMMON,
-        **dict.fromkeys(("functions", "audio"), _ABSENT),
-        **dict.fromkeys(("function_call", "tool_choice"), _NOT_FORCED),
+        **dict.fromkeys(("functions", "audio", "web_search_options", "moderation"), _ABSENT),
+        "function_call": _NOT_FORCED,
+        "store": _OFF,
+        "tool_choice": _TOOL_CHOICE,
+        **dict.fromkeys(("prediction", "prompt_cache_options"), _ANY_OBJECT),
         "tools": {"type": ["array", "null"], "items": _TOOL},
         "modalities": {"enum": [["text"], None]},
     },
-    "ChatMessage": dict.fromkeys(("tool_calls", "function_call", "audio"), _ABSENT),
+    "ChatMessage": {**dict.fromkeys(("function_call", "audio"), _ABSENT), "tool_calls": _CALLS},
     "CompletionRequest": {
         **_COMMON,
         "suffix": _ABSENT,
@@ -191,10 +219,15 @@ _UNSERVED: Mapping[str, Mapping[str, Any]] = {
         "input": {"anyOf": [_TEXT, {"type": "array", "minItems": 1, "items": _ITEM}]},
         "truncation": {"enum": ["disabled", None]},
         "tools": {"type": ["array", "null"], "items": _FLAT_TOOL},
-        "tool_choice": _NOT_FORCED,
+        "tool_choice": _FLAT_TOOL_CHOICE,
         "prompt_cache_options": _ANY_OBJECT,
     },
-    "TextConfig": {"format": _FORMAT},
+    "TextConfig": {"format": _TEXT_FORMAT},
+    "EmbeddingsRequest": {
+        "input": {"anyOf": [_TEXT, _IDS, {"type": "array", "minItems": 1, "items": _TEXT}]},
+        "encoding_format": {"enum": ["float", "base64", None]},
+        "dimensions": _ABSENT,
+    },
     "VllmGenerateRequest": {
         "flat_logprobs": _OFF,
         **dict.fromkeys(
@@ -214,7 +247,10 @@ SHAPES: Mapping[tuple[str, str], dict[str, Any]] = {
     ("CompletionRequest", "prompt"): {
         "anyOf": [_TEXT, _IDS, {"type": "array", "minItems": 1, "maxItems": 4, "items": _TEXT}]
     },
-    ("ChatMessage", "role"): {"type": "string", "enum": ["system", "user", "assistant"]},
+    ("ChatMessage", "role"): {
+        "type": "string",
+        "enum": ["system", "developer", "user", "assistant", "tool"],
+    },
     ("ChatMessage", "content"): {
         "anyOf": [{"type": "string"}, {"type": "array", "minItems": 1, "items": _PART}]
     },
