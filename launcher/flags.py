@@ -275,7 +275,8 @@ LIMITS = (
     Flag(
         "max-concurrent-requests",
         Kind.INTEGER,
-        "Requests running or waiting at a time; one more gets 429.",
+        "Answers running or waiting at a time; a request for one more gets 429. A request with "
+        "`n`, `best_of` or beams has several.",
         default=128,
         minimum=1,
     ),
