@@ -50,7 +50,8 @@ def quantise_fp8_kernel(
         x = tl.load(x_ptr + row * x_stride + k, here, 0.0).to(tl.float32)
         largest = tl.maximum(largest, tl.max(tl.abs(x), 1))
     zero = largest < SMALLEST
-    inverse = tl.where(zero, 0.0, tl.div_rn(LARGEST, tl.where(zero, 1.0, largest)))
+    # The reciprocal first, as torch divides a number by a tensor: the same bits as the reference.
+    inverse = tl.where(zero, 0.0, tl.div_rn(1.0, tl.where(zero, 1.0, largest)) * LARGEST)
     for start in range(0, GROUP, BLOCK):
         within = start + tl.arange(0, BLOCK)
         k = groups[:, None] * GROUP + within[None, :]

@@ -80,7 +80,9 @@ def quantise_rows_kernel(
     x = tl.load(x_ptr + row * x_stride + k, here & (k < inner), 0.0).to(tl.float32)
     largest = tl.max(tl.abs(x), 1)
     largest = tl.where(largest < SMALLEST, 0.0, largest)
-    inverse = tl.where(largest > 0.0, tl.div_rn(127.0, tl.where(largest > 0.0, largest, 1.0)), 0.0)
+    # The reciprocal first, as torch divides a number by a tensor: the same bits as the reference.
+    zero = largest == 0.0
+    inverse = tl.where(zero, 0.0, tl.div_rn(1.0, tl.where(zero, 1.0, largest)) * 127.0)
     # To the nearest whole number, halves to even: what adding and taking away 1.5 * 2^23 does.
     rounded = (x * inverse[:, None] + 12582912.0) - 12582912.0
     tl.store(values_ptr + row * num_groups * GROUP + k, rounded.to(tl.int8), here)
