@@ -3,7 +3,8 @@
 The only place that asks what hardware this is. Callers write `ops.rms_norm(x, weight, eps)` and
 never learn which implementation ran. What each operation means, its shapes and its dtypes, is said
 in `headgate.kernels.reference`. A back end is a module with `available() -> bool` and
-`OPS: dict[str, Callable]` holding the operations it has; the reference does the rest.
+`OPS: dict[str, Callable]` holding the operations it has; the reference does the rest, but for the
+few in OPTIONAL: whoever uses those asks `optional` first, and has another way.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from headgate.shard.attention_metadata import AttentionMetadata
 
 BACKENDS = ("reference", "cpu", "triton")
+OPTIONAL = frozenset({"sample_tokens", "token_logprobs"})  # sampling without leaving the device
 _DEVICE_BACKEND = {"cpu": "cpu", "cuda": "triton"}
 
 _table: dict[str, Callable[..., Any]] = dict(reference.OPS)
@@ -47,13 +49,18 @@ def use(name: str = "", device: str = "cpu") -> str:
     offered = _load(wanted)
     if offered is None and name:
         raise BackendUnavailable(f"the {name!r} kernels are not available on this machine")
-    unknown = sorted(set(offered or ()) - set(reference.OPS))
+    unknown = sorted(set(offered or ()) - set(reference.OPS) - OPTIONAL)
     if unknown:
         raise BackendUnavailable(f"the {wanted!r} kernels offer operations unknown here: {unknown}")
     _table.clear()
     _table.update({**reference.OPS, **(offered or {})})
     _active = wanted if offered is not None else "reference"
     return _active
+
+
+def optional(name: str) -> Callable[..., Any] | None:
+    """The operation `name` of OPTIONAL where the back end in use has it."""
+    return _table.get(name)
 
 
 def can_record() -> bool:

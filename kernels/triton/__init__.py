@@ -20,11 +20,13 @@ from headgate.kernels.triton import (
     linear_fp8,
     linear_int4,
     linear_int8,
+    logprobs,
     lora,
     moe,
     paged_attention,
     rms_norm,
     rotary,
+    sampling,
     write_kv,
 )
 from headgate.kernels.triton.launch import INTERPRETED
@@ -58,5 +60,7 @@ OPS: dict[str, Callable[..., Any]] = {
         rotary.rotary_and_write_kv,
         write_kv.write_kv,
         paged_attention.paged_attention,
+        sampling.sample_tokens,
+        logprobs.token_logprobs,
     )
 }

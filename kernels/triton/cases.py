@@ -22,6 +22,7 @@ from headgate.kernels.triton.linear_int8 import PackedQuantised
 
 CHIPS = ("sm_80", "sm_90", "sm_100")  # whose kernels are compiled for the report
 FP8_CHIPS = ("sm_90", "sm_100")
+from headgate.kernels.sampled_rows import MaskedRows, PenalisedRows, RowsToSample
 
 _BLOCK_SIZE = 16
 _GROUP = 128  # of int4 checkpoints
@@ -317,9 +318,58 @@ def grouped_cases(model: ModelShape, step: StepShape) -> Iterator[Case]:
         yield Case("moe_mlp", model.name, step.name, moe, weights + 2 * tokens * width * item, work)
 
 
+def sampling_cases(model: ModelShape, step: StepShape) -> Iterator[Case]:
+    """One token for each row, with every kind of parameters, and logprobs."""
+    rows, vocabulary = step.rows, model.vocabulary
+
+    def sample(maker: Maker) -> Callable[[], Any]:
+        logits = maker.normal(rows, vocabulary, dtype=torch.float32)
+
+        def column(value: float, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+            return maker.integers(torch.full((rows,), value), dtype)
+
+        history = 100
+        every = maker.integers(torch.arange(rows), torch.int32)
+        penalised = PenalisedRows(
+            rows=every,
+            repetition=column(1.1),
+            frequency=column(0.1),
+            presence=column(0.1),
+            token_ids=maker.integers(torch.arange(rows * history) % vocabulary, torch.int32),
+            starts=maker.integers(torch.arange(rows + 1) * history, torch.int32),
+            num_prompt=column(history // 2, torch.int32),
+            longest=history,
+        )
+        bits = maker.integers(torch.full((rows, -(-vocabulary // 32)), -1), torch.int32)
+        columns = RowsToSample(
+            temperature=column(0.8),
+            top_k=column(50, torch.int32),
+            top_p=column(0.9),
+            typical_p=column(0.95),
+            min_p=column(0.01),
+            seed=column(1, torch.int64),
+            position=column(1, torch.int32),
+            sample_index=column(0, torch.int32),
+            penalised=penalised,
+            masked=MaskedRows(every, bits),
+        )
+        return lambda: kernels.OPS["sample_tokens"](logits, columns)
+
+    def logprobs(maker: Maker) -> Callable[[], Any]:
+        logits = maker.normal(rows, vocabulary, dtype=torch.float32)
+        tokens = maker.integers(torch.arange(rows))
+        return lambda: kernels.OPS["token_logprobs"](logits, tokens, 5)
+
+    once = rows * vocabulary * 4
+    # The copy, the count table and its use, the mask, the best score and the draw.
+    yield Case("sample_tokens", model.name, step.name, sample, 10 * once, 60 * rows * vocabulary)
+    yield Case("token_logprobs", model.name, step.name, logprobs, 2 * once, 3 * rows * vocabulary)
+
+
 GENERATORS: tuple[Callable[[ModelShape, StepShape], Iterator[Case]], ...] = (
     token_cases,
     attention_cases,
     product_cases,
     grouped_cases,
+    sampling_cases,
 )

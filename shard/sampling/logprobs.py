@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from headgate.kernels import ops
 from headgate.proto.messages import TopTokens
 
 NO_TOP = TopTokens((), ())
@@ -20,17 +21,27 @@ def token_logprobs(
 
     logits: float32[R, vocab]; token_ids: int64[R]; the second list is empty when no row wants any.
     """
-    logprobs = torch.log_softmax(logits, dim=1)
-    index = torch.from_numpy(token_ids).to(logits.device).unsqueeze(1)
-    chosen = logprobs.gather(1, index).squeeze(1).tolist()
     most = max(top_n, default=0)
+    index = torch.from_numpy(token_ids).to(logits.device)
+    compute = ops.optional("token_logprobs") or _logprobs_and_best
+    chosen, ids, values = compute(logits, index, most)
     if not most:
-        return chosen, []
-    ids, values = best_tokens(logprobs, most)
-    return chosen, [
+        return chosen.tolist(), []
+    return chosen.tolist(), [
         TopTokens(row_ids[:n], row_values[:n]) if n else NO_TOP
         for row_ids, row_values, n in zip(ids.tolist(), values.tolist(), top_n, strict=True)
     ]
+
+
+def _logprobs_and_best(
+    logits: torch.Tensor, tokens: torch.Tensor, count: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(logprob of each row's token, the `count` best tokens, their logprobs)."""
+    logprobs = torch.log_softmax(logits, dim=1)
+    chosen = logprobs.gather(1, tokens.unsqueeze(1)).squeeze(1)
+    if not count:
+        return chosen, tokens.new_empty((len(tokens), 0)), chosen.new_empty((len(tokens), 0))
+    return chosen, *best_tokens(logprobs, count)
 
 
 def best_tokens(scores: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:

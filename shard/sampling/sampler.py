@@ -2,7 +2,8 @@
 
 token = argmax(score + noise), where score is the log-probability (but for a constant of the row)
 after watermark, penalties, the row's grammar, temperature and filters, in this order. Runs on
-rank 0 only.
+rank 0 only. Where the kernels in use sample on the device they do, by the same rules; what follows
+is how it is done in NumPy.
 
 Greedy rows without watermark and penalties are one argmax over the batch. The others are taken one
 by one: their arithmetic is over thousands of tokens at a time, so the loop itself costs little, and
@@ -17,6 +18,7 @@ import torch
 
 from headgate.kernels import ops
 from headgate.kernels.philox import NOISE_MAX, NOISE_MIN, Draw, gumbel_noise_at
+from headgate.shard.sampling.device import allowed_tokens, rows_to_sample
 from headgate.shard.sampling.filters import (
     Candidates,
     apply_filters,
@@ -36,6 +38,20 @@ def sample(logits: torch.Tensor, rows: SampledRows) -> IntArray:
 
     Equal scores go to the lowest id.
     """
+    sample_tokens = ops.optional("sample_tokens")
+    if sample_tokens is None:
+        return sample_on_host(logits, rows)
+    on_device = rows_to_sample(rows, logits.shape[1], logits.device)
+    tokens = sample_tokens(logits, on_device).cpu().numpy()
+    watermarked = np.flatnonzero(rows.params["watermark_gamma"] > 0)
+    if len(watermarked):  # no kernel has them
+        for index, scores in _fetch(logits, watermarked).items():
+            tokens[index] = _choose(scores, rows, index)
+    return tokens
+
+
+def sample_on_host(logits: torch.Tensor, rows: SampledRows) -> IntArray:
+    """As `sample`, in NumPy."""
     tokens = argmax(logits)
     special = rows.params["temperature"] > 0
     special[[*rows.histories, *rows.banned, *rows.allowed, *rows.biases]] = True
@@ -73,7 +89,7 @@ def _choose(scores: npt.NDArray[np.float32], rows: SampledRows, index: int) -> i
         apply_watermark(scores, int(history.token_ids[-1]), params)
         apply_penalties(scores, history, params)
     if index in rows.allowed:
-        scores = np.where(_allowed(rows, index), scores, np.float32(-np.inf))
+        scores = np.where(allowed_tokens(rows, index), scores, np.float32(-np.inf))
     elif index in rows.banned:
         scores = scores.copy()
         scores[rows.banned[index]] = -np.inf
@@ -88,17 +104,6 @@ def _choose(scores: npt.NDArray[np.float32], rows: SampledRows, index: int) -> i
     candidates = apply_filters(_candidates(scores, best, params), params)
     noise = gumbel_noise_at(draw, candidates.ids)
     return int(candidates.ids[(candidates.scores + noise).argmax()])
-
-
-def _allowed(rows: SampledRows, index: int) -> npt.NDArray[np.bool_]:
-    """Mask of the tokens that are left to the row, without banned ones if there are others."""
-    allowed = rows.allowed[index]
-    if index in rows.banned:
-        others = allowed.copy()
-        others[rows.banned[index]] = False
-        if others.any():
-            return others
-    return allowed
 
 
 def _candidates(scores: npt.NDArray[np.float32], best: int, params: np.void) -> Candidates:
