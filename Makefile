@@ -5,6 +5,8 @@
 #   make test-api [SECONDS=900]     requests made up from the server's own OpenAPI document
 #   make test-kernels               all tests of the kernels, those that `make test` leaves out too
 #   make kernels-report             compiles the GPU kernels; docs/kernels.md and docs/roofline.md
+#   make test-gpu                   the kernels on this machine's GPU against the reference
+#   make bench-gpu                  their times beside PyTorch's: docs/gpu.json and docs/gpu.md
 #   make setup [TORCH_INDEX=URL]    the virtual environment, in steps (deploy/setup.sh)
 #   make proto                      gRPC stubs from proto/*.proto
 #   make lint, make format          ruff and mypy; ruff's formatter
@@ -19,9 +21,10 @@
 #   make clean                      removes the environments and everything generated
 
 VENV ?= .venv
+GPU_PYTHON ?= $(or $(wildcard $(VENV)/bin/python),python3)
 export VENV TORCH_INDEX PYTHON
 
-.PHONY: help serve test test-api test-kernels kernels-report setup setup-dev proto lint format wheel \
+.PHONY: help serve test test-api test-kernels kernels-report test-gpu bench-gpu setup setup-dev proto lint format wheel \
 	bench bench-peers bench-host bench-quality test-fresh clean
 .DEFAULT_GOAL := help
 
@@ -53,6 +56,13 @@ test-kernels: setup-dev
 
 kernels-report: setup-dev
 	@TRITON_INTERPRET=0 $(VENV)/bin/python -m headgate.kernels.triton.report
+
+# On a machine with a GPU, from a bare checkout: python3 with torch and triton is enough.
+test-gpu:
+	@TRITON_INTERPRET=0 $(GPU_PYTHON) -m headgate.kernels.triton.on_gpu check
+
+bench-gpu:
+	@TRITON_INTERPRET=0 $(GPU_PYTHON) -m headgate.kernels.triton.on_gpu time
 
 proto: setup
 	@$(VENV)/bin/python setup.py --quiet build_stubs && echo "stubs written to proto/"

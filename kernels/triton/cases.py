@@ -18,11 +18,11 @@ from headgate.kernels import triton as kernels
 from headgate.kernels.int4_weight import Int4Weight
 from headgate.kernels.quantised import KINDS, QuantKind
 from headgate.kernels.reference_products import FP8, FP8_BLOCK
+from headgate.kernels.sampled_rows import MaskedRows, PenalisedRows, RowsToSample
 from headgate.kernels.triton.linear_int8 import PackedQuantised
 
 CHIPS = ("sm_80", "sm_90", "sm_100")  # whose kernels are compiled for the report
 FP8_CHIPS = ("sm_90", "sm_100")
-from headgate.kernels.sampled_rows import MaskedRows, PenalisedRows, RowsToSample
 
 _BLOCK_SIZE = 16
 _GROUP = 128  # of int4 checkpoints

@@ -88,4 +88,5 @@ def _masked(rows: SampledRows, vocab_size: int, device: torch.device | str) -> M
 
 
 def _tensor(values: npt.NDArray[np.generic], device: torch.device | str) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(values)).to(device, non_blocking=True)
+    # A copy: a column of records lies in strides that PyTorch does not take.
+    return torch.from_numpy(values.copy()).to(device, non_blocking=True)

@@ -1,0 +1,234 @@
+"""`python -m headgate.kernels.triton.on_gpu check|time`: the kernels on the GPU of this machine.
+
+`check` compares each operation with the reference on the same inputs, and rows' bits across batches
+and chunks. `time` measures each beside the reference in PyTorch (whose attention is PyTorch's own
+and whose products are cuBLAS), as it is and through torch.compile, and writes docs/gpu.json and
+docs/gpu.md. Both need torch and triton only, and no network. Without a GPU they say so and fail.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import triton
+
+from headgate.kernels import reference
+from headgate.kernels import triton as kernels
+from headgate.kernels.triton.cases import CHIPS, DTYPE, MODELS, Case, Maker, all_cases
+from headgate.kernels.triton.launch import INTERPRETED, chip
+from headgate.kernels.triton.report import GPUS
+
+_DOCS = Path(__file__).resolve().parents[2] / "docs"
+_SEED = 11
+_TOLERANCE = 3e-2  # of bfloat16 results, several roundings deep
+
+
+@contextmanager
+def _reference_ops() -> Iterator[None]:
+    """The cases' calls go to the reference."""
+    ours = dict(kernels.OPS)
+    kernels.OPS.update({name: op for name, op in reference.OPS.items() if name in ours})
+    try:
+        yield
+    finally:
+        kernels.OPS.update(ours)
+
+
+def _made(case: Case) -> Callable[[], Any]:
+    """The call, with the same random inputs each time it is made."""
+    torch.manual_seed(_SEED)
+    return case.make(Maker("cuda"))
+
+
+def _has_reference(case: Case) -> bool:
+    return case.op.split(",")[0].split(" ")[0] in reference.OPS
+
+
+def _cases(model: str) -> list[Case]:
+    """Those of the model ("" for all) that this GPU can run."""
+    return [
+        case
+        for case in all_cases()
+        if model in ("", case.model) and (case.chips == CHIPS or chip() in case.chips)
+    ]
+
+
+# ------------------------------------------------------------------ check
+
+
+def check(model: str) -> list[str]:
+    """What is wrong; nothing where all is well."""
+    problems = []
+    for case in _cases(model):
+        try:
+            problem = _difference(case)
+        except Exception as error:  # the other cases are checked all the same
+            problem = f"{type(error).__name__}: {error}"
+        print(f"{'FAILED' if problem else 'ok':8}{case.name}", flush=True)
+        if problem:
+            problems.append(f"{case.name}: {problem}")
+    return problems + _bits_of_attention()
+
+
+def _difference(case: Case) -> str:
+    got = _made(case)()
+    torch.cuda.synchronize()
+    if not _has_reference(case) or got is None:
+        return ""
+    with _reference_ops():
+        wanted = _made(case)()
+    pairs = zip(_tensors(got), _tensors(wanted), strict=True)
+    for ours, theirs in pairs:
+        ours, theirs = ours.double(), theirs.double()
+        scale = theirs.abs().max().clamp_min(1e-6)
+        error = float(((ours - theirs).abs() / scale).max())
+        if not error <= _TOLERANCE:
+            return f"differs by {error:.3g} of the largest value, {_TOLERANCE} allowed"
+    return ""
+
+
+def _tensors(result: Any) -> tuple[torch.Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+def _bits_of_attention() -> list[str]:
+    """Whether a token's bits are the same in a chunk, alone and among other rows."""
+    problems = []
+    for heads, kv_heads, dim in ((32, 8, 128), (8, 1, 128), (9, 3, 64), (8, 4, 256)):
+        torch.manual_seed(_SEED)
+        length, blocks = 1500, 94
+        q = torch.randn(length, heads, dim, device="cuda", dtype=DTYPE)
+        caches = torch.randn(2, blocks, 16, kv_heads, dim, device="cuda", dtype=DTYPE)
+        table = torch.randperm(blocks, device="cuda").int()
+        whole = _attend(q, caches, table, [(0, length)])
+        chunk = _attend(q, caches, table, [(600, 730)])
+        token = _attend(q, caches, table, [(1100, 1101)])
+        among = _attend(q, caches, table, [(0, 40), (1499, 1500)])
+        for name, same in (
+            ("a chunk", torch.equal(chunk, whole[600:730])),
+            ("one token", torch.equal(token, whole[1100:1101])),
+            ("one among others", torch.equal(among[40:], whole[1499:])),
+        ):
+            case = f"bits of attention, {heads}/{kv_heads} heads of {dim}, {name}"
+            print(f"{'ok' if same else 'FAILED':8}{case}", flush=True)
+            if not same:
+                problems.append(f"{case}: other bits than in the whole prompt")
+    return problems
+
+
+def _attend(
+    q: torch.Tensor, caches: torch.Tensor, table: torch.Tensor, chunks: list[tuple[int, int]]
+) -> torch.Tensor:
+    """Attention of some chunks (first, end) of one sequence, each as a row of its own."""
+    counts = [end - first for first, end in chunks]
+    step = SimpleNamespace(  # the fields of AttentionMetadata
+        cu_query_lens=torch.tensor([0, *counts]).cumsum(0).int().cuda(),
+        context_lens=torch.tensor([end for _, end in chunks]).int().cuda(),
+        block_tables=table.expand(len(chunks), -1).contiguous(),
+        max_query_len=max(counts),
+        max_context_len=max(end for _, end in chunks),
+    )
+    rows = torch.cat([q[first:end] for first, end in chunks])
+    scale = q.shape[2] ** -0.5
+    return kernels.OPS["paged_attention"](rows, *caches.unbind(0), step, scale, 0, 0.0)
+
+
+# ------------------------------------------------------------------ time
+
+
+def measure(model: str, seconds: float) -> list[dict[str, Any]]:
+    """A record for each case, until the time is up."""
+    end, records = time.monotonic() + seconds, []
+    for case in _cases(model):
+        if time.monotonic() > end:
+            print(f"{seconds:.0f} s are up; {case.name} and what follows is left out")
+            break
+        record: dict[str, Any] = {
+            "op": case.op,
+            "model": case.model,
+            "step": case.step,
+            "bytes": case.nbytes,
+            "operations": case.operations,
+            "seconds": _time(case),
+        }
+        if _has_reference(case):
+            with _reference_ops():
+                record["reference_seconds"] = _time(case)
+                record["compiled_seconds"] = _time(case, torch.compile)
+        records.append(record)
+        print(json.dumps(record), flush=True)
+    return records
+
+
+def _time(case: Case, wrap: Callable[[Callable[[], Any]], Callable[[], Any]] | None = None) -> Any:
+    """Seconds of the median call; None where it cannot run."""
+    try:
+        run = _made(case)
+        return triton.testing.do_bench(wrap(run) if wrap else run, return_mode="median") / 1e3
+    except Exception as error:  # torch.compile does not take everything; the figure is left out
+        print(f"{case.name}: {type(error).__name__}: {str(error).splitlines()[0]}", flush=True)
+        return None
+
+
+def page(records: list[dict[str, Any]], name: str) -> str:
+    """docs/gpu.md. The share of the floor needs the GPU's published peaks, see report.GPUS."""
+    gpu = next((gpu for gpu in GPUS if gpu.name in name), None)
+    lines = [
+        "# The kernels on a GPU",
+        "",
+        f"Written by `make bench-gpu` on {name}, torch {torch.__version__}, triton "
+        f"{triton.__version__}.",
+        "Medians in µs. The floor is [the roofline page](roofline.md)'s.",
+        "",
+        "| operation | model | step | Triton | PyTorch | torch.compile | floor / Triton |",
+        "|---|---|---|--:|--:|--:|--:|",
+    ]
+    for record in records:
+        times = [record.get(f"{kind}seconds") for kind in ("", "reference_", "compiled_")]
+        share = ""
+        if gpu and times[0]:
+            floor = max(
+                record["bytes"] / gpu.bytes_per_second,
+                record["operations"] / gpu.operations_per_second,
+            )
+            share = f"{floor / times[0]:.2f}"
+        cells = " | ".join("" if value is None else f"{value * 1e6:.1f}" for value in times)
+        lines.append(
+            f"| {record['op']} | {record['model']} | {record['step']} | {cells} | {share} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("command", choices=("check", "time"))
+    parser.add_argument("--model", default=MODELS[0].name, help='of the shapes; "" for all')
+    parser.add_argument("--seconds", type=float, default=480, help="that `time` may take")
+    options = parser.parse_args()
+    if INTERPRETED.value or not torch.cuda.is_available():
+        print("there is no GPU that PyTorch can use here (or TRITON_INTERPRET is set)")
+        return 2
+    name = torch.cuda.get_device_name()
+    if options.command == "check":
+        problems = check(options.model)
+        print("\n".join(problems) or f"all kernels are right on {name}")
+        return 1 if problems else 0
+    records = measure(options.model, options.seconds)
+    content = {"gpu": name, "torch": torch.__version__, "triton": triton.__version__}
+    (_DOCS / "gpu.json").write_text(json.dumps({**content, "cases": records}, indent=1) + "\n")
+    (_DOCS / "gpu.md").write_text(page(records, name), encoding="utf-8")
+    print(f"wrote {_DOCS / 'gpu.json'} and {_DOCS / 'gpu.md'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
