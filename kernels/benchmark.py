@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from headgate.kernels import ops
+from headgate.kernels.quantised import KINDS
 
 _HIDDEN, _MLP, _VOCABULARY = 576, 1536, 49152
 _HEADS, _KV_HEADS, _DIM, _BLOCK = 9, 3, 64, 16
@@ -46,21 +47,23 @@ class Case:
     nbytes: float
 
 
-def linear_cases(dtype: torch.dtype) -> Iterator[Case]:
+def linear_cases(dtype: torch.dtype, quantize: str) -> Iterator[Case]:
+    weight_bytes = KINDS[quantize].bytes_per_weight if quantize else dtype.itemsize
     for name, (columns, inner) in _MATRICES.items():
         for rows in (1, 8, 32, 128, 512) if columns < 10_000 else (1, 8, 32):
             yield Case(
                 f"linear {name} {columns}x{inner} rows {rows}",
-                partial(_linear, columns, inner, rows, dtype),
+                partial(_linear, (columns, inner), rows, dtype, quantize),
                 2.0 * rows * columns * inner,
-                columns * inner * dtype.itemsize,
+                columns * inner * weight_bytes,
             )
 
 
-def _linear(columns: int, inner: int, rows: int, dtype: torch.dtype) -> Call:
+def _linear(size: tuple[int, int], rows: int, dtype: torch.dtype, quantize: str) -> Call:
+    columns, inner = size
     matrix, x = torch.randn(columns, inner).to(dtype).float(), torch.randn(rows, inner)
     copies = max(1, _COLD_BYTES // (columns * inner * 4))
-    weights = [ops.pack_linear(matrix.clone(), dtype) for _ in range(copies)]
+    weights = [ops.pack_linear(matrix.clone(), dtype, quantize) for _ in range(copies)]
     return lambda i: ops.linear(x, weights[i % copies])
 
 
@@ -131,11 +134,13 @@ def fastest(run: Call, seconds: float) -> float:
     return best
 
 
-def measure(backend: str, dtype: torch.dtype, pattern: str, seconds: float) -> None:
-    """Prints a line for each case whose name holds `pattern`."""
+def measure(options: argparse.Namespace) -> None:
+    """Prints a line for each case whose name holds `options.only`."""
+    backend, dtype = options.kernels, getattr(torch, options.dtype)
     print(f"{'':44}{backend:>12}{'reference':>12}{'ratio':>8}{'GFLOP/s':>9}{'GB/s':>7}")
-    for case in chain(linear_cases(dtype), attention_cases(dtype), other_cases(dtype)):
-        if pattern not in case.name:
+    linear = linear_cases(dtype, options.quantize)
+    for case in chain(linear, attention_cases(dtype), other_cases(dtype)):
+        if options.only not in case.name:
             continue
         calls = {}
         for name in (backend, "reference"):
@@ -144,7 +149,7 @@ def measure(backend: str, dtype: torch.dtype, pattern: str, seconds: float) -> N
         times = dict.fromkeys(calls, float("inf"))
         for name in [*calls] * 3:
             ops.use(name)
-            times[name] = min(times[name], fastest(calls[name], seconds / 6))
+            times[name] = min(times[name], fastest(calls[name], options.seconds / 6))
         ours, theirs = times[backend], times["reference"]
         print(
             f"{case.name:44}{ours * 1e6:9.1f} us{theirs * 1e6:9.1f} us{theirs / ours:8.1f}"
@@ -157,13 +162,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kernels", default="cpu", choices=ops.BACKENDS, help="back end to time")
     parser.add_argument("--dtype", default="bfloat16", help="how weights are stored")
+    parser.add_argument("--quantize", default="", choices=("", *KINDS), help="kind of weights")
     parser.add_argument("--threads", type=int, default=0, help="0: what torch would use")
     parser.add_argument("--only", default="", help="cases whose name holds this text")
     parser.add_argument("--seconds", type=float, default=0.6, help="for each case")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
-    measure(options.kernels, getattr(torch, options.dtype), options.only, options.seconds)
+    measure(options)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,11 @@ class QuantKind:
     offset: bool = False
     inputs: bool = True
 
+    @property
+    def bytes_per_weight(self) -> float:
+        """Its value, and its share of the group's scale and minimum."""
+        return 1 / 2 + 4 / self.group if self.offset else 1 + 2 / self.group
+
     def padded(self, inner: int) -> int:
         """K filled up to whole groups."""
         return -(-inner // self.group) * self.group

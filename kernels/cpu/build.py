@@ -37,11 +37,19 @@ _FLAGS = (
     "-Wno-uninitialized",
 )
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
-_INSTRUCTION_SETS = {
-    "generic": (),
-    "avx2": _AVX2,
-    "avx512": (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"),
+_AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
+# Sources that are compiled once for each instruction set, and with which flags.
+_VARIANTS: dict[str, dict[str, tuple[str, ...]]] = {
+    "kernels": {"generic": (), "avx2": _AVX2, "avx512": _AVX512},
+    "quantised": {
+        "generic": (),
+        "avx2": _AVX2,
+        "avx512": (*_AVX512, "-mavx512vnni"),
+        "neon": ("-march=armv8.2-a+dotprod",),
+    },
 }
+_X86, _ARM = ("x86_64", "AMD64"), ("aarch64", "arm64")
+_MACHINES = {"avx2": _X86, "avx512": _X86, "neon": _ARM}  # generic: any
 
 
 class BuildError(RuntimeError):
@@ -76,7 +84,7 @@ def _compiler() -> str | None:
 
 
 def _digest() -> str:
-    digest = hashlib.sha256(repr((_FLAGS, _INSTRUCTION_SETS, platform.machine())).encode())
+    digest = hashlib.sha256(repr((_FLAGS, _VARIANTS, platform.machine())).encode())
     for path in sorted(SOURCES.glob("*.h")) + sorted(SOURCES.glob("*.cpp")):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
@@ -106,15 +114,14 @@ def _compile(compiler: str, target: Path) -> None:
         for source in ("interface", "quantised_interface", "thread_pool", "shared_sum", "replay"):
             target_object = str(objects / f"{source}.o")
             commands.append(("-c", str(SOURCES / f"{source}.cpp"), "-o", target_object))
-        for name, flags in _INSTRUCTION_SETS.items():
-            if flags and platform.machine() not in ("x86_64", "AMD64"):
-                continue
-            vnni = ("-mavx512vnni",) if name == "avx512" else ()
-            for source, more in (("kernels", ()), ("quantised", vnni)):
+        for source, variants in _VARIANTS.items():
+            for name, flags in variants.items():
+                if platform.machine() not in _MACHINES.get(name, (platform.machine(),)):
+                    continue
                 names = (f"-DHG_TABLE={source}_{name}", f"-DHG_NAME={name}")
                 target_object = str(objects / f"{source}_{name}.o")
                 source_file = str(SOURCES / f"{source}.cpp")
-                commands.append((*flags, *more, *names, "-c", source_file, "-o", target_object))
+                commands.append((*flags, *names, "-c", source_file, "-o", target_object))
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
             list(pool.map(lambda command: _run(compiler, *_FLAGS, *command), commands))
         # Linked under a name of its own, then renamed: no process ever loads half a library.

@@ -72,6 +72,13 @@ void quantise_rows_tile(const void* data, int64_t tile) {
 template <int Q>
 constexpr int kStepsOf = Q == kInt4 ? kInt4Group / 8 : kInt8Group / 4;
 
+// Stored weights as the products take them; int4: the low halves (part 0) or the high ones.
+template <int Q>
+HG_INLINE vi bytes_of(vi stored, int part) {
+  if (Q == kInt4) return part == 0 ? low_nibbles(stored) : high_nibbles(stored);
+  return kSignedWeights ? xor_int(stored, set1i((int)0x80808080u)) : stored;
+}
+
 // Weights that will be needed: the address of the next ones, and how far it moves on at each step.
 struct Ahead {
   const char* address;
@@ -92,12 +99,9 @@ HG_INLINE void add_group(const int8_t* x, const char* w, Ahead& ahead, vi (&sums
     for (int v = 0; v < V; ++v) loaded[v] = load_int(w + v * VL * 4);
 #pragma GCC unroll 2
     for (int part = 0; part < kParts; ++part, x += R * 4) {
-      Bytes values[V];
+      Weights values[V];
 #pragma GCC unroll 8
-      for (int v = 0; v < V; ++v)
-        values[v] = weights_of(Q == kInt8  ? loaded[v]
-                               : part == 0 ? low_nibbles(loaded[v])
-                                           : high_nibbles(loaded[v]));
+      for (int v = 0; v < V; ++v) values[v] = weights_of(bytes_of<Q>(loaded[v], part));
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
         const Inputs a = inputs_at(x + r * 4);
@@ -127,7 +131,8 @@ void multiply_quantised(const char* x, const char* block, Ahead ahead, int first
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) sums[r][v] = set1i(Q == kInt8 ? correction[r] : 0);
+      for (int v = 0; v < V; ++v)
+        sums[r][v] = set1i(Q == kInt8 && !kSignedWeights ? correction[r] : 0);
     add_group<Q, R, V>((const int8_t*)(x + R * 8), block + kHeader + first * 4, ahead, sums);
     const uint16_t* weight_scale = (const uint16_t*)block + first;
 #pragma GCC unroll 8

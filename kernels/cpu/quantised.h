@@ -71,6 +71,8 @@ extern const QuantisedKernels quantised_generic;
 #if defined(__x86_64__)
 extern const QuantisedKernels quantised_avx2;
 extern const QuantisedKernels quantised_avx512;
+#elif defined(__aarch64__)
+extern const QuantisedKernels quantised_neon;
 #endif
 
 }  // namespace headgate

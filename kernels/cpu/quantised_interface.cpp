@@ -3,6 +3,11 @@
 #include <cstring>
 #include <memory>
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+
 #include "dispatch.h"
 #include "quantised.h"
 
@@ -15,6 +20,9 @@ const QuantisedKernels& quantised_kernels() {
   // Machines with AVX-512 but without VNNI multiply bytes as AVX2 does.
   if (!strcmp(name, "avx512") && __builtin_cpu_supports("avx512vnni")) return quantised_avx512;
   if (strcmp(name, "generic")) return quantised_avx2;
+#elif defined(__aarch64__) && defined(__linux__)
+  static const bool dot_product = getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
+  if (dot_product) return quantised_neon;
 #endif
   return quantised_generic;
 }

@@ -48,6 +48,7 @@ HG_INLINE vi shift_left(vi a, int n) { return _mm512_slli_epi32(a, n); }
 HG_INLINE vi shift_right(vi a, int n) { return _mm512_srai_epi32(a, n); }
 HG_INLINE vi add_int(vi a, vi b) { return _mm512_add_epi32(a, b); }
 HG_INLINE vi and_int(vi a, vi b) { return _mm512_and_si512(a, b); }
+HG_INLINE vi xor_int(vi a, vi b) { return _mm512_xor_si512(a, b); }
 HG_INLINE vi load_int(const void* p) { return _mm512_loadu_si512(p); }
 // a < b ? x : y, lane by lane.
 HG_INLINE vf if_less(vf a, vf b, vf x, vf y) {
@@ -113,6 +114,7 @@ HG_INLINE vi shift_left(vi a, int n) { return _mm256_slli_epi32(a, n); }
 HG_INLINE vi shift_right(vi a, int n) { return _mm256_srai_epi32(a, n); }
 HG_INLINE vi add_int(vi a, vi b) { return _mm256_add_epi32(a, b); }
 HG_INLINE vi and_int(vi a, vi b) { return _mm256_and_si256(a, b); }
+HG_INLINE vi xor_int(vi a, vi b) { return _mm256_xor_si256(a, b); }
 HG_INLINE vi load_int(const void* p) { return _mm256_loadu_si256((const __m256i*)p); }
 HG_INLINE vf if_less(vf a, vf b, vf x, vf y) {
   return _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_LT_OQ));
@@ -181,6 +183,7 @@ HG_INLINE vi shift_left(vi a, int n) { return a << n; }
 HG_INLINE vi shift_right(vi a, int n) { return a >> n; }
 HG_INLINE vi add_int(vi a, vi b) { return a + b; }
 HG_INLINE vi and_int(vi a, vi b) { return a & b; }
+HG_INLINE vi xor_int(vi a, vi b) { return a ^ b; }
 HG_INLINE vi load_int(const void* p) { vi x; memcpy(&x, p, 16); return x; }
 HG_INLINE vf if_less(vf a, vf b, vf x, vf y) { return a < b ? x : y; }
 HG_INLINE vf if_within(vi at, vi low, vi high, vf x, vf y) {

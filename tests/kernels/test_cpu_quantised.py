@@ -32,6 +32,7 @@ def test_every_kind_has_a_code() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_memory_is_what_the_launcher_counts(kind: str) -> None:
+    assert quantised.KINDS[kind].bytes_per_weight == _QUANTISED_BYTES[kind]
     assert pack(random(64, 128), kind).nbytes == 64 * 128 * _QUANTISED_BYTES[kind]
 
 
