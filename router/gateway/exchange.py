@@ -210,7 +210,14 @@ def _mark_seen(future: asyncio.Future[Any]) -> None:
 
 
 def convert(raw: Any, cls: type[S], prefix: str = "") -> S:
-    """JSON values as a `cls`. Raises ValidationError that names the field, after `prefix`."""
+    """JSON values as a `cls`; 3.0 is a whole number too, as JSON Schema has it.
+
+    Raises ValidationError that names the field, after `prefix`.
+    """
+    try:
+        return msgspec.convert(raw, cls)
+    except msgspec.ValidationError:
+        raw = _with_whole_numbers(raw)
     try:
         return msgspec.convert(raw, cls)
     except msgspec.ValidationError as error:
@@ -223,6 +230,17 @@ def convert(raw: Any, cls: type[S], prefix: str = "") -> S:
         path = (prefix + path).rstrip(".")
         where = f"`{path}`: " if path else ""
         raise ValidationError(where + text[:1].lower() + text[1:], field=path) from None
+
+
+def _with_whole_numbers(raw: Any) -> Any:
+    """The same values, floats that are whole as integers."""
+    if isinstance(raw, float):
+        return int(raw) if raw.is_integer() else raw
+    if isinstance(raw, list):
+        return [_with_whole_numbers(entry) for entry in raw]
+    if isinstance(raw, dict):
+        return {key: _with_whole_numbers(entry) for key, entry in raw.items()}
+    return raw
 
 
 def unknown_fields(raw: Any, cls: type[msgspec.Struct], prefix: str = "") -> list[str]:

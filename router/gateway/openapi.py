@@ -21,7 +21,7 @@ from headgate.router.gateway.answer_schemas import (
     UnhealthyAnswer,
 )
 from headgate.router.gateway.exchange import JSON_HEADERS, Exchange
-from headgate.router.gateway.openapi_fields import PHRASES, SHAPES, ranges
+from headgate.router.gateway.openapi_fields import PHRASES, REQUIRED, SHAPES, ranges
 from headgate.router.gateway.openapi_routes import EVENTS, OPERATIONS, Operation
 from headgate.router.gateway.services import Services
 
@@ -191,13 +191,14 @@ def _describe(components: Schema, names: set[str], limits: dict[str, Schema]) ->
     """Adds ranges and phrases to the fields of the named components, in place."""
     for (name, field), shape in SHAPES.items():
         components[name]["properties"][field] = copy.deepcopy(shape)
+    for name, required in REQUIRED.items():
+        components[name]["required"] = required
     for name in names:
         for field, schema in components[name].get("properties", {}).items():
             if field in PHRASES:
                 schema.setdefault("description", PHRASES[field])
-            if (name, field) not in SHAPES:
-                for branch in schema.get("anyOf", [schema]):
-                    _narrow(branch, limits.get(field, {}))
+            for branch in schema.get("anyOf", [schema]):
+                _narrow(branch, limits.get(field, {}))
 
 
 _OF_TYPE = {
@@ -210,6 +211,7 @@ _OF_TYPE = {
 
 def _narrow(schema: Schema, limits: Schema) -> None:
     """Those of the limits that say something of the schema's type."""
-    for keyword in _OF_TYPE.get(schema.get("type", ""), ()):
+    kind = schema.get("type")
+    for keyword in _OF_TYPE.get(kind, ()) if isinstance(kind, str) else ():
         if keyword in limits:
             schema[keyword] = limits[keyword]

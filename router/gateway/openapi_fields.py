@@ -110,8 +110,10 @@ _OFF = {"enum": [False, None], "description": "Only false is served."}
 _NOT_FORCED = {"enum": ["auto", "none", None]}
 _BIAS = {
     "type": ["object", "null"],
-    "propertyNames": {"pattern": "^[0-9]{1,2}$"},
-    "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+    "patternProperties": {
+        "^[0-9]{1,2}$": {"type": "number", "minimum": -100, "maximum": 100},
+    },
+    "additionalProperties": False,
 }
 _ANY_OBJECT = {"type": ["object", "null"]}
 
@@ -269,6 +271,10 @@ SHAPES: Mapping[tuple[str, str], dict[str, Any]] = {
         },
     },
 }
+
+
+# Beyond what the schemas ask for: a message without content is one with tool calls.
+REQUIRED: Mapping[str, list[str]] = {"ChatMessage": ["role", "content"]}
 
 
 def ranges(info: router_pb2.InfoResponse) -> dict[str, dict[str, Any]]:

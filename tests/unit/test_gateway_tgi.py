@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from typing import Any
 
 import pytest
@@ -222,6 +223,22 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"stop": [1]}, "parameters.stop[0]"),
     ({"temperature": "hot"}, "parameters.temperature"),
 ]
+
+
+async def test_floats_that_are_whole_are_whole_numbers() -> None:
+    async with RunningGateway() as running:
+        parameters = {"max_new_tokens": 5.0, "stop_token_ids": [3.0], "temperature": 2}
+        response = await running.http.post(
+            "/generate", json={"inputs": "Hi", "parameters": parameters}
+        )
+        assert response.status_code == 200
+        given = running.router.requests[0].parameters
+        assert (given.max_new_tokens, list(given.stop_token_ids), given.temperature) == (5, [3], 2)
+        for value in (5.5, 1e400, True, "5"):
+            body = {"inputs": "Hi", "parameters": {"max_new_tokens": value}}
+            content = json.dumps(body).replace("Infinity", "1e400")
+            response = await running.http.post("/generate", content=content)
+            assert response.status_code in (400, 422), value
 
 
 async def test_what_is_not_served_is_named() -> None:
