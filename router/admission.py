@@ -65,17 +65,25 @@ class PeakForecast:
         """`rows`: (positions now, remaining) of each; `shared`: positions that are counted in
         more than one of them, beyond the first time."""
         self._rows = sorted((-remaining, positions) for positions, remaining in rows)
+        self._longest = sum(positions - negative for negative, positions in self._rows)
         self._shared = shared
         self._block_size = block_size
 
     def add(self, positions: int, remaining: int, shared: int) -> None:
         insort(self._rows, (-remaining, positions))
+        self._longest += positions + remaining
         self._shared += shared
 
     def remove(self, positions: int, remaining: int, shared: int) -> None:
         """Takes back an `add`."""
         del self._rows[bisect_left(self._rows, (-remaining, positions))]
+        self._longest -= positions + remaining
         self._shared -= shared
+
+    @property
+    def upper_bound(self) -> float:
+        """What `peak` cannot exceed, without a look at each row: all rows at their longest."""
+        return self._longest + len(self._rows) * self._block_size / 2
 
     def peak(self) -> float:
         """KV positions, block ends included.
@@ -138,7 +146,8 @@ class Admission:
         self._forecast.add(*row)
         self._add_beams(candidate)
         capacity = self._kv.pool.num_blocks * self._kv.block_size
-        if not alone and self._forecast.peak() > capacity:
+        forecast = self._forecast
+        if not alone and forecast.upper_bound > capacity and forecast.peak() > capacity:
             self._forecast.remove(*row)
             for beam in self._beams(candidate):
                 self._forecast.remove(*beam)

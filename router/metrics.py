@@ -270,7 +270,8 @@ class Metrics:
         return series
 
     def _series(self, name: str, labels: dict[str, str]) -> Series:
-        return self._families[name].series[label_text(list(labels), list(labels.values()))]
+        key = label_text(list(labels), list(labels.values())) if labels else ""
+        return self._families[name].series[key]
 
     # --------------------------------------------------------------- requests
 
