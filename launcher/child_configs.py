@@ -31,6 +31,7 @@ def shard_config(
         "quantize": sizes.quantize,
         "device": sizes.device,
         "kernels": "" if config.kernels == "auto" else config.kernels,
+        "cuda_graphs": config.cuda_graphs,
         "num_threads": sizes.threads_per_shard,
         "block_size": sizes.block_size,
         "num_blocks": sizes.num_blocks,

@@ -48,6 +48,7 @@ class LauncherConfig:
     num_shard: int | None
     threads_per_shard: int | None
     kernels: str
+    cuda_graphs: str
     cuda_memory_fraction: float
     shard_uds_path: str
     master_addr: str

@@ -255,10 +255,9 @@ SHARDS = (
     Flag(
         "cuda-graphs",
         Kind.TEXT,
-        "Batch sizes to capture as CUDA graphs.",
-        policy=Policy.NO_OP,
-        note="CUDA graphs are not captured in this version",
-        neutral=("0", ""),
+        "Batch sizes that decoding captures as CUDA graphs on a GPU, separated by commas; 0: none.",
+        default="",
+        default_text="powers of two up to 8, then multiples of 8, as they occur",
     ),
     Flag(
         "disable-custom-kernels",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+_SIZES = re.compile(r" *[0-9]+ *(, *[0-9]+ *)*")
 DEVICES = ("cpu", "cuda")
 
 
@@ -31,6 +33,7 @@ class ShardConfig:
     addresses: tuple[str, ...]  # one per rank; "{epoch}" in it is replaced
     model_module: str = ""  # Python file that registers another architecture
     kernels: str = ""  # "": the best for the device
+    cuda_graphs: str = ""  # batch sizes to capture, "1,2,4"; "": those that occur; "0": none
     quantize: str = ""  # a kind of headgate.kernels.quantised; "": none
     block_size: int = 16  # positions per KV block
     num_blocks: int = 0  # 0: as many as fit, found out at warm-up (cuda)
@@ -63,8 +66,20 @@ class ShardConfig:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be greater than 0")
         if self.num_blocks < 0 or (self.num_blocks == 0 and self.device == "cpu"):
             raise ConfigError("num_blocks must be greater than 0 on a CPU")
+        if self.cuda_graphs and not _SIZES.fullmatch(self.cuda_graphs):
+            raise ConfigError(
+                f"--cuda-graphs is {self.cuda_graphs!r}; it must be batch sizes separated by "
+                "commas, or 0"
+            )
         if not 0 < self.cuda_memory_fraction <= 1:
             raise ConfigError("cuda_memory_fraction must be greater than 0 and at most 1")
+
+    @property
+    def graph_sizes(self) -> tuple[int, ...] | None:
+        """Batch sizes to capture as CUDA graphs, ascending; None: those that occur."""
+        if not self.cuda_graphs:
+            return None
+        return tuple(sorted({int(size) for size in self.cuda_graphs.split(",")} - {0}))
 
     @property
     def weight_dtype(self) -> torch.dtype:

@@ -25,6 +25,7 @@ from headgate.proto.messages import (
     TopTokens,
 )
 from headgate.shard.config import ShardConfig, ShardIdentity
+from headgate.shard.cuda_graphs import MAX_HEAD_DIM, CudaDevice, GraphedModel, usual_sizes
 from headgate.shard.distributed import Group
 from headgate.shard.errors import ModelError
 from headgate.shard.input_batch import BatchLimits, InputBatch, PlanError, ScheduledRows
@@ -72,7 +73,7 @@ class ModelRunner:
             model.config.eos_token_ids,
             config.num_threads,
         )
-        self._recorded: RecordedModel | None = None
+        self._recorded: RecordedModel | GraphedModel | None = None
         self._kv_cache: KVCache | None = None
         self._batch: InputBatch | None = None
         self._refusing = ""  # why every plan is refused until one resets
@@ -97,17 +98,32 @@ class ModelRunner:
     def record(self) -> None:
         """Has steps replayed from now on, where the model allows that. Collective."""
         config = self.config
+        if config.device == "cuda":
+            self._recorded = self._graphed_model()
+            return
         limits = StepLimits(config.max_batch_prefill_tokens, config.max_total_tokens, _LOGITS_ROWS)
         self._recorded = record_model(
             self.model, self.group, self.kv_layout, limits, self.heartbeat.address
         )
+
+    def _graphed_model(self) -> GraphedModel | None:
+        """None where decode steps are not captured: by --cuda-graphs, or since the reference's
+        attention would wait for the device."""
+        config = self.config
+        sizes = config.graph_sizes
+        if sizes is None:
+            sizes = tuple(usual_sizes(config.max_batch_size))
+        if not sizes or ops.active() != "triton" or self.model.head_dim > MAX_HEAD_DIM:
+            return None
+        row_blocks = -(-config.max_total_tokens // config.block_size)
+        return GraphedModel(self.model, CudaDevice(), sizes, row_blocks)
 
     def allocate(self, num_blocks: int) -> None:
         """Makes the KV cache; drops the one before it, and all rows.
 
         Raises ModelError where there is not enough memory.
         """
-        self._kv_cache = None
+        self.release()
         try:
             self._kv_cache = KVCache(self.kv_layout, num_blocks, self.config.device)
         except (MemoryError, RuntimeError) as error:
@@ -152,6 +168,8 @@ class ModelRunner:
     def release(self) -> None:
         """Gives the KV cache back."""
         self._kv_cache = self._batch = None
+        if isinstance(self._recorded, GraphedModel):
+            self._recorded.release()
 
     def step(
         self,
@@ -203,7 +221,9 @@ class ModelRunner:
             scheduled = self._batch.apply(plan)
             if not len(scheduled.slots):
                 return scheduled, None, ""
-            return scheduled, build_inputs(self._batch, scheduled, self.config.device), ""
+            # A recorded model takes its inputs from the host's memory.
+            device = self.config.device if self._recorded is None else "cpu"
+            return scheduled, build_inputs(self._batch, scheduled, device), ""
         except (PlanError, MemoryError, RuntimeError) as error:
             if not isinstance(error, PlanError) and not is_out_of_memory(error):
                 raise

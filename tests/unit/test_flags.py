@@ -178,7 +178,6 @@ def test_rope_flags_complete_each_other() -> None:
         "--max-waiting-tokens 20",
         "--usage-stats off",
         "--disable-custom-kernels",
-        "--cuda-graphs 1,2",
         "--trust-remote-code",
         "--prometheus-port 9001",
         "--otlp-service-name tgi",
