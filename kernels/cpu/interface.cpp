@@ -171,18 +171,13 @@ HG_API int32_t hg_linear(const float* x, int64_t rows, int64_t inner, int64_t x_
     run(kernels->pack_rows, pack, row_tiles, rows * inner / 8);
     x = packed;
   }
-  const int64_t panels = divide_up(columns, kPanel), threads = num_threads();
-  // A few tiles for each thread even out what the system takes away; more cost claims.
-  const int64_t wanted = threads == 1 ? 1 : threads * 8;
-  const int64_t panels_per_tile = panels > wanted ? panels / wanted : 1;
-  const int64_t panel_tiles = divide_up(panels, panels_per_tile);
-  int64_t groups = panel_tiles < wanted / 2 ? divide_up(wanted / 2, panel_tiles) : 1;
-  if (groups > row_tiles) groups = row_tiles;
+  const ProductTiles tiles = share_product(columns, row_tiles);
   const LinearJob job = {x,        weight, bias,  y,     rows, inner, columns,
-                         y_stride, dtype,  int32_t(row_tiles), panels_per_tile, int32_t(groups)};
+                         y_stride, dtype,  int32_t(row_tiles), tiles.panels_per_tile,
+                         tiles.row_groups};
   // The weights are to be read from memory, and the products to be computed.
   const int64_t cost = columns * inner / 16 + rows * columns * inner / 64;
-  run(kernels->linear, job, panel_tiles * groups, cost);
+  run(kernels->linear, job, tiles.count, cost);
   return 0;
 }
 

@@ -109,18 +109,12 @@ HG_API int32_t hg_linear_quantised(const float* x, int64_t rows, int64_t inner, 
       int32_t(divide_up(rows, widen ? active_kernels().tile_rows : kernels.tile_rows));
   const char* inputs = prepare_inputs(x, rows, inner, x_stride, kind, row_tiles);
   if (!inputs) return -1;
-  const int64_t panels = divide_up(columns, kPanel), threads = num_threads();
-  // A few tiles for each thread even out what the system takes away; more cost claims.
-  const int64_t wanted = threads == 1 ? 1 : threads * 8;
-  const int64_t panels_per_tile = panels > wanted ? panels / wanted : 1;
-  const int64_t panel_tiles = divide_up(panels, panels_per_tile);
-  int64_t row_groups = panel_tiles < wanted / 2 ? divide_up(wanted / 2, panel_tiles) : 1;
-  if (row_groups > row_tiles) row_groups = row_tiles;
+  const ProductTiles tiles = share_product(columns, row_tiles);
   const QuantisedLinearJob job = {inputs, static_cast<const char*>(weight), bias, y, rows, inner,
-                                  columns, y_stride, panels_per_tile, row_tiles,
-                                  int32_t(row_groups), kind};
+                                  columns, y_stride, tiles.panels_per_tile, row_tiles,
+                                  tiles.row_groups, kind};
   // The weights are to be read from memory, and the products to be computed.
   const int64_t cost = columns * inner / 32 + rows * columns * inner / (widen ? 64 : 256);
-  run(kernels.linear, job, panel_tiles * row_groups, cost);
+  run(kernels.linear, job, tiles.count, cost);
   return 0;
 }
