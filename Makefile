@@ -17,6 +17,7 @@
 #                                   OPENVINO_PYTHON and OPENVINO_MODELS, LLAMA_SERVER and LLAMA_MODELS,
 #                                   VLLM_PYTHON, TRANSFORMERS_PYTHON and TRANSFORMERS_MODEL
 #   make bench-host                 what gateway and router cost per token, without a model
+#   make bench-steps                where a CPU step's time goes, call by call (docs/performance.md)
 #   make test-fresh                 the image's steps and the README's commands on a bare Debian (root)
 #   make clean                      removes the environments and everything generated
 
@@ -25,7 +26,7 @@ GPU_PYTHON ?= $(or $(wildcard $(VENV)/bin/python),python3)
 export VENV TORCH_INDEX PYTHON
 
 .PHONY: help serve test test-api test-kernels kernels-report test-gpu bench-gpu setup setup-dev proto lint format wheel \
-	bench bench-peers bench-host bench-quality test-fresh clean
+	bench bench-peers bench-host bench-steps bench-quality test-fresh clean
 .DEFAULT_GOAL := help
 
 help:
@@ -102,6 +103,9 @@ bench-peers: setup
 
 bench-host: setup
 	@$(VENV)/bin/python -m headgate.bench.host $(BENCH_ARGS)
+
+bench-steps: setup
+	@$(VENV)/bin/python -m headgate.bench.step_profile $(BENCH_ARGS)
 
 test-fresh:
 	deploy/test_fresh.sh

@@ -73,7 +73,7 @@ class ModelRunner:
             model.config.eos_token_ids,
             config.num_threads,
         )
-        self._recorded: RecordedModel | GraphedModel | None = None
+        self.recorded: RecordedModel | GraphedModel | None = None
         self._kv_cache: KVCache | None = None
         self._batch: InputBatch | None = None
         self._refusing = ""  # why every plan is refused until one resets
@@ -99,10 +99,10 @@ class ModelRunner:
         """Has steps replayed from now on, where the model allows that. Collective."""
         config = self.config
         if config.device == "cuda":
-            self._recorded = self._graphed_model()
+            self.recorded = self._graphed_model()
             return
         limits = StepLimits(config.max_batch_prefill_tokens, config.max_total_tokens, _LOGITS_ROWS)
-        self._recorded = record_model(
+        self.recorded = record_model(
             self.model, self.group, self.kv_layout, limits, self.heartbeat.address
         )
 
@@ -134,8 +134,8 @@ class ModelRunner:
                 f"the KV cache of {num_blocks} blocks takes {size} bytes, "
                 "and there is not enough memory for it"
             ) from error
-        if self._recorded is not None:
-            self._recorded.bind(self._kv_cache)
+        if self.recorded is not None:
+            self.recorded.bind(self._kv_cache)
         self._batch = self._new_batch(num_blocks)
         self.reset()
         logger.info(
@@ -168,8 +168,8 @@ class ModelRunner:
     def release(self) -> None:
         """Gives the KV cache back."""
         self._kv_cache = self._batch = None
-        if isinstance(self._recorded, GraphedModel):
-            self._recorded.release()
+        if isinstance(self.recorded, GraphedModel):
+            self.recorded.release()
 
     def step(
         self,
@@ -222,7 +222,7 @@ class ModelRunner:
             if not len(scheduled.slots):
                 return scheduled, None, ""
             # A recorded model takes its inputs from the host's memory.
-            device = self.config.device if self._recorded is None else "cpu"
+            device = self.config.device if self.recorded is None else "cpu"
             return scheduled, build_inputs(self._batch, scheduled, device), ""
         except (PlanError, MemoryError, RuntimeError) as error:
             if not isinstance(error, PlanError) and not is_out_of_memory(error):
@@ -256,8 +256,8 @@ class ModelRunner:
             return answer
         slots = scheduled.slots[scheduled.samples]
         finish_masks = self._begin_masks(plan, slots)
-        if self._recorded is not None:
-            hidden = self._recorded.forward(inputs)
+        if self.recorded is not None:
+            hidden = self.recorded.forward(inputs)
         else:
             hidden = self.model.forward(
                 inputs.input_ids, inputs.positions, self._kv_cache, inputs.attention
@@ -314,8 +314,8 @@ class ModelRunner:
         for start in range(0, len(drawn), _LOGITS_ROWS):
             part = drawn[start : start + _LOGITS_ROWS]
             rows = sample_tokens[torch.from_numpy(part).to(sample_tokens.device)]
-            if self._recorded is not None:
-                logits = self._recorded.logits(rows)
+            if self.recorded is not None:
+                logits = self.recorded.logits(rows)
             else:
                 logits = self.model.logits(ops.take_rows(hidden, rows))
             self.heartbeat.beat()

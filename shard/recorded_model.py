@@ -75,6 +75,11 @@ class RecordedModel:
         return None if self._head.output is None else self._head.output[:count]
 
     @property
+    def programs(self) -> tuple[Program, Program]:
+        """Of the forward pass, whose sizes are tokens and rows, and of logits, by rows."""
+        return self._forward, self._head
+
+    @property
     def activation_bytes(self) -> tuple[int, int]:
         """(memory planned for the largest step's activations, what they'd take side by side)."""
         parts = (self._forward, self._head)

@@ -55,7 +55,7 @@ SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "hg_shared_broadcast": (_I, (_P, _P, _L)),
     "hg_replay_most_integers": (_I, ()),
     "hg_replay_most_floats": (_I, ()),
-    "hg_replay": (_I, (_P, _L, _P, _P, _I, _P, _P)),
+    "hg_replay": (_I, (_P, _L, _P, _P, _I, _P, _P, _P)),
 }
 
 

@@ -65,6 +65,7 @@ class Program:
         self._num_sizes = len(largest)
         self._sizes = (ctypes.c_int64 * len(largest))()
         self._failed = ctypes.c_int64()
+        self._nanoseconds: np.ndarray | None = None
         self._externals: list[tuple[int, int, int]] = []  # (row of the table, which, offset)
         self._table = self._lay_out_arguments(arguments)
         self._call_table = self._lay_out_calls(arguments)
@@ -98,9 +99,21 @@ class Program:
             self._num_sizes,
             beats,
             ctypes.addressof(self._failed),
+            None if self._nanoseconds is None else self._nanoseconds.ctypes.data,
         )
         if status:
             raise self.calls[self._failed.value].failure(status)
+
+    def time_calls(self) -> np.ndarray:
+        """From now on each call's nanoseconds are added up, in the array returned: int64[calls]."""
+        self._nanoseconds = np.zeros(len(self.calls), np.int64)
+        return self._nanoseconds
+
+    def arguments(self, call: int, sizes: Sequence[int]) -> list[int]:
+        """A call's integer and pointer arguments at these sizes."""
+        first, integers = self._call_table[call, 1:3]
+        rows = self._table[first : first + integers]
+        return (rows[:, 0] + rows[:, 1:] @ np.array(sizes, np.int64)).tolist()
 
     # ------------------------------------------------------------------ laying out
 

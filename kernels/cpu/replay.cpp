@@ -7,6 +7,7 @@
 // are behind them. System V on x86-64 and AAPCS64 on Linux do; elsewhere nothing is recorded.
 #include <stdint.h>
 #include <string.h>
+#include <time.h>
 
 namespace {
 
@@ -53,6 +54,12 @@ int64_t invoke(int64_t function, const I* i, const F* f) {
 #endif
 }
 
+int64_t now_ns() {
+  timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return int64_t(t.tv_sec) * 1000000000 + t.tv_nsec;
+}
+
 }  // namespace
 
 #define HG_API extern "C" __attribute__((visibility("default")))
@@ -63,9 +70,11 @@ HG_API int32_t hg_replay_most_floats() { return kFloats; }
 
 // An argument is a constant and, for each of the `num_sizes` sizes, what it grows by with it:
 // 1 + num_sizes words. A float is the constant's bits. `beats` is raised by one after each call.
-// Stops at the first call that fails and returns its status, with its number in `failed`.
+// Stops at the first call that fails and returns its status, with its number in `failed`. Each
+// call's time is added to its place in `nanoseconds`, unless that is null.
 HG_API int32_t hg_replay(const void* calls, int64_t count, const int64_t* arguments,
-                         const int64_t* sizes, int32_t num_sizes, int64_t* beats, int64_t* failed) {
+                         const int64_t* sizes, int32_t num_sizes, int64_t* beats, int64_t* failed,
+                         int64_t* nanoseconds) {
   const Call* all = static_cast<const Call*>(calls);
   for (int64_t c = 0; c < count; ++c) {
     const Call& call = all[c];
@@ -78,7 +87,9 @@ HG_API int32_t hg_replay(const void* calls, int64_t count, const int64_t* argume
       integers[i] = value;
     }
     for (int64_t i = 0; i < call.floats; ++i, word += 1 + num_sizes) memcpy(&floats[i], word, 8);
+    const int64_t began = nanoseconds ? now_ns() : 0;
     const int64_t result = invoke(call.function, integers, floats);
+    if (nanoseconds) nanoseconds[c] += now_ns() - began;
     __atomic_fetch_add(beats, 1, __ATOMIC_RELAXED);
     if (call.has_status && int32_t(result) != 0) {
       *failed = c;

@@ -17,6 +17,7 @@ from headgate.shard.kv_cache import KVCache
 from headgate.shard.model_runner import ModelRunner
 from headgate.shard.models.base import CausalLM
 from headgate.shard.models.registry import load_model
+from headgate.shard.recorded_model import RecordedModel
 from tests.unit.fake_model import shard_config
 
 PROMPT = list(b"a quick brown fox")
@@ -97,8 +98,8 @@ def test_replayed_steps_give_the_models_results(
 def test_activations_share_memory(tiny_llama: Path) -> None:
     runner = make_runner(load(tiny_llama))
     runner.record()
-    assert runner._recorded is not None
-    planned, apart = runner._recorded.activation_bytes
+    assert isinstance(runner.recorded, RecordedModel)
+    planned, apart = runner.recorded.activation_bytes
     assert planned < apart / 2  # of two layers, not more
 
 
@@ -146,4 +147,4 @@ def test_models_that_cannot_be_replayed_run_as_they_are(
 def test_other_kernels_are_not_recorded(tiny_llama: Path, reference_kernels: None) -> None:
     runner = make_runner(load(tiny_llama))
     runner.record()
-    assert runner._recorded is None
+    assert runner.recorded is None
