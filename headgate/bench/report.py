@@ -135,7 +135,8 @@ def _shares(session: Session) -> str:
     text = (
         "Useful arithmetic: two operations per weight and token, the vocabulary's only for tokens "
         "that are sampled; prompts and answers together, over the whole time of the run. Decoding "
-        "one request: the weights' bytes over the median time between tokens."
+        "one request: the weights' bytes (2, 1 or 0.5 each, scales not counted) over the median "
+        "time between tokens."
     )
     return text + "\n\n" + _table(("server", "at a time", "of", "reached", "share"), rows)
 
