@@ -52,9 +52,11 @@ def pack_linear(
 ) -> torch.Tensor | QuantisedTensor:
     """weight[O, I] in the form that `linear` likes best: quantised, where `quantize` names a kind.
 
-    Otherwise `dtype` can hold its values, which are kept.
+    Otherwise `dtype` can hold its values, which are kept: as float32 on a CPU, where products are.
     """
-    return quantised.quantise(weight, quantised.KINDS[quantize]) if quantize else weight
+    if quantize:
+        return quantised.quantise(weight, quantised.KINDS[quantize])
+    return weight.float() if weight.device.type == "cpu" else weight
 
 
 def linear(

@@ -5,6 +5,7 @@ Which block belongs to whom is the router's knowledge; this file only holds memo
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -50,16 +51,18 @@ class KVCache:
         self.layout = layout
         self.num_blocks = num_blocks
         # One tensor, so that copying a block is one operation for all layers.
-        self.data = torch.zeros(
+        shape = (
             layout.num_layers,
             2,
             num_blocks,
             layout.block_size,
             layout.num_kv_heads,
             layout.head_dim,
-            dtype=layout.dtype,
-            device=device,
         )
+        if torch.device(device).type == "cpu":
+            self.data = _untouched_zeros(self.num_bytes).view(layout.dtype).view(shape)
+        else:
+            self.data = torch.zeros(shape, dtype=layout.dtype, device=device)
         # Per layer (k, v), each [num_blocks, block_size, num_kv_heads, head_dim], contiguous.
         self.layers: list[tuple[torch.Tensor, torch.Tensor]] = [
             (layer[0], layer[1]) for layer in self.data
@@ -78,3 +81,15 @@ class KVCache:
             return
         sources, targets = torch.tensor(list(pairs), device=self.data.device).unbind(1)
         self.data[:, :, targets] = self.data[:, :, sources]
+
+
+def _untouched_zeros(num_bytes: int) -> torch.Tensor:
+    """uint8[num_bytes] whose pages are the system's zeros until they are written.
+
+    torch.zeros writes them. Raises MemoryError.
+    """
+    try:
+        memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except (OSError, OverflowError) as error:
+        raise MemoryError(f"no {num_bytes} bytes of memory: {error}") from error
+    return torch.frombuffer(memory, dtype=torch.uint8)

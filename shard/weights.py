@@ -24,6 +24,8 @@ _INDEX = "model.safetensors.index.json"
 # Buffers that old versions of Transformers saved, and that every loader computes by itself.
 _COMPUTED = re.compile(r"(^|\.)rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
 _NAMES_SHOWN = 5
+# Bytes read of mapped files before they are opened anew: pages that were read count as memory used.
+_MOST_MAPPED = 64 << 20
 
 Matrix = Any  # a tensor or a back end's packed form of one; for ops.linear only
 
@@ -69,6 +71,7 @@ class Weights:
         self.nbytes = 0
         self._path = Path(path)
         self._open: dict[Path, Any] = {}
+        self._mapped = 0  # bytes read since files were opened
         self._files = self._find_tensors()
         self._unused = {name for name in self._files if not _COMPUTED.search(name)}
 
@@ -171,12 +174,15 @@ class Weights:
             )
         self._unused.discard(found)
         # A copy always: slices are views of the mapped file, which must not be held open by them.
-        return tensor.to(self.device, self.dtype, copy=True).contiguous()
+        kept = tensor.to(self.device, self.dtype, copy=True).contiguous()
+        self._mapped += tensor.nbytes
+        if self._mapped > _MOST_MAPPED:
+            self._mapped = 0
+            self._open.clear()
+        return kept
 
     def _pack(self, tensor: torch.Tensor, quantize: str | None = None) -> Matrix:
         kind = self.quantize if quantize is None else quantize
-        if not kind:  # otherwise it is widened piece by piece
-            tensor = tensor.to(self.compute_dtype)
         return ops.pack_linear(tensor, self.dtype, kind)
 
     def _pack_head(self, tensor: torch.Tensor) -> Matrix:

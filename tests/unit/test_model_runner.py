@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -16,6 +17,7 @@ from headgate.shard import model_runner, vote, warmup
 from headgate.shard.config import ShardIdentity
 from headgate.shard.distributed import Group, single_group
 from headgate.shard.errors import ModelError
+from headgate.shard.kv_cache import KVCache, KVCacheLayout
 from headgate.shard.model_runner import ModelRunner
 from headgate.shard.models.registry import load_model
 from tests.unit.fake_model import FakeModel, greedy, logits_after, shard_config
@@ -433,3 +435,12 @@ def test_tokens_do_not_depend_on_batch_or_chunks(
 
     expected = generate(64, 0)
     assert generate(7, 0) == generate(64, 4) == generate(3, 5) == expected
+
+
+def test_blocks_take_memory_only_once_written() -> None:
+    before = psutil.Process().memory_info().rss
+    cache = KVCache(KVCacheLayout(4, 16, 2, 64, torch.bfloat16), 8000)
+    assert cache.num_bytes > 250e6
+    assert psutil.Process().memory_info().rss - before < cache.num_bytes / 10
+    assert not cache.data[1, 0, 77].any() and cache.data.dtype == torch.bfloat16
+    cache.copy_blocks([(7, 9)])
