@@ -174,11 +174,9 @@ class _Kind:
     soft_cap: float
     alibi_slopes: torch.Tensor | None
 
-    def bias(self, kv_heads: int, distance: torch.Tensor) -> torch.Tensor | None:
-        """ALiBi's bias [.., K, H/K, .., L], where distance[.., L] = key - query, zero or less."""
-        if self.alibi_slopes is None:
-            return None
-        return self.alibi_slopes.view(kv_heads, -1, 1, 1) * distance
+    def bias(self, distance: torch.Tensor, *shape: int) -> torch.Tensor | None:
+        """ALiBi's bias: the slopes in `shape` times `distance`, key - query, zero or less."""
+        return None if self.alibi_slopes is None else self.alibi_slopes.view(shape) * distance
 
 
 def gumbel_argmax(
@@ -274,7 +272,7 @@ def _attend_chunk(
     visible = key_at <= query_at
     if window:
         visible &= key_at > query_at - window
-    bias = kind.bias(kv_heads, key_at - query_at)
+    bias = kind.bias(key_at - query_at, kv_heads, -1, 1, 1)
     out = _softmax_attention(queries, keys, values, visible, kind, bias)
     return out.permute(2, 0, 1, 3).reshape(size, heads, dim)
 
@@ -312,10 +310,8 @@ def _attend_decode(
     visible = visible[:, None, None, :]
     # The heads of a group take the place of query positions: one matrix product for all of them.
     queries = q.view(rows, kv_heads, heads // kv_heads, dim)
-    bias = kind.bias(kv_heads, (key_at - lengths.unsqueeze(1) + 1)[:, None, None])
-    out = _softmax_attention(
-        queries, keys, values, visible, kind, None if bias is None else bias.squeeze(-2)
-    )
+    bias = kind.bias((key_at - lengths.unsqueeze(1) + 1)[:, None, None], kv_heads, -1, 1)
+    out = _softmax_attention(queries, keys, values, visible, kind, bias)
     return out.reshape(rows, heads, dim)
 
 

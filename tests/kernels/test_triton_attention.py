@@ -63,7 +63,7 @@ def attend(
 
 @pytest.mark.parametrize(
     ("shape", "kind"),
-    [((9, 3, 24), KINDS[0]), ((5, 1, 32), KINDS[3])]
+    [((9, 3, 24), KINDS[0]), ((5, 1, 32), KINDS[3]), ((6, 2, 16), KINDS[4])]
     + [pytest.param(*case, marks=pytest.mark.exhaustive) for case in product(SHAPES, KINDS)],
     ids=str,
 )
