@@ -21,7 +21,7 @@ class _Candidate:
     @property
     def mean_logprob(self) -> float:
         logprobs = [token.logprob for token in self.tokens.tokens]
-        return sum(logprobs) / len(logprobs)
+        return sum(logprobs) / max(len(logprobs), 1)  # none where only the prompt is scored
 
 
 class BestOf(Sink):

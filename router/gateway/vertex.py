@@ -37,7 +37,8 @@ class VertexRoute:
             for index, instance in enumerate(body.instances)
         ]
         answers = await collect(self._services, exchange, requests)
-        texts = [json_string(answer.finished.generated_text) for answer in answers]
+        best = (answer.finished for answer in answers if answer.finished.index == 0)
+        texts = [json_string(finished.generated_text) for finished in best]
         headers = timing_headers(self._services, exchange, answers, compute_time=True)
         await exchange.respond(
             b'{"predictions":[%s]}' % b",".join(texts), headers=JSON_HEADERS + headers

@@ -234,6 +234,10 @@ async def test_a_prompt_is_scored_without_an_answer(tmp_path: Path) -> None:
         assert [token.id for token in response.finished.prefill] == prompt
         logprobs = [token.logprob for token in response.finished.prefill[1:]]
         assert logprobs == expected_prompt_logprobs(prompt)
+        best = await router.stub.Generate(
+            request(prompt, max_new_tokens=0, prompt_logprobs=True, best_of=2, **SAMPLED)
+        )
+        assert [token.id for token in best.finished.prefill] == prompt
         router.assert_idle()
         assert router.metric("tgi_generated_tokens") == 0
         with pytest.raises(grpc.aio.AioRpcError) as caught:

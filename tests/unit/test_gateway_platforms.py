@@ -44,6 +44,14 @@ async def test_vertex_answers_instances_in_order() -> None:
         assert first.call_id == second.call_id and first.request_id != second.request_id
 
 
+async def test_vertex_gives_the_best_answer_to_an_instance() -> None:
+    async with RunningGateway() as running:
+        several = {"best_of": 2, "do_sample": True}
+        instances = [{"inputs": "Hi", "parameters": several}, {"messages": MESSAGES, "n": 3}]
+        response = await running.http.post("/vertex", json={"instances": instances})
+        assert response.json() == {"predictions": [" Tokyo is big", " Tokyo is big"]}
+
+
 @pytest.mark.parametrize(
     ("instances", "field"),
     [
