@@ -101,9 +101,11 @@ def _truncate(value: int | None, info: router_pb2.InfoResponse) -> int | None:
     """Tokens to keep; -1 means as many as can be served."""
     if value == -1:
         return info.max_input_tokens
-    if value is not None and value < 1:
+    if value is not None and not 0 < value <= info.max_input_tokens:
         raise ValidationError(
-            "`truncate_prompt_tokens` must be positive, or -1", field="truncate_prompt_tokens"
+            f"`truncate_prompt_tokens` must be > 0 and <= {info.max_input_tokens}, or -1. "
+            f"Given: {value}",
+            field="truncate_prompt_tokens",
         )
     return value
 

@@ -42,6 +42,7 @@ VARIABLES = {
     "text.verbosity": "verbosity",
 }
 _MAX_SHOWN = 128  # characters of a client's own word in a message
+_MAX_DIGITS = len(str(MAX_UINT32))
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +154,7 @@ def add_choices(
         if top_n:
             parameters.prompt_top_n_tokens = top_n
     for id_, value in (body.logit_bias or {}).items():
-        if not id_.isdecimal() or int(id_) > MAX_UINT32:
+        if not id_.isdecimal() or len(id_) > _MAX_DIGITS or int(id_) > MAX_UINT32:
             raise ValidationError(
                 f"`logit_bias` must be numbers by token id, not by {id_[:_MAX_SHOWN]!r}",
                 field="logit_bias",

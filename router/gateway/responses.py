@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -150,15 +151,20 @@ def _constants(body: ResponsesRequest, info: router_pb2.InfoResponse) -> dict[st
         "service_tier": "default",
         "store": False,
         "temperature": 1.0 if body.temperature is None else body.temperature,
-        "text": {"format": (body.text.format if body.text else None) or {"type": "text"}},
-        "tool_choice": body.tool_choice or "auto",
-        "tools": body.tools or [],
+        "text": {"format": _echoed((body.text.format if body.text else None) or {"type": "text"})},
+        "tool_choice": _echoed(body.tool_choice or "auto"),
+        "tools": _echoed(body.tools or []),
         "top_logprobs": body.top_logprobs or 0,
         "top_p": 1.0 if body.top_p is None else body.top_p,
         "truncation": "disabled",
         "usage": None,
         "user": body.user,
     }
+
+
+def _echoed(value: Any) -> orjson.Fragment:
+    """JSON of the client's own, as deep and with numbers as large as orjson does not write."""
+    return orjson.Fragment(json.dumps(value, ensure_ascii=False).encode())
 
 
 class _GrowingResponse:

@@ -26,7 +26,7 @@ def messages_of(value: Any, instructions: str | None) -> list[dict[str, Any]]:
         if not isinstance(item, dict):
             raise ValidationError(f"`{where}` must be an object", field=where)
         kind = item.get("type") or "message"
-        if kind not in _ITEMS:
+        if not isinstance(kind, str) or kind not in _ITEMS:
             raise ValidationError(
                 f"`{where}`: items of type `{str(kind)[:64]}` are not supported", field=where
             )

@@ -82,6 +82,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"dimensions": 3}, "dimensions"),
     ({"encoding_format": "hex"}, "encoding_format"),
     ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
+    ({"truncate_prompt_tokens": 2**40}, "truncate_prompt_tokens"),
 ]
 
 

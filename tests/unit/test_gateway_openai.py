@@ -283,6 +283,7 @@ CHAT_REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"n": 129}, "n"),
     ({"n": 0}, "n"),
     ({"logit_bias": {"five": 1}}, "logit_bias"),
+    ({"logit_bias": {"5" * 5000: 1}}, "logit_bias"),
     ({"grammar": {"type": "json"}}, "grammar"),
     ({"tools": [{"type": "function"}]}, "tools[0].function"),
     ({"tool_choice": "required"}, "tool_choice"),  # without tools

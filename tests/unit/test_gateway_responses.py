@@ -250,6 +250,17 @@ async def test_errors() -> None:
             assert response.json()["error"]["param"] == "max_output_tokens"
 
 
+async def test_tools_are_told_as_they_were_given() -> None:
+    deep: dict[str, Any] = {"const": 2**70}
+    for _ in range(300):
+        deep = {"anyOf": deep}
+    tools = [{"type": "function", "name": "f", "parameters": deep}]
+    async with RunningGateway() as running:
+        response = await running.http.post("/v1/responses", json={"input": "Hi", "tools": tools})
+        assert response.status_code == 200
+        assert response.json()["tools"] == tools
+
+
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"store": True}, "store"),
     ({"previous_response_id": "resp_1"}, "previous_response_id"),
@@ -265,6 +276,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"input": []}, "input"),
     ({"input": [3]}, "input[0]"),
     ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0]"),
+    ({"input": [{"type": ["message"], "content": "x"}]}, "input[0]"),
     ({"input": [{"role": "robot", "content": "x"}]}, "input[0].role"),
     ({"input": [{"role": "user"}]}, "input[0].content"),
     ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content[0]"),

@@ -163,7 +163,7 @@ class CallObject:
         """Takes a whole value; returns arguments that had to wait for it."""
         value = load_json("".join(self._text))
         if self._key == "name":
-            if self.name or value not in self._names:
+            if self.name or not isinstance(value, str) or value not in self._names:
                 raise NotACallError
             self.name = value
             held, self._held = self._held, ""
@@ -183,7 +183,7 @@ class CallObject:
         self._has_arguments = self.arguments_complete = True
         text = "".join(self._text)
         if isinstance(value, str):
-            text, value = value, load_json(value)
+            text, value = encodable(value), load_json(value)
         if value is None:
             return "{}"
         if not isinstance(value, dict):
@@ -204,6 +204,15 @@ def load_json(text: str) -> Any:
         return json.loads(text, parse_constant=_refuse)
     except (ValueError, RecursionError):
         raise NotACallError from None
+
+
+def encodable(text: str) -> str:
+    """The text. Raises NotACallError for half a surrogate pair in it, which UTF-8 cannot say."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise NotACallError from None
+    return text
 
 
 def _refuse(constant: str) -> NoReturn:

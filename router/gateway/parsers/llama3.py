@@ -10,7 +10,12 @@ import ast
 import json
 from collections.abc import Collection
 
-from headgate.router.gateway.parsers.json_call import SPACE, CallReader, NotACallError
+from headgate.router.gateway.parsers.json_call import (
+    SPACE,
+    CallReader,
+    NotACallError,
+    encodable,
+)
 from headgate.router.gateway.parsers.tool_parser import CallFormat, ToolParser
 
 _CALL = ".call"
@@ -110,7 +115,7 @@ class _PythonCall:
             if call.args or any(keyword.arg is None for keyword in call.keywords):
                 raise NotACallError
             values = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
-            text = json.dumps(values, ensure_ascii=False, allow_nan=False)
+            text = encodable(json.dumps(values, ensure_ascii=False, allow_nan=False))
         except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError, AssertionError):
             raise NotACallError from None
         self.complete = self.arguments_complete = True
