@@ -12,7 +12,7 @@ namespace {
 
 using namespace headgate;
 
-// The height of linear's row tiles, whose packed inputs these are.
+// The tallest row tile; inputs are packed as linear's are.
 constexpr int kWeightOnlyRows = VL == 16 ? 12 : 6;
 constexpr int kWeightOnlyVectors = 2;
 constexpr int kWeightOnlyPrefetch = 2048;

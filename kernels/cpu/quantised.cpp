@@ -24,7 +24,7 @@ namespace headgate {
 #define HG_TEXT(x) HG_TEXT_OF(x)
 
 extern const QuantisedKernels HG_TABLE = {
-    HG_TEXT(HG_NAME), kQuantisedRows, quantise_rows_tile, quantised_linear_tile,
+    HG_TEXT(HG_NAME), kQuantisedRows, kWeightOnlyRows, quantise_rows_tile, quantised_linear_tile,
 };
 
 }  // namespace headgate

@@ -62,7 +62,8 @@ struct QuantisedLinearJob {
 
 struct QuantisedKernels {
   const char* name;
-  int tile_rows;  // tallest row tile of int8 and int4; weight-only has that of linear
+  int tile_rows;     // tallest row tile of int8 and int4
+  int widened_rows;  // and of weight-only
   void (*quantise_rows)(const void* job, int64_t tile);
   void (*linear)(const void* job, int64_t tile);
 };

@@ -106,7 +106,7 @@ HG_API int32_t hg_linear_quantised(const float* x, int64_t rows, int64_t inner, 
   const QuantisedKernels& kernels = quantised_kernels();
   const bool widen = kind == kInt8WeightOnly;
   const int32_t row_tiles =
-      int32_t(divide_up(rows, widen ? active_kernels().tile_rows : kernels.tile_rows));
+      int32_t(divide_up(rows, widen ? kernels.widened_rows : kernels.tile_rows));
   const char* inputs = prepare_inputs(x, rows, inner, x_stride, kind, row_tiles);
   if (!inputs) return -1;
   const ProductTiles tiles = share_product(columns, row_tiles);
