@@ -42,6 +42,11 @@ class RowGrammar:
         self._matcher: LLMatcher | None = None
         self._num_read = 0  # output tokens
 
+    @property
+    def is_begun(self) -> bool:
+        """Whether it has a matcher, and needs its source compiled no more."""
+        return self._matcher is not None
+
     def fork(self, num_output: int) -> RowGrammar:
         """The grammar of a row that shares the first `num_output` tokens of the output."""
         child = RowGrammar(self.source)
@@ -102,7 +107,7 @@ class GrammarMasks:
         self._num_threads = num_threads
         self._compiler = ThreadPoolExecutor(1, thread_name_prefix="grammar-compiler")
         self._filler = ThreadPoolExecutor(1, thread_name_prefix="grammar-masks")
-        self._lock = threading.Lock()  # of `_compiled`
+        self._lock = threading.Lock()  # of `_compiled` and `_learnt`
         self._compiled: OrderedDict[str, Future[LLMatcher]] = OrderedDict()
         self._learnt: dict[str, tuple[LLMatcher, int]] = {}  # with rows that it learnt from
         self._tokenizer: LLTokenizer | None = None
@@ -127,7 +132,9 @@ class GrammarMasks:
         """
         if not rows:
             return lambda: NO_MASKS
-        futures = {row.grammar.source: self.prepare(row.grammar.source) for row in rows}
+        # Rows under way need nothing: there may be more grammars than are kept.
+        new = {row.grammar.source for row in rows if not row.grammar.is_begun}
+        futures = {source: self.prepare(source) for source in new}
         return self._filler.submit(self._fill, rows, futures).result
 
     def _compile(self, source: str) -> LLMatcher:
@@ -151,8 +158,9 @@ class GrammarMasks:
         matcher = None if known is None or known.is_error() else known.deep_copy()
         if matcher is None or not matcher.reset():
             matcher = compiled.result().deep_copy()
-        if num_rows < _LEARNING_ROWS:
-            self._learnt[source] = matcher, num_rows + 1
+        with self._lock:
+            if num_rows < _LEARNING_ROWS and source in self._compiled:
+                self._learnt[source] = matcher, num_rows + 1
         return matcher
 
     def _fill(self, rows: Sequence[ConstrainedRow], futures: dict[str, Future[LLMatcher]]) -> Masks:
@@ -176,7 +184,7 @@ class GrammarMasks:
         for (row, matcher), bits in zip(matchers, words, strict=True):
             if matcher.is_error():
                 # Tables of other rows count against its limits: by itself it might go on.
-                compiled = futures[row.grammar.source].result()
+                compiled = self.prepare(row.grammar.source).result()
                 matcher = row.grammar.reread(row.output, compiled.deep_copy())
                 bits = self._bit_masks([matcher])[0]
             allowed = np.unpackbits(bits, count=self._vocab_size, bitorder="little").view(np.bool_)

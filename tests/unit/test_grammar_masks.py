@@ -93,6 +93,23 @@ def test_many_rows_at_once_and_failures_of_some(masks: GrammarMasks) -> None:
     assert masks.begin([])().allowed == {}
 
 
+def test_rows_under_way_are_not_compiled_again(
+    masks: GrammarMasks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many grammars there are: more than are kept for rows to come."""
+    compiled: list[str] = []
+    compile_one = masks._compile
+    monkeypatch.setattr(masks, "_compile", lambda s: (compiled.append(s), compile_one(s))[1])
+    sources = [LLMatcher.grammar_from_regex(f"x{number}[ab]+") for number in range(70)]
+    grammars = [RowGrammar(source) for source in sources]
+    for output in (b"", b"x"):
+        found = masks.begin([constrained(*row, output) for row in enumerate(grammars)])()
+        assert len(found.allowed) == len(sources)
+    masks._compiler.submit(lambda: None).result()  # after all that was asked for before
+    assert sorted(compiled) == sorted(sources)
+    assert masks._learnt.keys() <= masks._compiled.keys()
+
+
 # ------------------------------------------------------------------ the runner
 
 
