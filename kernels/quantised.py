@@ -17,7 +17,8 @@ import torch.nn.functional as F
 _CHUNK = 1 << 18
 # Inputs all below this are zero: the reciprocal of their scale would not be finite.
 _SMALLEST_INPUT = 1e-30
-# int4: the ranges to start from, as parts of the whole one, and how often each is fitted again.
+# int4: the ranges to start from, as parts of the whole one, and how often values are chosen from
+# each; between two choices scale and minimum are fitted.
 _RANGES = (1.0, 0.85)
 _FITS = 2
 
@@ -112,7 +113,7 @@ def _fit_offset(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
     """Values, scales and minima of the groups x[:, M] with the least squared error found.
 
     From the whole range, and from a narrower one that cuts outliers off, the line through the
-    values is fitted to x by linear regression and the values are chosen again, a few times.
+    values is fitted to x by linear regression and the values are chosen again.
     """
     low, high = x.amin(0), x.amax(0)
     best: tuple[torch.Tensor, ...] = ()
