@@ -114,8 +114,8 @@ class ChatRoute:
             request_id=request_id,
             adapter_id=body.adapter_id or "",
         )
-        has_grammar = parameters.HasField("grammar")
-        parsers = [chat.parser(use, prompt, has_grammar) for _ in range(num_answers(request))]
+        grammar = parameters.grammar if parameters.HasField("grammar") else None
+        parsers = [chat.parser(use, prompt, grammar) for _ in range(num_answers(request))]
         return ChatCall(request, parsers)
 
     async def prompt(self, body: ChatRequest, info: router_pb2.InfoResponse) -> str:

@@ -82,7 +82,7 @@ class ResponsesRoute:
             request_id=exchange.request_id,
             adapter_id=body.adapter_id or "",
         )
-        parser = chat.parser(use, prompt, grammar is not None) or PlainParser()
+        parser = chat.parser(use, prompt, grammar) or PlainParser()
         growing = _GrowingResponse(_constants(body, info), parser, top_n is not None)
         if body.stream:
             stream = _ResponseStream(self._services, exchange, growing)

@@ -112,15 +112,18 @@ class ServedChat:
         """
         return answer_grammar(use, self.tool_parser, wanted)
 
-    def parser(self, use: ToolUse, prompt: str, has_grammar: bool) -> Parser | None:
+    def parser(
+        self, use: ToolUse, prompt: str, grammar: router_pb2.Grammar | None
+    ) -> Parser | None:
         """A parser for the answer to this prompt; None: all of it is content.
 
-        `has_grammar`: the answer has a form from its first token on, so there is no reasoning.
+        `grammar`: of the answer. With a form from its first token on it has no reasoning.
         """
         parser: Parser | None = None
         if use.callable_names:
             parser = self.tool_parser(use.callable_names, parallel=use.parallel)
-        if self.splits_reasoning and not has_grammar:
+        has_form = grammar is not None and not grammar.structural_tags.triggers
+        if self.splits_reasoning and not has_form:
             begun = begins_in_reasoning(self.reasoning_choice, prompt)
             parser = ReasoningParser(parser or PlainParser(), begun=begun)
         return parser

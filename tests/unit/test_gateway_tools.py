@@ -261,6 +261,13 @@ async def test_what_has_a_form_is_not_taken_for_reasoning() -> None:
         body = {"messages": ASK["messages"], "response_format": {"type": "json_object"}}
         answer = (await running.http.post("/v1/chat/completions", json=body)).json()
         assert answer["choices"][0]["message"] == {"role": "assistant", "content": '{"a": 1}'}
+    text = "<think>Hm.</think>" + CALL  # a model may write what it likes before a strict call
+    async with RunningGateway(saying(text), reasoning_parser="deepseek_r1") as running:
+        body = {**ASK, "tools": [TOOL, STRICT]}
+        answer = (await running.http.post("/v1/chat/completions", json=body)).json()
+        message = answer["choices"][0]["message"]
+        assert (message["content"], message["reasoning_content"]) == (None, "Hm.")
+        assert message["tool_calls"][0]["function"]["name"] == "get_weather"
 
 
 # ------------------------------------------------------------------- prompts
