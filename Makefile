@@ -7,6 +7,7 @@
 #   make kernels-report             compiles the GPU kernels; docs/kernels.md and docs/roofline.md
 #   make test-gpu                   the kernels on this machine's GPU against the reference
 #   make bench-gpu                  their times beside PyTorch's: docs/gpu.json and docs/gpu.md
+#   make tune-gpu                   the fastest tiles on this machine's GPU: kernels/triton/tuning.json
 #   make setup [TORCH_INDEX=URL]    the virtual environment, in steps (deploy/setup.sh)
 #   make proto                      gRPC stubs from proto/*.proto
 #   make lint, make format          ruff and mypy; ruff's formatter
@@ -25,7 +26,7 @@ VENV ?= .venv
 GPU_PYTHON ?= $(or $(wildcard $(VENV)/bin/python),python3)
 export VENV TORCH_INDEX PYTHON
 
-.PHONY: help serve test test-api test-kernels kernels-report test-gpu bench-gpu setup setup-dev proto lint format wheel \
+.PHONY: help serve test test-api test-kernels kernels-report test-gpu bench-gpu tune-gpu setup setup-dev proto lint format wheel \
 	bench bench-peers bench-host bench-steps bench-quality test-fresh clean
 .DEFAULT_GOAL := help
 
@@ -64,6 +65,9 @@ test-gpu:
 
 bench-gpu:
 	@TRITON_INTERPRET=0 $(GPU_PYTHON) -m headgate.kernels.triton.on_gpu time
+
+tune-gpu:
+	@TRITON_INTERPRET=0 $(GPU_PYTHON) -m headgate.kernels.triton.tune
 
 proto: setup
 	@$(VENV)/bin/python setup.py --quiet build_stubs && echo "stubs written to proto/"

@@ -53,7 +53,14 @@ def _has_reference(case: Case) -> bool:
     return case.op.split(",")[0].split(" ")[0] in reference.OPS
 
 
-def _cases(model: str) -> list[Case]:
+def gpu_name() -> str:
+    """The GPU that kernels run on; "" where there is none."""
+    if INTERPRETED.value or not torch.cuda.is_available():
+        return ""
+    return torch.cuda.get_device_name()
+
+
+def cases_here(model: str) -> list[Case]:
     """Those of the model ("" for all) that this GPU can run."""
     return [
         case
@@ -68,7 +75,7 @@ def _cases(model: str) -> list[Case]:
 def check(model: str) -> list[str]:
     """What is wrong; nothing where all is well."""
     problems = []
-    for case in _cases(model):
+    for case in cases_here(model):
         try:
             problem = _difference(case)
         except Exception as error:  # the other cases are checked all the same
@@ -148,7 +155,7 @@ def _attend(
 def measure(model: str, seconds: float) -> list[dict[str, Any]]:
     """A record for each case, until the time is up."""
     end, records = time.monotonic() + seconds, []
-    for case in _cases(model):
+    for case in cases_here(model):
         if time.monotonic() > end:
             print(f"{seconds:.0f} s are up; {case.name} and what follows is left out")
             break
@@ -158,18 +165,20 @@ def measure(model: str, seconds: float) -> list[dict[str, Any]]:
             "step": case.step,
             "bytes": case.nbytes,
             "operations": case.operations,
-            "seconds": _time(case),
+            "seconds": seconds_of(case),
         }
         if _has_reference(case):
             with _reference_ops():
-                record["reference_seconds"] = _time(case)
-                record["compiled_seconds"] = _time(case, torch.compile)
+                record["reference_seconds"] = seconds_of(case)
+                record["compiled_seconds"] = seconds_of(case, torch.compile)
         records.append(record)
         print(json.dumps(record), flush=True)
     return records
 
 
-def _time(case: Case, wrap: Callable[[Callable[[], Any]], Callable[[], Any]] | None = None) -> Any:
+def seconds_of(
+    case: Case, wrap: Callable[[Callable[[], Any]], Callable[[], Any]] | None = None
+) -> Any:
     """Seconds of the median call; None where it cannot run."""
     try:
         run = _made(case)
@@ -214,10 +223,10 @@ def main() -> int:
     parser.add_argument("--model", default=MODELS[0].name, help='of the shapes; "" for all')
     parser.add_argument("--seconds", type=float, default=480, help="that `time` may take")
     options = parser.parse_args()
-    if INTERPRETED.value or not torch.cuda.is_available():
+    name = gpu_name()
+    if not name:
         print("there is no GPU that PyTorch can use here (or TRITON_INTERPRET is set)")
         return 2
-    name = torch.cuda.get_device_name()
     if options.command == "check":
         problems = check(options.model)
         print("\n".join(problems) or f"all kernels are right on {name}")

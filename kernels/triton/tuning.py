@@ -2,7 +2,7 @@
 
 `tuning.json` holds what `python -m headgate.kernels.triton.tune` measured:
 
-    {"sm_90": {"linear": {"4096x14336": {"columns": 64, ...}}}}
+    {"sm_90": {"linear_int4": {"28672x4096/gptq": {"columns": 64, ...}}}}
 
 A key names what the tile may depend on: widths, head shapes, the KV block size. It never names a
 number of rows: tiles that decide the order of a sum must not depend on it (DESIGN.md, exactness).
@@ -11,6 +11,8 @@ number of rows: tiles that decide the order of a sum must not depend on it (DESI
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
@@ -49,10 +51,25 @@ class AttentionTile:
     stages: int
 
 
+_choose: Callable[[str, str, Any], Any] | None = None
+
+
 def tuned(op: str, key: str, default: T) -> T:
     """`default`, a tile, with what was found best for `key` on the chip in use."""
     found = _winners().get(chip(), {}).get(op, {}).get(key)
-    return replace(default, **found) if found else default  # type: ignore[type-var]
+    tile = replace(default, **found) if found else default  # type: ignore[type-var]
+    return tile if _choose is None else _choose(op, key, tile)
+
+
+@contextmanager
+def choosing(choose: Callable[[str, str, Any], Any]) -> Iterator[None]:
+    """In the block `choose(op, key, tile)` has the last word on every tile."""
+    global _choose
+    before, _choose = _choose, choose
+    try:
+        yield
+    finally:
+        _choose = before
 
 
 @cache
