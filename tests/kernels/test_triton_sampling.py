@@ -115,7 +115,7 @@ def test_biases_come_before_penalties(randoms: Randoms) -> None:
     params = params_array(
         [RowSampling(1, temperature=t, repetition_penalty=r) for t in (0, 1) for r in (1, 2)]
     )
-    ids, values = np.array([3, 9]), np.array([50, 49], np.float32)
+    ids, values = np.array([3, 9]), np.array([80, 60], np.float32)
     biases = {row: TokenBias(ids, values, None) for row in (0, 1, 3)}
     histories = {row: History(np.array([3, 3, 7]), 1) for row in (1, 3)}
     rows = SampledRows(params, np.arange(4), histories, biases=biases)
