@@ -200,7 +200,7 @@ def _request(
     request_id: str,
     fields: dict[str, Any],
 ) -> router_pb2.GenerateRequest:
-    for name in ("stop", "stop_token_ids", "allowed_token_ids"):
+    for name in ("stop", "stop_token_ids", "allowed_token_ids", "bad_words"):
         if name in fields:
             value = fields[name]
             fields[name] = (value,) if isinstance(value, str) else tuple(value)

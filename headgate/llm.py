@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
@@ -21,6 +20,7 @@ from typing import Any, cast
 import grpc
 
 from headgate.beam_search import BeamSearchOutput, BeamSearchParams, beam_search_output
+from headgate.chats import Chats
 from headgate.client import CHANNEL_OPTIONS
 from headgate.llm_arguments import check_others, to_flags
 from headgate.llm_calls import Calls, Output, Question
@@ -29,8 +29,6 @@ from headgate.private_server import PrivateServer
 from headgate.progress import make_progress
 from headgate.prompts import Prompt, read_prompts
 from headgate.proto import router_pb2, router_pb2_grpc
-from headgate.router.errors import TemplateError
-from headgate.router.gateway.chat import ChatTemplate
 from headgate.sampling_params import SamplingParams
 
 _CHANNEL_OPTIONS = [
@@ -48,7 +46,6 @@ _POOLINGS = {
 }
 
 Params = SamplingParams | Sequence[SamplingParams] | None
-Message = Mapping[str, Any]
 
 
 class LLM:
@@ -100,7 +97,7 @@ class LLM:
         self._calls = Calls(self._server, self._stub, self._info)
         self._seed = seed
         self._numbers = itertools.count()
-        self._templates: dict[str, ChatTemplate] = {}
+        self._chats = Chats(self._info)
 
     def generate(
         self,
@@ -133,28 +130,19 @@ class LLM:
     ) -> list[RequestOutput]:
         """As `generate`, for one conversation or a list of them, with the model's chat template.
 
-        A last message by the assistant is continued, as by the server's chat route.
+        A last message by the assistant is continued, as by the server's chat route. `tools` are
+        shown to the model; what it answers comes as it wrote it, calls too.
         """
-        _refuse(lora_request=lora_request, tools=tools)
+        _refuse(lora_request=lora_request)
         if not add_generation_prompt and not continue_final_message:
             raise ValueError("`add_generation_prompt` = False is not supported")
-        template = self._template(chat_template)
-        conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
-        prompts = []
-        for index, conversation in enumerate(conversations):
-            flat = [_flat(message, f"conversation {index}") for message in conversation]
-            if not flat:
-                raise ValueError(f"conversation {index} has no messages")
-            if continue_final_message and flat[-1]["role"] != "assistant":
-                raise ValueError(
-                    f"conversation {index}: `continue_final_message` needs a last message by "
-                    f"the assistant"
-                )
-            try:
-                text = template.render(flat, chat_template_kwargs)
-            except TemplateError as error:
-                raise ValueError(f"conversation {index}: {error}") from None
-            prompts.append(Prompt(text=text, add_special_tokens=False))
+        prompts = self._chats.prompts(
+            [messages] if messages and isinstance(messages[0], Mapping) else messages,
+            template=chat_template,
+            tools=tools,
+            variables=chat_template_kwargs,
+            continued=continue_final_message,
+        )
         return self._run(prompts, sampling_params, use_tqdm)
 
     def encode(
@@ -238,20 +226,6 @@ class LLM:
         finally:
             progress.close()
 
-    def _template(self, source: str | None) -> ChatTemplate:
-        """Compiled once. `source`: a template of the caller's own, or a file that holds one."""
-        if source and "{" not in source and os.path.isfile(source):
-            with open(source) as stream:
-                source = stream.read()
-        source = source or self._info.chat_template
-        if source not in self._templates:
-            try:
-                template = ChatTemplate(source, self._info.bos_token, self._info.eos_token)
-            except TemplateError as error:
-                raise ValueError(str(error)) from None
-            self._templates[source] = template
-        return self._templates[source]
-
 
 def _refuse(**arguments: Any) -> None:
     for name, value in arguments.items():
@@ -271,21 +245,3 @@ def _derived_seed(seed: int, number: int) -> int:
     """The seed of the number-th request of a program: a different one for each."""
     digest = hashlib.blake2b(f"{seed}:{number}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
-
-
-def _flat(message: Message, where: str) -> dict[str, Any]:
-    """A message for the template, its text parts joined."""
-    content = message.get("content")
-    if not isinstance(content, str):
-        parts = content or ()
-        if not parts or not all(part.get("type") == "text" for part in parts):
-            raise ValueError(f"{where}: `content` must be a text, or parts of type text")
-        content = "".join(part["text"] for part in parts)
-    if message.get("tool_calls"):
-        raise ValueError(f"{where}: `tool_calls` is not supported")
-    flat = {"role": message.get("role"), "content": content}
-    if not isinstance(flat["role"], str):
-        raise ValueError(f"{where}: every message needs a `role`")
-    if message.get("name"):
-        flat["name"] = message["name"]
-    return flat

@@ -27,7 +27,6 @@ MAX_SEED = router.MAX_SEED
 _UNSERVED: dict[str, tuple[Any, ...]] = {
     "spaces_between_special_tokens": (None, True),
     "flat_logprobs": (None, False),
-    "bad_words": (None, [], ()),
     "logits_processors": (None, [], ()),
     "logprob_token_ids": (None, [], ()),
     "thinking_token_budget": (None,),
@@ -76,7 +75,7 @@ class SamplingParams:
     flat_logprobs: bool = False
     logit_bias: dict[int, float] | None = None  # by token id; values beyond [-100, 100] are cut
     allowed_token_ids: Sequence[int] | None = None  # no other tokens
-    bad_words: Sequence[str] | None = None
+    bad_words: Sequence[str] | None = None  # texts that the answer may not hold
     logits_processors: Sequence[Any] | None = None
     structured_outputs: StructuredOutputsParams | dict[str, Any] | None = None
     guided_decoding: StructuredOutputsParams | dict[str, Any] | None = None  # its older name
@@ -182,6 +181,7 @@ class SamplingParams:
                 for id_, value in (self.logit_bias or {}).items()
             ),
             allowed_token_ids=tuple(self.allowed_token_ids or ()),
+            bad_words=tuple(self.bad_words or ()),
         )
 
     def _grammar(self) -> Grammar | None:
@@ -230,6 +230,11 @@ class SamplingParams:
         allowed = self.allowed_token_ids
         if allowed is not None and not (allowed and all(map(_is_id, allowed))):
             raise ValueError(f"`allowed_token_ids` must hold token ids, not {allowed!r:.80}")
+        words = self.bad_words or ()
+        if isinstance(words, str) or not all(isinstance(word, str) and word for word in words):
+            raise ValueError(
+                f"`bad_words` must hold strings that are not empty, not {self.bad_words!r:.80}"
+            )
         try:
             told = {int(id_): float(value) for id_, value in (self.logit_bias or {}).items()}
         except (TypeError, ValueError, AttributeError):

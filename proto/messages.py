@@ -12,6 +12,7 @@ from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
+from itertools import islice
 
 from headgate.proto import shard_pb2
 
@@ -68,6 +69,7 @@ class RowSampling:
     grammar: str = ""  # llguidance's form of what the output must be; "": anything
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, added to its logit)
     allowed_token_ids: tuple[int, ...] = ()  # no other tokens; (): all
+    bad_words: tuple[tuple[int, ...], ...] = ()  # tokens that may not follow each other
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,7 +204,7 @@ def _from_bytes(code: str, data: bytes) -> array:
 
 # ------------------------------------------------------------------ plans
 
-_PACKED_SAMPLING = ("logit_bias", "allowed_token_ids")
+_PACKED_SAMPLING = ("logit_bias", "allowed_token_ids", "bad_words")
 _SAMPLING_FIELDS = tuple(
     name for name in RowSampling.__dataclass_fields__ if name not in _PACKED_SAMPLING
 )
@@ -279,6 +281,8 @@ def _encode_row(row: NewRow) -> shard_pb2.NewRow:
             bias_ids=pack_ids(id_ for id_, _ in row.sampling.logit_bias),
             bias_values=pack_floats(value for _, value in row.sampling.logit_bias),
             allowed_token_ids=pack_ids(row.sampling.allowed_token_ids),
+            bad_word_ids=pack_ids(id_ for word in row.sampling.bad_words for id_ in word),
+            bad_word_counts=pack_ids(len(word) for word in row.sampling.bad_words),
         ),
         lockstep=row.lockstep,
         adapter_id=row.adapter_id,
@@ -292,6 +296,9 @@ def _decode_row(message: shard_pb2.NewRow) -> NewRow:
     ids, values = message.sampling.bias_ids, message.sampling.bias_values
     sampling["logit_bias"] = tuple(zip(unpack_ids(ids), unpack_floats(values), strict=True))
     sampling["allowed_token_ids"] = tuple(unpack_ids(message.sampling.allowed_token_ids))
+    word_ids = iter(unpack_ids(message.sampling.bad_word_ids))
+    counts = unpack_ids(message.sampling.bad_word_counts)
+    sampling["bad_words"] = tuple(tuple(islice(word_ids, count)) for count in counts)
     return NewRow(
         id=message.id,
         prompt_ids=unpack_ids(message.prompt_ids),

@@ -25,12 +25,21 @@ class RouterError(Exception):
     default_message: ClassVar[str] = "Internal error"
 
     def __init__(
-        self, message: str = "", *, field: str = "", retry_after: float | None = None
+        self,
+        message: str = "",
+        *,
+        field: str = "",
+        retry_after: float | None = None,
+        context_length: int = 0,
     ) -> None:
-        """`field`: the request field at fault; `retry_after`: seconds to wait before a new try."""
+        """`field`: the request field at fault; `retry_after`: seconds to wait before a new try.
+
+        `context_length`: tokens that prompt and answer do not fit into, if that is the matter.
+        """
         self.message = f"{self.prefix}{message or self.default_message}"
         self.field = field
         self.retry_after = retry_after
+        self.context_length = context_length
         super().__init__(self.message)
 
     def to_proto(self) -> router_pb2.Error:
@@ -40,6 +49,7 @@ class RouterError(Exception):
             http_status=self.http_status,
             retry_after=self.retry_after,
             field=self.field,
+            context_length=self.context_length,
         )
 
     def metadata(self) -> tuple[tuple[str, bytes], ...]:
@@ -244,7 +254,11 @@ def from_proto(error: router_pb2.Error) -> RouterError:
     cls = ERROR_TYPES.get(error.error_type)
     if cls is None:
         return ReceivedError(error)
-    exception = cls(field=error.field, retry_after=_retry_after(error))
+    exception = cls(
+        field=error.field,
+        retry_after=_retry_after(error),
+        context_length=error.context_length,
+    )
     exception.message = error.message
     exception.args = (error.message,)
     return exception

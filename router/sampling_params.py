@@ -16,6 +16,7 @@ from headgate.router.grammar import Grammar
 MIN_TEMPERATURE = 1e-6  # anything lower is as good as greedy and would overflow float32 logits
 MAX_SEED = 2**64 - 1
 MAX_BIAS = 100
+MAX_BAD_WORDS = 1024
 MAX_LENGTH_PENALTY = 20  # a power of lengths: what a float can hold for any context
 
 
@@ -54,6 +55,7 @@ class SamplingParams:
     beam_width: int | None = None
     length_penalty: float | None = None
     early_stopping: int | None = None  # an EarlyStopping
+    bad_words: tuple[str, ...] = ()
 
     @classmethod
     def from_proto(cls, message: router_pb2.Parameters) -> SamplingParams:
@@ -135,6 +137,13 @@ class SamplingParams:
             raise ValidationError(
                 "`allowed_token_ids` cannot be combined with a grammar", field="allowed_token_ids"
             )
+        if len(self.bad_words) > MAX_BAD_WORDS:
+            raise ValidationError(
+                f"`bad_words` supports up to {MAX_BAD_WORDS} words. Given: {len(self.bad_words)}",
+                field="bad_words",
+            )
+        if "" in self.bad_words:
+            raise ValidationError("`bad_words` cannot be empty", field="bad_words")
 
     def _check_answers(self, limits: ParameterLimits) -> None:
         n, best_of = 1 if self.n is None else self.n, self.best_of
@@ -202,6 +211,7 @@ class SamplingParams:
             "grammar": self.grammar is not None,
             "logit_bias": bool(self.logit_bias),
             "allowed_token_ids": bool(self.allowed_token_ids),
+            "bad_words": bool(self.bad_words),
             "top_n_tokens": bool(self.top_n_tokens),
             "stop": bool(self.stop),
         }
@@ -242,7 +252,7 @@ def _below_one(value: float | None) -> bool:
     return value is not None and value < 1.0
 
 
-_REPEATED = ("stop", "stop_token_ids", "allowed_token_ids")
+_REPEATED = ("stop", "stop_token_ids", "allowed_token_ids", "bad_words")
 
 # (field, what must hold, message), in TGI's order; top_p = typical_p = 1 is OpenAI's "off".
 _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (

@@ -110,6 +110,8 @@ class Validator:
         prompt_ids = await self._prompt_ids(message)
         if parameters.truncate is not None:
             prompt_ids = prompt_ids[-parameters.truncate :]
+        if message.HasField("embedding"):
+            self._check_input_length(len(prompt_ids))
         max_new_tokens = self._check_lengths(len(prompt_ids), parameters)
         self._check_ids(parameters)
         grammar = await self._compile(parameters)
@@ -131,6 +133,7 @@ class Validator:
                 self._row_sampling(parameters, max_new_tokens, seed),
                 grammar=grammar,
                 pooling=self._pooling_of(message),
+                bad_words=await self._bad_words(parameters.bad_words, max_new_tokens),
             ),
             seed=seed,
             parameters=parameters,
@@ -205,14 +208,10 @@ class Validator:
                 f"`inputs` tokens + `max_new_tokens` must be <= {limit}. "
                 f"Given: {inputs} `inputs` tokens and {new} `max_new_tokens`",
                 field="max_new_tokens",
+                context_length=limit,
             )
         fits = new > 0 or (parameters.scores_only and inputs < limit)
-        if inputs > self._config.max_input_tokens or not fits:
-            raise ValidationError(
-                f"`inputs` must have less than {self._config.max_input_tokens} tokens. "
-                f"Given: {inputs}",
-                field="inputs",
-            )
+        self._check_input_length(inputs, fits=fits)
         if (parameters.min_new_tokens or 0) > new:
             raise ValidationError(
                 f"`min_new_tokens` must be <= `max_new_tokens` = {new}. "
@@ -220,6 +219,15 @@ class Validator:
                 field="min_new_tokens",
             )
         return max(new, 1)  # a row that only scores its prompt samples a token at its end
+
+    def _check_input_length(self, inputs: int, *, fits: bool = True) -> None:
+        if inputs > self._config.max_input_tokens or not fits:
+            raise ValidationError(
+                f"`inputs` must have less than {self._config.max_input_tokens} tokens. "
+                f"Given: {inputs}",
+                field="inputs",
+                context_length=self._config.max_total_tokens,
+            )
 
     def _check_ids(self, parameters: SamplingParams) -> None:
         self._check_vocabulary(parameters.stop_token_ids, "stop_token_ids")
@@ -232,6 +240,22 @@ class Validator:
                 f"`{field}` holds token {max(ids)}, the vocabulary ends at {self.vocab_size - 1}",
                 field=field,
             )
+
+    async def _bad_words(
+        self, words: Sequence[str], max_length: int
+    ) -> tuple[tuple[int, ...], ...]:
+        """The token sequences to keep out: each word at the answer's beginning, and after a space.
+
+        Those that no answer of `max_length` tokens can hold are left out.
+        """
+        found: dict[tuple[int, ...], None] = {}
+        for word in words:
+            stem = word.lstrip(" ")
+            for text in (stem, " " + stem) if stem else (word,):
+                ids = await self._tokenizer.encode(text, add_special_tokens=False)
+                if 0 < len(ids) <= max_length:
+                    found[tuple(ids)] = None
+        return tuple(found)
 
     async def _compile(self, parameters: SamplingParams) -> str:
         """The grammar as shards take it; empty where there is none."""

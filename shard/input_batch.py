@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
@@ -345,6 +346,11 @@ class InputBatch:
             bias = self.biases[slot]
             if bias is not None:
                 biases[row] = bias
+                if bias.bad_words is not None:
+                    output = self.token_ids[slot, self.num_prompt[slot] : self.num_tokens[slot]]
+                    completing = bias.bad_words.completing(output)
+                    if completing:
+                        banned[row] = np.array([*banned.get(row, ()), *completing], np.int64)
             if slot in masks.allowed:
                 allowed[row] = masks.allowed[slot]
             elif bias is not None and bias.allowed is not None:
@@ -381,9 +387,12 @@ def _sampling_problem(sampling: RowSampling, vocab_size: int) -> str:
         return f"has watermark_gamma {sampling.watermark_gamma}"
     if not all(np.isfinite(value) for _, value in sampling.logit_bias):
         return "has a logit bias that is not a number"
-    told = (*(id_ for id_, _ in sampling.logit_bias), *sampling.allowed_token_ids)
+    told = [id_ for id_, _ in sampling.logit_bias]
+    told += [*sampling.allowed_token_ids, *chain.from_iterable(sampling.bad_words)]
     if told and not 0 <= min(told) <= max(told) < vocab_size:
         return "has a bias for a token outside the vocabulary"
+    if not all(sampling.bad_words):
+        return "has a bad word of no tokens"
     if sampling.grammar and sampling.allowed_token_ids:
         return "has a grammar and a list of allowed tokens"
     if max(sampling.top_n_tokens, sampling.prompt_top_n_tokens) > vocab_size:

@@ -80,7 +80,7 @@ class ChatTokenizeAnswer(msgspec.Struct):
 
 
 class VertexAnswer(msgspec.Struct):
-    predictions: list[str]
+    predictions: list[str | ChatAnswerMessage]
 
 
 class CancelAnswer(msgspec.Struct):

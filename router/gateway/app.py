@@ -222,7 +222,7 @@ class Gateway:
         if exchange.path.startswith("/v1/"):
             body = openai_error(error, exchange.field_names)
         else:
-            body = tgi_error(error)
+            body = tgi_error(error, exchange.field_names)
         headers = JSON_HEADERS + retry_after_header(error) + (extra_headers or [])
         if error.http_status == 401:
             headers = [*headers, (b"www-authenticate", b"Bearer")]

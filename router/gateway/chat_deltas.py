@@ -34,6 +34,11 @@ def truncated(finished: router_pb2.Finished) -> bool:
 def parsed_message(parser: Parser, finished: router_pb2.Finished) -> tuple[bytes, bytes]:
     """The `message` of a whole answer, and its `finish_reason`, as JSON."""
     answer = ParsedAnswer.of(parser, finished.generated_text, truncated(finished))
+    return orjson.dumps(message_of(answer)), parsed_reason(finished, called=bool(answer.calls))
+
+
+def message_of(answer: ParsedAnswer) -> dict[str, Any]:
+    """OpenAI's `message`."""
     message: dict[str, Any] = {"role": "assistant", "content": answer.content}
     if answer.reasoning:
         message["reasoning_content"] = answer.reasoning
@@ -48,7 +53,7 @@ def parsed_message(parser: Parser, finished: router_pb2.Finished) -> tuple[bytes
             }
             for call in answer.calls
         ]
-    return orjson.dumps(message), parsed_reason(finished, called=bool(answer.calls))
+    return message
 
 
 def parsed_reason(finished: router_pb2.Finished, *, called: bool) -> bytes:

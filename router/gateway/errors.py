@@ -6,6 +6,7 @@ The error tree itself is `headgate.router.errors`; nothing here decides what is 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 
 import orjson
@@ -16,6 +17,8 @@ from headgate.router.errors import (
     TemplateError,
     UnavailableError,
 )
+
+_QUOTED = re.compile(r"`(\w+)`")
 
 
 class ModelNotFoundError(NotFoundError):
@@ -48,9 +51,13 @@ GATEWAY_ERROR_TYPES: dict[str, type[RouterError]] = {
 }
 
 
-def tgi_error(error: RouterError) -> bytes:
-    """The JSON body of the native routes: `error` (text) and `error_type`."""
-    return orjson.dumps({"error": error.message, "error_type": error.error_type})
+def tgi_error(error: RouterError, field_names: Mapping[str, str] | None = None) -> bytes:
+    """The JSON body of the native routes: `error` (text) and `error_type`.
+
+    `field_names`: the router's names of fields to the route's, where they differ.
+    """
+    message = _renamed(error.message, field_names or {})
+    return orjson.dumps({"error": message, "error_type": error.error_type})
 
 
 def openai_error(error: RouterError, field_names: Mapping[str, str]) -> bytes:
@@ -58,13 +65,17 @@ def openai_error(error: RouterError, field_names: Mapping[str, str]) -> bytes:
 
     `field_names`: the router's names of fields to the route's.
     """
+    message, code = _renamed(error.message, field_names), error.error_type
+    if error.context_length:  # OpenAI's code and sentence, which its clients look for
+        code = "context_length_exceeded"
+        message += f". This model's maximum context length is {error.context_length} tokens."
     return orjson.dumps(
         {
             "error": {
-                "message": error.message,
+                "message": message,
                 "type": _openai_type(error.http_status),
                 "param": field_names.get(error.field, error.field) or None,
-                "code": error.error_type,
+                "code": code,
                 "http_status_code": error.http_status,
             },
             "error_type": error.error_type,
@@ -78,6 +89,11 @@ def retry_after_header(error: RouterError) -> list[tuple[bytes, bytes]]:
         return []
     seconds = max(1, math.ceil(error.retry_after or 1.0))
     return [(b"retry-after", str(seconds).encode())]
+
+
+def _renamed(message: str, field_names: Mapping[str, str]) -> str:
+    """The message with the route's names of fields, which stand in backquotes."""
+    return _QUOTED.sub(lambda found: f"`{field_names.get(found[1], found[1])}`", message)
 
 
 def _openai_type(status: int) -> str:

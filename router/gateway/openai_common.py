@@ -33,7 +33,12 @@ _EARLY_STOPPING: dict[bool | str | None, router_pb2.EarlyStopping] = {
 _NEUTRAL_MODELS = ("tgi", "dummy")
 _GREEDY_BELOW = 1e-5  # a temperature that float32 logits cannot tell from 0
 # Where the router's name of a field is not the one that these routes' clients know.
-FIELD_NAMES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}
+FIELD_NAMES = {
+    "max_new_tokens": "max_tokens",
+    "min_new_tokens": "min_tokens",
+    "prompt_top_n_tokens": "prompt_logprobs",
+    "beam_width": "best_of",
+}
 # Fields that are variables of the chat template.
 VARIABLES = {
     "reasoning_effort": "reasoning_effort",
@@ -146,6 +151,7 @@ def add_choices(
     Raises ValidationError.
     """
     parameters.allowed_token_ids.extend(body.allowed_token_ids or ())
+    parameters.bad_words.extend(body.bad_words or ())
     if body.prompt_logprobs is not None:
         if body.stream:
             raise ValidationError("`prompt_logprobs` cannot be streamed", field="prompt_logprobs")

@@ -49,6 +49,7 @@ class CommonFields(SamplingFields, kw_only=True):
     top_n: UInt32 | None = None  # alternatives per token; asks for logprobs too
     best_of: UInt32 | None = None
     allowed_token_ids: list[UInt32] | None = None
+    bad_words: list[str] | None = None
     prompt_logprobs: UInt32 | None = None  # of the prompt's tokens, with as many alternatives
     use_beam_search: bool | None = None
     length_penalty: float | None = None

@@ -234,7 +234,7 @@ _UNSERVED: Mapping[str, Mapping[str, Any]] = {
         "flat_logprobs": _OFF,
         **dict.fromkeys(
             (
-                "bad_words", "logits_processors", "guided_decoding", "logprob_token_ids",
+                "logits_processors", "guided_decoding", "logprob_token_ids",
                 "thinking_token_budget", "repetition_detection", "extra_args",
             ),
             _ABSENT,

@@ -216,7 +216,7 @@ def _last_text(token: router_pb2.Token, before: int, finished: router_pb2.Finish
 
 class _TgiStream(AnswerStream):
     def error_event(self, error: RouterError) -> bytes:
-        return event(tgi_error(error))
+        return event(tgi_error(error, self._exchange.field_names))
 
 
 class _Events:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import orjson
+
 from headgate.proto import router_pb2
 from headgate.router.errors import ValidationError
+from headgate.router.gateway.chat_deltas import message_of, truncated
 from headgate.router.gateway.exchange import JSON_HEADERS, Exchange
 from headgate.router.gateway.generation import collect, timing_headers
-from headgate.router.gateway.openai_chat import ChatRoute
+from headgate.router.gateway.openai_chat import ChatCall, ChatRoute
 from headgate.router.gateway.openai_schemas import ChatRequest
+from headgate.router.gateway.parsers.deltas import ParsedAnswer, Parser
 from headgate.router.gateway.services import Services
 from headgate.router.gateway.sse import json_string
 from headgate.router.gateway.tgi import to_request
@@ -32,30 +36,44 @@ class VertexRoute:
                 f"`instances` must hold 1 to {most} entries. Given: {len(body.instances)}",
                 field="instances",
             )
-        requests = [
-            await self._request(exchange, instance, index, info)
+        calls = [
+            await self._call(exchange, instance, index, info)
             for index, instance in enumerate(body.instances)
         ]
-        answers = await collect(self._services, exchange, requests)
+        answers = await collect(self._services, exchange, [call.request for call in calls])
         best = (answer.finished for answer in answers if answer.finished.index == 0)
-        texts = [json_string(finished.generated_text) for finished in best]
+        predictions = [
+            _prediction(finished, call.parsers[0])
+            for finished, call in zip(best, calls, strict=True)
+        ]
         headers = timing_headers(self._services, exchange, answers, compute_time=True)
         await exchange.respond(
-            b'{"predictions":[%s]}' % b",".join(texts), headers=JSON_HEADERS + headers
+            b'{"predictions":[%s]}' % b",".join(predictions), headers=JSON_HEADERS + headers
         )
 
-    async def _request(
+    async def _call(
         self,
         exchange: Exchange,
         instance: dict[str, Any],
         index: int,
         info: router_pb2.InfoResponse,
-    ) -> router_pb2.GenerateRequest:
+    ) -> ChatCall:
         where, name = f"instances[{index}]", f"{exchange.request_id}-{index}"
         if instance.get("messages") is not None:
             chat = exchange.convert(instance, ChatRequest, where)
-            request = (await self._chat.prepare(chat, info, name)).request
+            call = await self._chat.prepare(chat, info, name)
         else:
-            request = to_request(exchange.convert(instance, GenerateRequest, where), name)
-        request.call_id = exchange.request_id
-        return request
+            generate = exchange.convert(instance, GenerateRequest, where)
+            call = ChatCall(to_request(generate, name), [None])
+        call.request.call_id = exchange.request_id
+        return call
+
+
+def _prediction(finished: router_pb2.Finished, parser: Parser | None) -> bytes:
+    """The answer's text; the chat route's `message` where there is more than content to it."""
+    if parser is None:
+        return json_string(finished.generated_text)
+    answer = ParsedAnswer.of(parser, finished.generated_text, truncated(finished))
+    if answer.calls or answer.reasoning:
+        return orjson.dumps(message_of(answer))
+    return json_string(answer.content)

@@ -21,11 +21,18 @@ from headgate.router.gateway.generation import (
     num_answers,
     timing_headers,
 )
+from headgate.router.gateway.openai_common import FIELD_NAMES
 from headgate.router.gateway.services import Services
 from headgate.router.gateway.sse import json_string
 from headgate.router.gateway.vllm_schemas import VllmGenerateRequest
 from headgate.sampling_params import SamplingParams
 
+_FIELD_NAMES = {
+    **FIELD_NAMES,
+    "inputs": "prompt",
+    "truncate": "truncate_prompt_tokens",
+    "grammar": "structured_outputs",
+}
 _NOT_SAMPLING = ("prompt", "stream")
 _WITHOUT_PLACE = ("logprobs", "prompt_logprobs")  # in the answer, vLLM's as ours
 
@@ -38,6 +45,7 @@ class VllmRoute:
         self._stream = NulStream if services.config.vllm_stream_nul else LineStream
 
     async def __call__(self, exchange: Exchange) -> None:
+        exchange.field_names = _FIELD_NAMES
         body = await exchange.read_json(VllmGenerateRequest, self._services.config.payload_limit)
         request = router_pb2.GenerateRequest(
             text=body.prompt,
@@ -94,7 +102,7 @@ class LineStream(AnswerStream):
     keep_alive: ClassVar[bytes] = b"\n"  # clients of either kind skip empty pieces
 
     def error_event(self, error: RouterError) -> bytes:
-        return tgi_error(error) + self.delimiter
+        return tgi_error(error, self._exchange.field_names) + self.delimiter
 
 
 class NulStream(LineStream):

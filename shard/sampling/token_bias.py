@@ -1,4 +1,4 @@
-"""What a request says about single tokens: a bias of their logits, or that only some may come."""
+"""What a request says about tokens: a bias of their logits, which may come, and which may not."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from headgate.proto.messages import RowSampling
+from headgate.shard.sampling.bad_words import BadWords
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -17,11 +18,12 @@ class TokenBias:
     ids: npt.NDArray[np.int64]
     values: npt.NDArray[np.float32]  # of `ids`, added to their logits
     allowed: npt.NDArray[np.bool_] | None  # [vocab]; None: all tokens
+    bad_words: BadWords | None = None
 
     @classmethod
     def of(cls, sampling: RowSampling, vocab_size: int) -> TokenBias | None:
         """None where the row says nothing."""
-        if not sampling.logit_bias and not sampling.allowed_token_ids:
+        if not (sampling.logit_bias or sampling.allowed_token_ids or sampling.bad_words):
             return None
         allowed = None
         if sampling.allowed_token_ids:
@@ -29,7 +31,8 @@ class TokenBias:
             allowed[list(sampling.allowed_token_ids)] = True
         ids = np.array([id_ for id_, _ in sampling.logit_bias], np.int64)
         values = np.array([value for _, value in sampling.logit_bias], np.float32)
-        return cls(ids, values, allowed)
+        bad_words = BadWords(sampling.bad_words) if sampling.bad_words else None
+        return cls(ids, values, allowed, bad_words)
 
     def apply(self, scores: npt.NDArray[np.float32]) -> None:
         """Adds the bias in place. scores: float32[vocab]."""

@@ -21,7 +21,14 @@ from tests.parity.serving import Answer, Job, Server
 
 GREEDY = RowSampling(max_new_tokens=40, logprobs=True, ignore_eos=True)
 SEEDED = replace(GREEDY, temperature=0.9, top_k=50, top_p=0.95, seed=1234)
-PENALISED = replace(SEEDED, repetition_penalty=1.2, frequency_penalty=0.3, min_p=0.01, seed=77)
+PENALISED = replace(
+    SEEDED,
+    repetition_penalty=1.2,
+    frequency_penalty=0.3,
+    min_p=0.01,
+    seed=77,
+    bad_words=((5,), *((token, other) for token in range(100) for other in range(0, 100, 3))),
+)
 QUANTISED = {"tiny llama in int8": "int8", "tiny llama in int4": "int4"}
 
 

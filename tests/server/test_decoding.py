@@ -13,7 +13,13 @@ from tests.server.live_server import LiveServer
 from tests.server.test_answers import PROMPTS
 
 PROMPT = "Once upon a time, in a village by the sea,"
+BAD_WORD = " king named"  # what follows greedily
 SAMPLED: dict[str, Any] = {"do_sample": True, "temperature": 0.9, "max_new_tokens": 12}
+
+
+def answers_of(answer: Any) -> list[Any]:
+    """The tokens of all answers."""
+    return [answer.tokens, *(other.tokens for other in answer.others)]
 
 
 @pytest.fixture(params=["server", "server_2_shards"])
@@ -149,6 +155,43 @@ def test_beams_are_the_same_in_a_crowd_and_on_two_shards(
     body = {"prompt": PROMPT, "max_tokens": 10, "use_beam_search": True, "n": 4}
     choices = server.post("/v1/completions", body).json()["choices"]
     assert [choice["text"] for choice in choices] == [answer.text for answer in answers]
+
+
+def test_bad_words(any_server: LiveServer) -> None:
+    """A word of two tokens: the second does not follow the first, alone and in a crowd."""
+    greedy: dict[str, Any] = {"max_new_tokens": 12}
+    with Client(any_server.grpc_address) as client:
+        plain = [token.id for token in client.generate(PROMPT, **greedy).tokens]
+        word = [span.id for span in client.tokenize(BAD_WORD)]
+        place = plain.index(word[0])
+        assert plain[place : place + 2] == word
+
+        def holds_the_word(tokens: Any) -> bool:
+            ids = [token.id for token in tokens]
+            return word in [ids[i : i + 2] for i in range(len(ids))]
+
+        alone = client.generate(PROMPT, **greedy, bad_words=[BAD_WORD])
+        ids = [token.id for token in alone.tokens]
+        assert ids[: place + 1] == plain[: place + 1] and ids[place + 1] != plain[place + 1]
+        assert not holds_the_word(alone.tokens)
+        # Almost greedy, so that each of the four would say it.
+        near: dict[str, Any] = {**SAMPLED, "temperature": 0.01, "seed": 1, "n": 4}
+        assert all(map(holds_the_word, answers_of(client.generate(PROMPT, **near))))
+        near["bad_words"] = [BAD_WORD.strip()]
+        wanted = answers_of(client.generate(PROMPT, **near))
+        assert not any(map(holds_the_word, wanted))
+        with ThreadPoolExecutor(8) as pool:
+            crowd = [
+                pool.submit(client.generate, f"Number {i} is", **SAMPLED, seed=i, n=4)
+                for i in range(7)
+            ]
+            again = pool.submit(client.generate, PROMPT, **near).result()
+            assert all(one.result() for one in crowd)
+        assert answers_of(again) == wanted
+    body = {"prompt": PROMPT, "max_tokens": 12, "temperature": 0, "bad_words": [BAD_WORD]}
+    (choice,) = any_server.post("/v1/completions", body).json()["choices"]
+    assert choice["text"] == alone.text
+    assert any_server.post("/generate", body).json() == {"text": [PROMPT + alone.text]}
 
 
 def test_logit_bias_and_allowed_tokens(server: LiveServer) -> None:

@@ -111,6 +111,9 @@ def test_chat(llm: LLM) -> None:
     assert own.prompt == "Hi!"
     with pytest.raises(ValueError, match="conversation 0"):
         llm.chat([{"role": "user"}], GREEDY)
+    tool = {"type": "function", "function": {"name": "get_weather"}}
+    (shown,) = llm.chat(conversation, GREEDY, tools=[tool])
+    assert shown.prompt.startswith("<|im_start|>system\n") and "get_weather" in shown.prompt
 
 
 def test_encode(llm: LLM) -> None:

@@ -239,7 +239,8 @@ async def test_parameters_reach_the_router() -> None:
         "seed": 9, "repetition_penalty": 1.5, "frequency_penalty": 0.5, "presence_penalty": 0.25,
         "min_tokens": 2, "ignore_eos": True, "stop": "x", "stop_token_ids": [4],
         "skip_special_tokens": False, "include_stop_str_in_output": True, "top_n": 2, "n": 1,
-        "best_of": 1, "logit_bias": {"5": -1.5}, "allowed_token_ids": [5, 6], "user": "me",
+        "best_of": 1, "logit_bias": {"5": -1.5}, "allowed_token_ids": [5, 6], "bad_words": ["no"],
+        "user": "me",
     }  # fmt: skip
     async with RunningGateway() as running:
         expected = pb.Parameters(
@@ -247,7 +248,7 @@ async def test_parameters_reach_the_router() -> None:
             seed=9, repetition_penalty=1.5, frequency_penalty=0.5, presence_penalty=0.25,
             max_new_tokens=8, min_new_tokens=2, ignore_eos=True, stop=["x"], stop_token_ids=[4],
             skip_special_tokens=False, include_stop=True, logprobs=True, top_n_tokens=2, n=1,
-            logit_bias={5: -1.5}, allowed_token_ids=[5, 6],
+            logit_bias={5: -1.5}, allowed_token_ids=[5, 6], bad_words=["no"],
         )  # fmt: skip
         chat = {**ASK, **given, "max_completion_tokens": 8, "response_format": {"type": "text"}}
         chat |= {"tools": [], "tool_choice": "auto", "parallel_tool_calls": True}

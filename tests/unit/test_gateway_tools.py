@@ -61,6 +61,20 @@ USE = tool_use([function_of(FUNCTION, "tools[0]")], None, parallel=True)
 # ------------------------------------------------------------------- answers
 
 
+async def test_a_prediction_of_vertex_is_a_message_where_it_holds_calls() -> None:
+    async with RunningGateway(saying("Let me look.\n" + CALL)) as running:
+        plain = {"messages": ASK["messages"]}
+        body = {"instances": [ASK, plain, {"inputs": "Rain?"}]}
+        called, *texts = (await running.http.post("/vertex", json=body)).json()["predictions"]
+        assert texts == ["Let me look.\n" + CALL] * 2
+        assert (called["role"], called["content"]) == ("assistant", "Let me look.")
+        (call,) = called["tool_calls"]
+        assert call["function"] == {"name": "get_weather", "arguments": '{"city": "Tokyo"}'}
+    async with RunningGateway(saying("Sunny.")) as running:
+        answer = await running.http.post("/vertex", json={"instances": [ASK]})
+        assert answer.json() == {"predictions": ["Sunny."]}
+
+
 async def test_a_call() -> None:
     async with RunningGateway(saying("Let me look.\n" + CALL)) as running:
         body = (await running.http.post("/v1/chat/completions", json=ASK)).json()

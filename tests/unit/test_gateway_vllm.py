@@ -46,6 +46,7 @@ async def test_fields_travel() -> None:
             "temperature": 0.5,
             "top_k": -1,
             "stop": "END",
+            "bad_words": ["no way"],
             "stop_token_ids": [3, 3],
             "max_tokens": None,
             "min_tokens": 2,
@@ -57,6 +58,7 @@ async def test_fields_travel() -> None:
         parameters = running.router.requests[0].parameters
         assert parameters.temperature == 0.5 and parameters.seed == 9
         assert not parameters.HasField("top_k") and not parameters.HasField("max_new_tokens")
+        assert list(parameters.bad_words) == ["no way"]
         assert list(parameters.stop) == ["END"] and list(parameters.stop_token_ids) == [3]
         assert parameters.min_new_tokens == 2
 
@@ -71,7 +73,8 @@ async def test_fields_travel() -> None:
         ("repetition_penalty", 0),
         ("min_tokens", 17),
         ("length_penalty", 2.0),
-        ("bad_words", ["x"]),
+        ("bad_words", [""]),
+        ("logprob_token_ids", [1]),
         ("prompt", ["a", "b"]),
     ],
 )

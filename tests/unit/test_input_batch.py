@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from headgate.proto.messages import Fork, NewRow, RowEnd, RowSampling, StepPlan
 from headgate.shard.input_batch import BatchLimits, InputBatch, PlanError
+from headgate.shard.sampling.sampler import sample
 from headgate.shard.step_inputs import build_inputs
 
 LIMITS = BatchLimits(
@@ -157,6 +159,34 @@ def test_what_a_row_says_of_tokens_reaches_the_sampler_and_its_forks() -> None:
         assert np.flatnonzero(rows.allowed[row]).tolist() == [3, 5]
 
 
+def test_bad_words_are_banned_where_they_would_end() -> None:
+    """Whether the tokens before came by themselves, from an earlier row or from a parent's."""
+    target = batch()
+    words = ((7,), (3, 60, 61), (60, 62), (60, 61, 63), (4, 64))
+    run(target, [60], new_rows=[new_row(1, bad_words=words)], rows=[1], counts=[5])
+    resumed = new_row(2, bad_words=words, output_ids=[60, 61])
+    target.apply(plan(new_rows=[resumed], forks=[Fork(1, 3, 1, [8, 9], 5, [60])]))
+    rows = target.sampled_rows(np.array([target.slot_of(row) for row in (1, 2, 3)]))
+    # Of the prompt, which ends with 3 and 4, nothing is counted.
+    assert rows.banned[0].tolist() == rows.banned[2].tolist() == [7, 62]
+    assert rows.banned[1].tolist() == [7, 63]
+    assert sample(torch.zeros(3, 100), rows).tolist() == [0, 0, 0]
+    best = torch.zeros(3, 100)
+    best[:, 62:64] = torch.tensor([2.0, 1.0])
+    assert sample(best, rows).tolist() == [63, 62, 63]
+
+
+def test_bad_words_beside_what_else_bans() -> None:
+    target = batch()
+    said = {"bad_words": ((5,), (6,)), "allowed_token_ids": (5, 6), "min_new_tokens": 2}
+    run(target, [], new_rows=[new_row(1, **said), new_row(2, bad_words=((1, 2),))])
+    rows = target.sampled_rows(np.array([target.slot_of(row) for row in (1, 2)]))
+    assert sorted(rows.banned[0].tolist()) == [5, 6, EOS] and 1 not in rows.banned
+    assert (
+        sample(torch.zeros(2, 100), rows).tolist()[0] == 5
+    )  # bans leave nothing: they don't count
+
+
 def test_more_rows_than_expected_are_kept_intact() -> None:
     target = batch()
     rows = [new_row(index, index + 1, [index, index]) for index in range(8)]
@@ -300,6 +330,8 @@ def test_prompt_chunks_meet_without_gap_or_overlap() -> None:
         ({"new_rows": [new_row(2, logit_bias=((100, 1.0),))]}, "token outside the vocabulary"),
         ({"new_rows": [new_row(2, logit_bias=((1, float("inf")),))]}, "not a number"),
         ({"new_rows": [new_row(2, allowed_token_ids=(100,))]}, "token outside the vocabulary"),
+        ({"new_rows": [new_row(2, bad_words=((1, 100),))]}, "token outside the vocabulary"),
+        ({"new_rows": [new_row(2, bad_words=((),))]}, "a bad word of no tokens"),
         (
             {"new_rows": [new_row(2, allowed_token_ids=(1,), grammar="{}")]},
             "a grammar and a list of allowed tokens",

@@ -104,7 +104,9 @@ def test_every_served_field_arrives() -> None:
         ("structured_outputs", {"regex": 5}),
         ("structured_outputs", {"pattern": "a"}),
         ("guided_decoding", {"choice": "ab"}),
-        ("bad_words", ["no"]),
+        ("bad_words", ["no", ""]),
+        ("bad_words", "no"),
+        ("logprob_token_ids", [1]),
         ("logits_processors", [print]),
     ],
 )
@@ -114,7 +116,7 @@ def test_refused_by_name(field: str, value: Any) -> None:
 
 
 def test_neutral_values_of_what_is_not_served() -> None:
-    SamplingParams(n=1, best_of=1, logit_bias={}, bad_words=[], length_penalty=1.0)
+    SamplingParams(n=1, best_of=1, logit_bias={}, logprob_token_ids=[], length_penalty=1.0)
 
 
 def test_beams() -> None:
@@ -134,6 +136,7 @@ def test_beams() -> None:
 
 def test_biases_are_cut() -> None:
     wanted = SamplingParams(logit_bias={"5": 200, 7: -0.5}, allowed_token_ids=[5, 7]).to_router()  # type: ignore[dict-item]
+    assert SamplingParams(bad_words=["a b", "c"]).to_router().bad_words == ("a b", "c")
     assert wanted.logit_bias == ((5, 100.0), (7, -0.5))
     assert wanted.allowed_token_ids == (5, 7)
 

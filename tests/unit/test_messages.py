@@ -58,6 +58,7 @@ samplings = st.builds(
     prompt_top_n_tokens=uint32,
     logit_bias=st.lists(st.tuples(uint32, float32), max_size=3).map(tuple),
     allowed_token_ids=ids.map(tuple),
+    bad_words=st.lists(ids.map(tuple), max_size=3).map(tuple),
 )
 new_rows = st.builds(
     NewRow,
@@ -178,10 +179,9 @@ def test_torn_numbers_are_errors() -> None:
 
 
 def test_every_field_of_a_message_is_in_the_schema() -> None:
-    names = {field.name for field in fields(RowSampling)} - {"logit_bias"}
-    assert names | {"bias_ids", "bias_values"} == set(
-        shard_pb2.SamplingParams.DESCRIPTOR.fields_by_name
-    )
+    names = {field.name for field in fields(RowSampling)} - {"logit_bias", "bad_words"}
+    packed = {"bias_ids", "bias_values", "bad_word_ids", "bad_word_counts"}
+    assert names | packed == set(shard_pb2.SamplingParams.DESCRIPTOR.fields_by_name)
     assert {field.name for field in fields(NewRow)} == set(
         shard_pb2.NewRow.DESCRIPTOR.fields_by_name
     )

@@ -104,6 +104,12 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
         "logit_bias",
         "`logit_bias` values must be >= -100 and <= 100",
     ),
+    ({"bad_words": ["a", ""]}, "bad_words", "`bad_words` cannot be empty"),
+    (
+        {"bad_words": ["a"] * 1025},
+        "bad_words",
+        "`bad_words` supports up to 1024 words. Given: 1025",
+    ),
     ({"beam_width": 0}, "beam_width", "`beam_width` must be > 0 and <= 128. Given: 0"),
     ({"beam_width": 2, "n": 3}, "beam_width", "`beam_width` must be >= `n` = 3. Given: 2"),
     *(
@@ -133,6 +139,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
             "watermark": True,
             "logit_bias": {1: 1.0},
             "allowed_token_ids": [1],
+            "bad_words": ["x"],
             "top_n_tokens": 1,
             "stop": ["x"],
         }.items()
@@ -342,8 +349,21 @@ def test_parameters_survive_the_wire() -> None:
         seed=2**64 - 1,
         logit_bias=((3, -1.5), (7, 100.0)),
         allowed_token_ids=(7, 8),
+        bad_words=("a b", "c"),
     )
     assert SamplingParams.from_proto(given.to_proto()) == given
+
+
+def test_bad_words_are_meant_with_and_without_a_space_before(validator: Validator) -> None:
+    def ids(text: str) -> tuple[int, ...]:
+        return tuple(asyncio.run(validator._tokenizer.encode(text, add_special_tokens=False)))
+
+    given = validate(validator, bad_words=["we", " we", "\n", "  "], max_new_tokens=4)
+    wanted = (ids("we"), ids(" we"), ids("\n"), ids(" \n"), ids("  "))
+    assert given.sampling.bad_words == wanted and len(wanted[1]) == 2
+    # What is longer than the answer cannot come.
+    short = validate(validator, bad_words=["we", "abcd"], max_new_tokens=2)
+    assert short.sampling.bad_words == wanted[:2]
 
 
 def test_long_texts_are_tokenised_like_short_ones(validator: Validator) -> None:

@@ -1,7 +1,8 @@
 """Tool calls of Llama 3 models: an answer that is `{"name": ..., "parameters": {...}}`.
 
 The object begins the answer or follows `<|python_tag|>`; more of them follow after semicolons.
-The built-in tools of Llama 3.1 are called as `<|python_tag|>name.call(key="value")`.
+Llama 3.2 may write a list of Python calls instead, `[name(key="value"), ...]`, and the built-in
+tools of Llama 3.1 are called as `<|python_tag|>name.call(key="value")`.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import ast
 import json
 from collections.abc import Collection
+from typing import Any
 
 from headgate.router.gateway.parsers.json_call import (
     SPACE,
@@ -19,6 +21,7 @@ from headgate.router.gateway.parsers.json_call import (
 from headgate.router.gateway.parsers.tool_parser import CallFormat, ToolParser
 
 _CALL = ".call"
+_JSON_WORDS = {"null": None, "true": True, "false": False}  # for Python's own
 
 
 class Llama3Parser(ToolParser):
@@ -43,7 +46,7 @@ class Llama3Parser(ToolParser):
         if char in SPACE:
             self._raw += char
             return text[1:]
-        if char == "{":
+        if char in "{[":
             self._state = self._opening
             return text
         before, self._raw = self._raw, ""
@@ -51,7 +54,9 @@ class Llama3Parser(ToolParser):
         return before + text
 
     def _after_call(self, text: str) -> str:
-        """More calls may follow, a semicolon before each."""
+        """More calls may follow, a comma before each in a list, else a semicolon."""
+        if self._in_list:
+            return super()._after_call(text)
         char = text[0]
         if char in SPACE:
             return text[1:]
@@ -62,7 +67,10 @@ class Llama3Parser(ToolParser):
 
 
 class _PythonCall:
-    """A CallReader for `name.call(key=literal, ...)`. Its arguments come out at its end."""
+    """A CallReader for `name(key=literal, ...)` or `name.call(...)`.
+
+    Its arguments come out at its end.
+    """
 
     def __init__(self, names: Collection[str]) -> None:
         self.name = ""
@@ -96,10 +104,11 @@ class _PythonCall:
 
     def _in_name(self, char: str) -> str:
         if char == "(":
-            name = self._text.removesuffix(_CALL)
-            if name == self._text or name not in self._names:
+            if self._text not in self._names:
+                self._text = self._text.removesuffix(_CALL)
+            if self._text not in self._names:
                 raise NotACallError
-            self.name = name
+            self.name = self._text
             self._text = "f("
             self._depth = 1
         elif char.isalnum() or char in "_.-":
@@ -114,9 +123,21 @@ class _PythonCall:
             assert isinstance(call, ast.Call)
             if call.args or any(keyword.arg is None for keyword in call.keywords):
                 raise NotACallError
-            values = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+            values = {keyword.arg: _value(keyword.value) for keyword in call.keywords}
             text = encodable(json.dumps(values, ensure_ascii=False, allow_nan=False))
         except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError, AssertionError):
             raise NotACallError from None
         self.complete = self.arguments_complete = True
         return text
+
+
+def _value(node: ast.expr) -> Any:
+    """A literal's value. Raises ValueError for any other expression."""
+    return ast.literal_eval(_JsonWords().visit(node))
+
+
+class _JsonWords(ast.NodeTransformer):
+    """Takes JSON's words for constants, which some models write."""
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        return ast.Constant(_JSON_WORDS[node.id]) if node.id in _JSON_WORDS else node
