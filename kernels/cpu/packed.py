@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from headgate.kernels.cpu import library
+from headgate.kernels.cpu import library, weight_memory
 
 # dtypes of weights and caches, by their names in kernels.h.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-
-_ALIGNMENT = 64  # of tensors, by torch's allocator: a panel never shares a cache line
 
 
 class PackedWeight:
@@ -25,9 +23,8 @@ class PackedWeight:
         self.columns, self.inner = weight.shape
         self.dtype, self.code = dtype, DTYPES[dtype]
         self.nbytes: int = loaded.hg_packed_bytes(self.columns, self.inner, self.code)
-        self._memory = torch.empty(self.nbytes, dtype=torch.uint8)
+        self._memory = weight_memory.allocate(self.nbytes)
         self.address = self._memory.data_ptr()
-        assert self.address % _ALIGNMENT == 0
         source = weight.to(dtype).contiguous()
         loaded.hg_pack_weight(source.data_ptr(), self.columns, self.inner, self.code, self.address)
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from headgate.kernels.cpu import library
+from headgate.kernels.cpu import library, weight_memory
 from headgate.kernels.quantised import KINDS, quantise
 
 # Kinds, by their names in quantised.h.
 CODES = {"int8": 0, "int8-weight-only": 1, "int4": 2}
 
 _PANEL = 32  # columns; kPanel in kernels.h
-_ALIGNMENT = 64
 # Values quantised and packed at a time: the whole is never held twice.
 _CHUNK = 1 << 22
 
@@ -30,9 +29,8 @@ class QuantisedWeight:
         self.kind, self.code = KINDS[kind], CODES[kind]
         assert self.kind.group == loaded.hg_quantised_group(self.code)
         self.nbytes: int = loaded.hg_quantised_bytes(self.columns, self.inner, self.code)
-        self._memory = torch.empty(self.nbytes, dtype=torch.uint8)
+        self._memory = weight_memory.allocate(self.nbytes)
         self.address = self._memory.data_ptr()
-        assert self.address % _ALIGNMENT == 0
         at_once = max(1, _CHUNK // self.inner // _PANEL) * _PANEL
         for first in range(0, self.columns, at_once):
             part = quantise(weight[first : first + at_once], self.kind)
