@@ -99,12 +99,15 @@ def take_rows(x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     return _table["take_rows"](x, indices)
 
 
-def pack_linear(weight: torch.Tensor, dtype: torch.dtype, quantize: str = "") -> Any:
+def pack_linear(
+    weight: torch.Tensor, dtype: torch.dtype, quantize: str = "", precision: str = "highest"
+) -> Any:
     """What `linear` takes as its weight: the tensor itself, or the back end's packed form of it.
 
-    `quantize`: a kind of headgate.kernels.quantised, or "" to keep values of `dtype`.
+    `quantize`: a kind of headgate.kernels.quantised, or "" to keep values of `dtype`. `precision`:
+    "medium" (with bfloat16 weights on a CPU) rounds inputs to bfloat16 before they are multiplied.
     """
-    return _table["pack_linear"](weight, dtype, quantize)
+    return _table["pack_linear"](weight, dtype, quantize, precision)
 
 
 def linear(x: torch.Tensor, weight: Any, bias: torch.Tensor | None = None) -> torch.Tensor:

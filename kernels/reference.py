@@ -47,25 +47,47 @@ def take_rows(x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     return x[indices]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class RoundedTensor:
+    """A matrix float32[N, K] of bfloat16 values whose inputs are rounded to bfloat16 too."""
+
+    weight: torch.Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.weight.shape
+
+    @property
+    def nbytes(self) -> int:
+        return self.weight.nbytes
+
+
 def pack_linear(
-    weight: torch.Tensor, dtype: torch.dtype, quantize: str = ""
-) -> torch.Tensor | QuantisedTensor:
+    weight: torch.Tensor, dtype: torch.dtype, quantize: str = "", precision: str = "highest"
+) -> torch.Tensor | QuantisedTensor | RoundedTensor:
     """weight[O, I] in the form that `linear` likes best: quantised, where `quantize` names a kind.
 
     Otherwise `dtype` can hold its values, which are kept: as float32 on a CPU, where products are.
+    `precision`: "medium" is for bfloat16 on a CPU, and rounds inputs to bfloat16 as well.
     """
     if quantize:
         return quantised.quantise(weight, quantised.KINDS[quantize])
+    if precision == "medium":
+        return RoundedTensor(weight.to(dtype).float())
     return weight.float() if weight.device.type == "cpu" else weight
 
 
 def linear(
-    x: torch.Tensor, weight: torch.Tensor | QuantisedTensor, bias: torch.Tensor | None
+    x: torch.Tensor,
+    weight: torch.Tensor | QuantisedTensor | RoundedTensor,
+    bias: torch.Tensor | None,
 ) -> torch.Tensor:
     """x[T, I] times the transpose of weight[O, I], plus bias[O]: [T, O].
 
     What a product with a quantised weight is, is said in headgate.kernels.quantised.
     """
+    if isinstance(weight, RoundedTensor):
+        return F.linear(x.bfloat16().float(), weight.weight, bias)
     if not isinstance(weight, QuantisedTensor):
         return F.linear(x, weight, bias)
     out = quantised.linear(x, weight)

@@ -20,7 +20,14 @@ MIB = 1 << 20
 CPU_KV_BYTES = GIB  # of all shards together
 GPU_STEP_TOKENS = 4096  # TGI's default
 STEP_SECONDS = 0.150  # a CPU step should take no longer: it bounds latency between tokens
-CORE_FLOPS = 60e9  # float32, sustained, one core
+# Sustained by one core over whole steps, by --quantize or else --matmul-precision.
+CORE_FLOPS = {
+    "highest": 60e9,
+    "medium": 100e9,
+    "int8": 160e9,
+    "int8-weight-only": 60e9,
+    "int4": 120e9,
+}
 CPU_STEP_TOKENS = (128, 512)
 CPU_MOST_STEP_TOKENS = 1024  # a budget made for a GPU would let one step hold up all others
 SMALLEST_KV_TOKENS = 512  # less is no use, so it is too little memory
@@ -36,6 +43,10 @@ SHM_FOR_NCCL = 256 * MIB
 
 NO_LIMIT = 1 << 60
 
+_ARITHMETIC = {
+    "highest": ", float32 arithmetic",
+    "medium": ", products with inputs rounded to it, float32 sums",
+}
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Of a quantised weight: its value, and its share of the group's scale (and minimum).
 _QUANTISED_BYTES = {
@@ -53,6 +64,7 @@ class Sizes:
     num_shard: int
     dtype: str
     quantize: str  # a kind, or "" for weights in `dtype`
+    matmul_precision: str
     kv_cache_dtype: str
     threads_per_shard: int
     max_input_tokens: int
@@ -109,6 +121,7 @@ def work_out_sizes(model: ModelFacts, config: LauncherConfig, hardware: Hardware
         num_shard=shape.num_shard,
         dtype=shape.dtype,
         quantize=shape.quantize,
+        matmul_precision=config.matmul_precision,
         kv_cache_dtype=shape.kv_cache_dtype,
         threads_per_shard=shape.threads,
         max_input_tokens=config.max_input_tokens or total - 1,
@@ -130,9 +143,13 @@ def choose_shape(model: ModelFacts, config: LauncherConfig, hardware: Hardware) 
     device = "cuda" if hardware.gpus and not on_cpu else "cpu"
     num_shard = choose_num_shard(model, config, hardware, device)
     dtype = choose_dtype(model, config, hardware.gpus if device == "cuda" else ())
+    _check_precision(config, device, dtype)
     threads = config.threads_per_shard or max(1, hardware.cores // num_shard)
     step_tokens = config.max_batch_prefill_tokens or _step_tokens(
-        model, device, min(hardware.cores, threads * num_shard)
+        model,
+        device,
+        min(hardware.cores, threads * num_shard)
+        * CORE_FLOPS[config.quantize or config.matmul_precision],
     )
     if device == "cpu":
         step_tokens = min(step_tokens, CPU_MOST_STEP_TOKENS)
@@ -184,6 +201,22 @@ def choose_dtype(model: ModelFacts, config: LauncherConfig, gpus: tuple[Gpu, ...
     return dtype
 
 
+def _check_precision(config: LauncherConfig, device: str, dtype: str) -> None:
+    """Raises LaunchError where products' inputs can't be rounded."""
+    if config.matmul_precision == "highest":
+        return
+    found = "" if dtype == "bfloat16" else f"{dtype} weights"
+    if config.quantize:
+        found = f"--quantize {config.quantize}"
+    if device == "cuda":
+        found = "a GPU (--kernels cpu uses the CPU)"
+    if found:
+        raise LaunchError(
+            f"--matmul-precision {config.matmul_precision} is for bfloat16 weights on a CPU, not "
+            f"for {found}."
+        )
+
+
 def kv_bytes_per_token(model: ModelFacts, num_shard: int, kv_dtype: str) -> tuple[int, int]:
     """(bytes on the rank that holds most, bytes on all ranks) for one token's keys and values."""
     per_head = 2 * model.num_layers * model.head_dim * _ITEM_BYTES[kv_dtype]
@@ -233,10 +266,10 @@ def _activation_bytes(model: ModelFacts, shape: Shape, item: int) -> int:
     return shape.step_tokens * (hidden + mlp) * item + logits
 
 
-def _step_tokens(model: ModelFacts, device: str, cores: int) -> int:
+def _step_tokens(model: ModelFacts, device: str, cpu_flops: float) -> int:
     if device == "cuda":
         return GPU_STEP_TOKENS
-    tokens = cores * CORE_FLOPS * STEP_SECONDS / (2 * model.computed_per_token)
+    tokens = cpu_flops * STEP_SECONDS / (2 * model.computed_per_token)
     low, high = CPU_STEP_TOKENS
     return max(low, min(high, int(tokens) // 16 * 16))
 
@@ -358,7 +391,8 @@ def _warnings(config: LauncherConfig, hardware: Hardware, shape: Shape) -> tuple
 
 def describe(sizes: Sizes, model: ModelFacts, hardware: Hardware) -> list[tuple[str, str]]:
     """The sizes as rows for people."""
-    if sizes.device == "cuda":
+    on_cpu = sizes.device == "cpu"
+    if not on_cpu:
         where = ", ".join(sorted({gpu.name for gpu in hardware.gpus[: sizes.num_shard]}))
         split = f"{sizes.num_shard} (on {where})"
         kv = "what is free after loading"
@@ -371,19 +405,19 @@ def describe(sizes: Sizes, model: ModelFacts, hardware: Hardware) -> list[tuple[
             f"of {sizes.block_size}, {sizes.kv_cache_dtype}"
         )
     need = sizes.weight_bytes + sizes.overhead_bytes
-    if sizes.device == "cpu":
+    if on_cpu:
         need += sizes.kv_bytes
     return [
         ("model", f"{model.architecture}, {_millions(model.parameters)} parameters"),
         ("shards", split),
-        ("dtype", sizes.dtype + (", float32 arithmetic" if sizes.device == "cpu" else "")),
+        ("dtype", sizes.dtype + (_ARITHMETIC[sizes.matmul_precision] if on_cpu else "")),
         ("quantisation", sizes.quantize or "none"),
         ("longest request", f"{sizes.max_total_tokens} tokens (prompt {sizes.max_input_tokens})"),
         ("tokens per step", str(sizes.max_batch_prefill_tokens)),
         ("sequences at a time", str(sizes.max_batch_size)),
         ("KV cache", kv),
         ("memory", f"about {show_bytes(need)} of {show_bytes(hardware.memory_available)} free")
-        if sizes.device == "cpu"
+        if on_cpu
         else ("weights", show_bytes(sizes.weight_bytes)),
     ]
 

@@ -29,6 +29,7 @@ def shard_config(
         "model_module": os.path.abspath(config.model_module) if config.model_module else "",
         "dtype": sizes.dtype,
         "quantize": sizes.quantize,
+        "matmul_precision": sizes.matmul_precision,
         "device": sizes.device,
         "kernels": "" if config.kernels == "auto" else config.kernels,
         "cuda_graphs": config.cuda_graphs,

@@ -39,6 +39,7 @@ class LauncherConfig:
     model_module: str
     dtype: str | None
     quantize: str | None
+    matmul_precision: str
     kv_cache_dtype: str | None
     rope_scaling: str | None
     rope_factor: float | None

@@ -93,7 +93,8 @@ MODEL = (
     Flag(
         "dtype",
         Kind.TEXT,
-        "How weights are stored; on a CPU the arithmetic is float32 whatever the choice.",
+        "How weights are stored; on a CPU the arithmetic is float32 whatever the choice, but see "
+        "--matmul-precision.",
         choices=("bfloat16", "float16", "float32"),
         default_text="the checkpoint's, else bfloat16",
     ),
@@ -104,6 +105,16 @@ MODEL = (
         choices=_QUANTIZE + _OTHER_QUANTIZE,
         refused_values=_OTHER_QUANTIZE,
         env_aliases=("HF_MODEL_QUANTIZE",),
+    ),
+    Flag(
+        "matmul-precision",
+        Kind.TEXT,
+        "How precisely a CPU multiplies bfloat16 weights, in torch's words. highest: by float32 "
+        "inputs. medium: by inputs rounded to bfloat16, which is faster where the CPU has "
+        "AVX512_BF16; see quantization.md. Sums are float32.",
+        choices=("highest", "medium"),
+        default="highest",
+        own=True,
     ),
     Flag(
         "kv-cache-dtype",

@@ -17,6 +17,7 @@ DTYPES = {
 }
 _SIZES = re.compile(r" *[0-9]+ *(, *[0-9]+ *)*")
 DEVICES = ("cpu", "cuda")
+MATMUL_PRECISIONS = ("highest", "medium")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,7 @@ class ShardConfig:
     kernels: str = ""  # "": the best for the device
     cuda_graphs: str = ""  # batch sizes to capture, "1,2,4"; "": those that occur; "0": none
     quantize: str = ""  # a kind of headgate.kernels.quantised; "": none
+    matmul_precision: str = "highest"  # "medium": products' inputs are rounded to bfloat16
     block_size: int = 16  # positions per KV block
     num_blocks: int = 0  # 0: as many as fit, found out at warm-up (cuda)
     kv_cache_dtype: str = "float32"
@@ -50,6 +52,7 @@ class ShardConfig:
             ("dtype", self.dtype, DTYPES),
             ("kv_cache_dtype", self.kv_cache_dtype, DTYPES),
             ("device", self.device, DEVICES),
+            ("matmul_precision", self.matmul_precision, MATMUL_PRECISIONS),
         ):
             if value not in known:
                 raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(known)}")

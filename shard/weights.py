@@ -54,6 +54,7 @@ class Weights:
     `quantize`: the kind (of headgate.kernels.quantised) that matrices are quantised to, each rank's
     slice with scales of its own; embeddings, norms and biases are not. "": not at all. With int4
     the vocabulary's projection is int8: four bits there cost more than in all layers together.
+    `precision`: "medium" rounds the inputs of products to bfloat16, with such weights on a CPU.
     """
 
     def __init__(
@@ -63,9 +64,11 @@ class Weights:
         dtype: torch.dtype,
         device: str | torch.device,
         quantize: str = "",
+        precision: str = "highest",
     ) -> None:
         self.dtype = dtype
         self.quantize = quantize
+        self.precision = precision
         self.device = torch.device(device)
         self.compute_dtype = torch.float32 if self.device.type == "cpu" else dtype
         self.nbytes = 0
@@ -183,7 +186,7 @@ class Weights:
 
     def _pack(self, tensor: torch.Tensor, quantize: str | None = None) -> Matrix:
         kind = self.quantize if quantize is None else quantize
-        return ops.pack_linear(tensor, self.dtype, kind)
+        return ops.pack_linear(tensor, self.dtype, kind, self.precision)
 
     def _pack_head(self, tensor: torch.Tensor) -> Matrix:
         return self._pack(tensor, "int8" if self.quantize == "int4" else self.quantize)

@@ -70,7 +70,9 @@ def _parse() -> argparse.Namespace:
         help=f"workload:concurrency:requests, ... (default: {FULL_PLAN})",
     )
     parser.add_argument("--short", action="store_true", help=f"one round of {SHORT_PLAN}")
-    parser.add_argument("--kinds", default="bf16,int8,int4", help="of weights (default: all three)")
+    parser.add_argument(
+        "--kinds", default=",".join(KINDS), help="of weights (default: %(default)s)"
+    )
     parser.add_argument("--model-id", default="", help="as of headgate serve")
     parser.add_argument("--flags", default="", help="more flags of headgate serve, in one string")
     parser.add_argument(
@@ -100,11 +102,13 @@ def _model_flags(arguments: argparse.Namespace) -> list[str]:
 
 
 def _contestants(arguments: argparse.Namespace, files: ModelFiles) -> list[Contestant]:
-    """Headgate and its peers of the same kind next to each other."""
-    found = []
+    """Headgate and its peers of the same kind next to each other, each once."""
+    found: list[Contestant] = []
     for kind in arguments.kinds:
         found.append(headgate(kind, arguments.model_id, arguments.flags.split()))
-        found += peers(arguments, kind, files.path)
+        others = peers(arguments, KINDS[kind], files.path)
+        titles = {contestant.title for contestant in found}
+        found += [peer for peer in others if peer.title not in titles]
     return found
 
 

@@ -13,8 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 HEADGATE = "Headgate"
-KINDS = ("bf16", "int8", "int4")
-_QUANTIZE = {"bf16": "", "int8": "int8", "int4": "int4"}
+# Kinds of weights, and the kind of the peers that each is compared with: OpenVINO rounds inputs to
+# bfloat16 as bf16-medium does, the others multiply as they like.
+KINDS = {"bf16": "bf16", "bf16-medium": "bf16", "int8": "int8", "int4": "int4"}
+_FLAGS = {
+    "bf16": [],
+    "bf16-medium": ["--matmul-precision", "medium"],
+    "int8": ["--quantize", "int8"],
+    "int4": ["--quantize", "int4"],
+}
 _OPENVINO_FOLDERS = {"bf16": "fp16", "int8": "int8", "int4": "int4"}
 
 
@@ -41,9 +48,7 @@ def headgate(kind: str, model_id: str, flags: list[str]) -> Contestant:
         words = [sys.executable, "-m", "headgate.launcher", "serve", "--port", str(port)]
         if model_id:
             words += ["--model-id", model_id]
-        if _QUANTIZE[kind]:
-            words += ["--quantize", _QUANTIZE[kind]]
-        return words + flags
+        return words + _FLAGS[kind] + flags
 
     return Contestant(HEADGATE, kind, command, health="/health/ready")
 

@@ -8,7 +8,7 @@ from html import escape
 from headgate.bench.results import Session, middle
 
 _WIDTH, _BAR, _GAP, _LEFT, _RIGHT, _TOP = 860, 18, 22, 230, 90, 40
-_COLOURS = {"bf16": "#4c78a8", "int8": "#f58518", "int4": "#54a24b"}
+_COLOURS = {"bf16": "#4c78a8", "bf16-medium": "#72b7b2", "int8": "#f58518", "int4": "#54a24b"}
 _PALE = "0.55"  # opacity of the peers' bars
 _OWN = "Headgate"
 

@@ -1,7 +1,8 @@
-"""`python -m headgate.bench.quality`: what quantising a model's weights costs, on a bundled text.
+"""`python -m headgate.bench.quality`: what quantising a model costs, on a bundled text.
 
 The text is given token by token (teacher-forced), in pieces that start afresh, to the model with
-its weights as they are and float32 arithmetic, and to the model quantised. Told are the perplexity
+its weights as they are and float32 arithmetic, and to the model quantised or, as the kind
+bf16-medium, with the inputs of products rounded to bfloat16. Told are the perplexity
 and the share of positions at which both find the same token most likely. Exits with 1 where a kind
 misses its floor; floors are those of the embedded model.
 
@@ -23,7 +24,6 @@ import torch
 from tokenizers import Tokenizer
 
 from headgate.kernels import ops
-from headgate.kernels.quantised import KINDS
 from headgate.launcher.embedded_model import ensure_embedded_model
 from headgate.shard.attention_metadata import AttentionMetadata
 from headgate.shard.distributed import single_group
@@ -44,7 +44,9 @@ class Floor:
     same_tokens: float
 
 
+MEDIUM = "bf16-medium"  # --matmul-precision medium
 FLOORS = {
+    MEDIUM: Floor(1.01, 0.97),
     "int8": Floor(1.03, 0.90),
     "int8-weight-only": Floor(1.01, 0.97),
     "int4": Floor(1.15, 0.80),
@@ -81,7 +83,7 @@ class Quality:
 
 
 def measure(path: Path, kinds: Sequence[str], tokens: int = 0) -> Iterator[Quality]:
-    """The checkpoint in `path`, quantised to each kind in turn; `tokens`: of the text, 0 for all.
+    """The checkpoint in `path` in each kind (of FLOORS) in turn; `tokens`: of the text, 0 for all.
 
     The kernels must have been chosen (`ops.use`).
     """
@@ -101,8 +103,14 @@ def measure(path: Path, kinds: Sequence[str], tokens: int = 0) -> Iterator[Quali
 
 
 def _load(path: Path, kind: str) -> CausalLM:
-    group = single_group()
-    return load_model(path, dtype="bfloat16", device="cpu", group=group, quantize=kind)
+    return load_model(
+        path,
+        dtype="bfloat16",
+        device="cpu",
+        group=single_group(),
+        quantize="" if kind == MEDIUM else kind,
+        precision="medium" if kind == MEDIUM else "highest",
+    )
 
 
 @torch.inference_mode()
@@ -142,7 +150,7 @@ def _forward(model: CausalLM, ids: torch.Tensor) -> torch.Tensor:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--model", type=Path, help="a checkpoint directory; the embedded model")
-    parser.add_argument("--kind", action="append", choices=list(KINDS), help="all of them")
+    parser.add_argument("--kind", action="append", choices=list(FLOORS), help="all of them")
     parser.add_argument("--tokens", type=int, default=0, help="of the text; 0: all")
     parser.add_argument("--kernels", default="", choices=("", *ops.BACKENDS))
     parser.add_argument("--json", action="store_true", help="one JSON object per kind")
@@ -152,7 +160,7 @@ def main() -> int:
     if not options.json:
         print(f"{'kind':18}{'tokens':>7}{'perplexity':>12}{'ratio':>9}{'same tokens':>13}{'MB':>8}")
     for found in measure(
-        options.model or ensure_embedded_model(), options.kind or list(KINDS), options.tokens
+        options.model or ensure_embedded_model(), options.kind or list(FLOORS), options.tokens
     ):
         good = good and found.good_enough
         numbers = {name: getattr(found, name) for name in Quality.__slots__}

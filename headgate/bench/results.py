@@ -69,7 +69,7 @@ class Session:
 
     def roof(self, name: str) -> float:
         """Median over the rounds; 0 where it was not measured."""
-        return middle(entry[name] for entry in self.roofline)
+        return middle(entry.get(name, 0.0) for entry in self.roofline)
 
 
 def middle(values: Iterable[float]) -> float:

@@ -1,5 +1,5 @@
-/* What the cores of this machine can do at best: multiply-add in float32, int8 products summed in int32 (VNNI),
- * reading memory. Prints one JSON object. Compiled and run by roofline.py beside each benchmark, since shared machines drift.
+/* What the cores of this machine can do at best: multiply-add in float32, products of bfloat16 pairs summed in float32,
+ * int8 products summed in int32 (VNNI), reading memory. Prints one JSON object. Compiled and run by roofline.py beside each benchmark, since shared machines drift.
  */
 #define _GNU_SOURCE
 #include <pthread.h>
@@ -63,6 +63,23 @@ static double fma32(int thread, int threads) {
     }
     for (int i = 0; i < CHAINS; i++) atomic_fetch_add(&sink, (long)vgetq_lane_f32(sums[i], 0));
     return 2.0 * 4 * CHAINS * ITERATIONS;
+#else
+    return 0;
+#endif
+}
+
+static double bf16(int thread, int threads) {
+    (void)thread, (void)threads;
+#if defined(__AVX512BF16__)
+    __m512 sums[CHAINS];
+    __m512i x = _mm512_set1_epi16(0x3f80), y = x; /* ones */
+    for (int i = 0; i < CHAINS; i++) sums[i] = _mm512_setzero_ps();
+    for (long n = 0; n < ITERATIONS; n++) {
+        for (int i = 0; i < CHAINS; i++) sums[i] = _mm512_dpbf16_ps(sums[i], (__m512bh)x, (__m512bh)y);
+        __asm__ volatile("" : "+v"(x), "+v"(y));
+    }
+    for (int i = 0; i < CHAINS; i++) atomic_fetch_add(&sink, (long)_mm512_reduce_add_ps(sums[i]));
+    return 2.0 * 32 * CHAINS * ITERATIONS;
 #else
     return 0;
 #endif
@@ -145,7 +162,7 @@ int main(int count, char **words) {
     buffer = aligned_alloc(4096, BUFFER);
     if (threads < 1 || !buffer) return 1;
     for (size_t at = 0; at < BUFFER; at += 4096) buffer[at] = 1;
-    printf("{\"threads\": %d, \"fma_gflops\": %.1f, \"vnni_gops\": %.1f, \"memory_gb_s\": %.2f}\n", threads,
-           rate(fma32, threads), rate(vnni, threads), rate(reading, threads));
+    printf("{\"threads\": %d, \"fma_gflops\": %.1f, \"bf16_gflops\": %.1f, \"vnni_gops\": %.1f, \"memory_gb_s\": %.2f}\n",
+           threads, rate(fma32, threads), rate(bf16, threads), rate(vnni, threads), rate(reading, threads));
     return 0;
 }

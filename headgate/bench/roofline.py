@@ -26,6 +26,7 @@ class Roofline:
     fma_gflops: float  # float32 multiply-add
     vnni_gops: float  # int8 products; 0 on a machine without the instruction
     memory_gb_s: float  # reading, far beyond the caches
+    bf16_gflops: float = 0.0  # products of bfloat16 pairs; 0 on a machine without the instruction
 
 
 def measure(threads: int) -> Roofline:

@@ -20,7 +20,7 @@ from headgate.bench.roofline import Roofline, measure
 from headgate.kernels import cpu, ops
 from headgate.launcher.embedded_model import ensure_embedded_model
 from headgate.proto.messages import NewRow, RowSampling, StepPlan
-from headgate.shard.config import ShardConfig, ShardIdentity
+from headgate.shard.config import MATMUL_PRECISIONS, ShardConfig, ShardIdentity
 from headgate.shard.distributed import single_group
 from headgate.shard.model_runner import ModelRunner
 from headgate.shard.models.registry import load_model
@@ -29,7 +29,8 @@ from headgate.shard.recorded_model import RecordedModel
 _BLOCK = 16
 _CHUNK = 256  # tokens of the steps that compute prompts which aren't measured
 _MOST_TOKENS = 512
-_BYTES = {0: 4.0, 1: 2.0, 2: 2.0}  # of a weight, by its code in kernels.h
+_BYTES = {0: 4.0, 1: 2.0, 2: 2.0, 3: 2.0}  # of a weight, by its code in kernels.h
+_ROUNDED = 3  # the code of weights whose inputs are rounded
 _QUANTISED_BYTES = {0: 1.0, 1: 1.0, 2: 0.625}  # in quantised.h, int4 with its groups' scales
 
 
@@ -71,7 +72,14 @@ class Line:
 class Profiler:
     """A model whose steps are replayed and timed."""
 
-    def __init__(self, model_path: str, dtype: str, quantize: str, roofline: Roofline) -> None:
+    def __init__(
+        self,
+        model_path: str,
+        dtype: str,
+        quantize: str,
+        roofline: Roofline,
+        precision: str = "highest",
+    ) -> None:
         threads = roofline.threads
         torch.set_num_threads(threads)
         if ops.use("", "cpu") != "cpu":
@@ -91,7 +99,14 @@ class Profiler:
             num_blocks=2048,
         )
         group = single_group()
-        model = load_model(model_path, dtype=dtype, device="cpu", group=group, quantize=quantize)
+        model = load_model(
+            model_path,
+            dtype=dtype,
+            device="cpu",
+            group=group,
+            quantize=quantize,
+            precision=precision,
+        )
         self.runner = ModelRunner(model, group, config, ShardIdentity(0, 1, 1))
         self.runner.record()
         if not isinstance(self.runner.recorded, RecordedModel):
@@ -162,8 +177,12 @@ class Profiler:
         if name in ("hg_linear", "hg_linear_quantised"):
             rows, inner, code, columns = (arguments[i] for i in (1, 2, 5, 6))
             sizes = _BYTES if name == "hg_linear" else _QUANTISED_BYTES
-            integers = name != "hg_linear" and code != 1 and self.roofline.vnni_gops
-            rate = self.roofline.vnni_gops if integers else self.roofline.fma_gflops
+            best = 0.0
+            if name == "hg_linear" and code == _ROUNDED:
+                best = self.roofline.bf16_gflops
+            elif name != "hg_linear" and code != 1:
+                best = self.roofline.vnni_gops
+            rate = best or self.roofline.fma_gflops
             work = 2.0 * rows * columns * inner / rate / 1e3
             return f"{kind} {columns} x {inner}", max(
                 work, sizes[code] * columns * inner / self.roofline.memory_gb_s / 1e3
@@ -203,6 +222,7 @@ def main() -> None:
     parser.add_argument("--model", default="", help="a checkpoint directory; default: the embedded")
     parser.add_argument("--dtype", default="bfloat16", help="how weights are stored")
     parser.add_argument("--quantize", default="", help="as of headgate serve")
+    parser.add_argument("--matmul-precision", default="highest", choices=MATMUL_PRECISIONS)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument(
         "--repeats",
@@ -213,9 +233,12 @@ def main() -> None:
     options = parser.parse_args()
     roofline = measure(options.threads)
     model_path = options.model or str(ensure_embedded_model())
-    profiler = Profiler(model_path, options.dtype, options.quantize, roofline)
+    profiler = Profiler(
+        model_path, options.dtype, options.quantize, roofline, options.matmul_precision
+    )
     print(
         f"{options.threads} threads; at best {roofline.fma_gflops:.0f} GFLOP/s, "
+        f"{roofline.bf16_gflops:.0f} with pairs of bfloat16, "
         f"{roofline.vnni_gops:.0f} int8 GOP/s, {roofline.memory_gb_s:.1f} GB/s from memory.\n"
     )
     for case in CASES:

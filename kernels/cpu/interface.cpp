@@ -28,6 +28,16 @@ bool supported(const char* name) {
   return !strcmp(name, "generic");
 }
 
+// Whether products of pairs of bfloat16 numbers are one instruction here.
+bool multiplies_pairs() {
+#if defined(__x86_64__)
+  static const bool machine = __builtin_cpu_supports("avx512bf16");
+  return kernels->pairs && machine;
+#else
+  return false;
+#endif
+}
+
 const Kernels* const kAll[] = {
 #if defined(__x86_64__)
     &kernels_avx512, &kernels_avx2,
@@ -155,26 +165,30 @@ HG_API void hg_pack_weight(const void* weight, int64_t columns, int64_t inner, i
     if (dtype == kFloat16)
       for (int64_t k = 0; k < inner; ++k) to[k * kPanel + lane] = from[k];
     else
-      for (int64_t k = 0; k < inner; ++k) to[k / 2 * 2 * kPanel + lane * 2 + k % 2] = from[k];
+      for (int64_t k = 0; k < inner; ++k) to[k / 2 * 2 * kPanel + lane * 2 + (k + 1) % 2] = from[k];
   }
 }
 
+// product: the weight's DType, or kRounded for bfloat16 weights and inputs to be rounded.
 HG_API int32_t hg_linear(const float* x, int64_t rows, int64_t inner, int64_t x_stride,
-                         const void* weight, int32_t dtype, int64_t columns, const float* bias,
+                         const void* weight, int32_t product, int64_t columns, const float* bias,
                          float* y, int64_t y_stride) {
   if (rows == 0 || columns == 0) return 0;
   const int64_t row_tiles = divide_up(rows, kernels->tile_rows);
-  if (rows > 1) {
+  const bool rounded = product == kRounded;
+  if (rounded && multiplies_pairs()) product = kRoundedPairs;
+  if (rows > 1 || rounded) {
     float* packed = scratch(0, rows * inner);
     if (!packed) return -1;
-    const PackRowsJob pack = {x, packed, rows, inner, x_stride, int32_t(row_tiles)};
+    const PackRowsJob pack = {x,       packed,           rows, inner, x_stride,
+                              int32_t(row_tiles), product};
     run(kernels->pack_rows, pack, row_tiles, rows * inner / 8);
     x = packed;
   }
   const ProductTiles tiles = share_product(columns, row_tiles);
   const LinearJob job = {x,        weight, bias,  y,     rows, inner, columns,
-                         y_stride, dtype,  int32_t(row_tiles), tiles.panels_per_tile,
-                         tiles.row_groups};
+                         y_stride, product == kRounded ? kBFloat16 : product,
+                         int32_t(row_tiles), tiles.panels_per_tile, tiles.row_groups};
   // The weights are to be read from memory, and the products to be computed.
   const int64_t cost = columns * inner / 16 + rows * columns * inner / 64;
   run(kernels->linear, job, tiles.count, cost);

@@ -10,10 +10,15 @@ namespace headgate {
 
 enum DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
+// Beside float32 inputs with weights of a DType, a product takes bfloat16 weights with inputs that are
+// rounded to bfloat16 first: as such values in floats, or in pairs for an instruction that
+// multiplies pairs.
+enum Rounded : int32_t { kRounded = 3, kRoundedPairs = 4 };
+
 // Packed weights come in panels of so many output columns, whatever the instruction set.
 constexpr int kPanel = 32;
 // Rows of the input that one inner loop takes at most; packed inputs are padded to nothing: a tile
-// of m rows is stored as [K][m].
+// of m rows is stored as [K][m], for kRoundedPairs as [K / 2][m] pairs, an odd K padded with zeros.
 constexpr int kMaxTileRows = 12;
 
 // y[M, N] = x[M, K] w[N, K]^T + bias[N]
@@ -24,7 +29,7 @@ struct LinearJob {
   float* y;
   int64_t rows, inner, columns;
   int64_t y_stride;
-  int32_t weight_dtype;
+  int32_t product;        // a DType, or kRoundedPairs
   int32_t row_tiles;      // x is cut into so many tiles of nearly equal height
   int64_t panels_per_tile;
   int32_t row_groups;     // tiles of work along the rows: 1 unless there are too few panels
@@ -35,6 +40,7 @@ struct PackRowsJob {
   float* packed;
   int64_t rows, inner, x_stride;
   int32_t row_tiles;
+  int32_t product;        // kRounded, kRoundedPairs; else inputs stay as they are
 };
 
 // Rows [first, last) of row tile `tile` when `rows` are cut into `tiles`.
@@ -168,6 +174,7 @@ struct GumbelJob {
 struct Kernels {
   const char* name;
   int tile_rows;  // tallest row tile of linear
+  bool pairs;     // whether linear takes kRoundedPairs, on a machine with AVX512_BF16
   void (*pack_rows)(const void* job, int64_t tile);
   void (*linear)(const void* job, int64_t tile);
   void (*attention)(const void* job, int64_t tile);

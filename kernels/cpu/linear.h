@@ -2,10 +2,12 @@
 //
 // Each output is one chain of fused multiply-adds over k in ascending order, whatever the number of
 // rows, the tile, the number of threads or the width of the vectors: bit-identical in any batch.
+// AVX512_BF16's product of pairs is two links of such a chain, the upper half of a lane before the
+// lower one, but for subnormal numbers, which it takes and leaves as zeros.
 //
 // Packed weights: panels of kPanel output columns. float32 and float16: [K][kPanel]. bfloat16: two k's
-// share a 32-bit lane, [K/2][kPanel][2], so that one shift and one mask widen them, without a
-// shuffle; an odd K is padded with zeros, which are not multiplied. Missing columns are zeros.
+// share a 32-bit lane, [K/2][kPanel][2], the second one first, so that one mask and one shift widen
+// them, without a shuffle; an odd K is padded with zeros. Missing columns are zeros.
 #pragma once
 
 #include "kernels.h"
@@ -26,15 +28,41 @@ constexpr int kPrefetch = 2048;
 
 template <int T>
 constexpr int kElement = T == kFloat32 ? 4 : 2;
+// k's that share a lane of weights, and how many 32-bit numbers of one row meet them.
+template <int T>
+constexpr int kStep = T == kBFloat16 || T == kRoundedPairs ? 2 : 1;
+template <int T>
+constexpr int kInputs = T == kBFloat16 ? 2 : 1;
 
 template <int T>
 HG_INLINE const char* weight_at(const char* panel, int64_t k) {
   return panel + k * kPanel * kElement<T>;
 }
 
-// sums[r][v] += x[k][r] * w[k][v] for k of one step: two k's for bfloat16, one for the others.
+#if defined(__AVX512F__)
+// In assembly for the reasons given at dot4, and so that all but this runs without AVX512_BF16.
+HG_INLINE vf dot2(vf sum, vi w, const float* x) {
+  __asm__("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(w), "m"(*x));
+  return sum;
+}
+#endif
+
+// sums[r][v] += x[k][r] * w[k][v] for the k's of one step.
 template <int T, int R, int V>
 HG_INLINE void step(const float* x, const char* w, bool both, vf (&sums)[R][V]) {
+#if defined(__AVX512F__)
+  if constexpr (T == kRoundedPairs) {
+    vi pairs[V];
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) pairs[v] = load_int(w + v * VL * 4);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) sums[r][v] = dot2(sums[r][v], pairs[v], x + r);
+    }
+    return;
+  }
+#endif
   vf first[V], second[V];
 #pragma GCC unroll 8
   for (int v = 0; v < V; ++v) {
@@ -44,8 +72,8 @@ HG_INLINE void step(const float* x, const char* w, bool both, vf (&sums)[R][V]) 
       first[v] = load_f16((const uint16_t*)w + v * VL);
     } else {
       vi pair = load_int(w + v * VL * 4);
-      first[v] = widen_low(pair);
-      second[v] = widen_high(pair);
+      first[v] = widen_high(pair);
+      second[v] = widen_low(pair);
     }
   }
 #pragma GCC unroll 16
@@ -80,14 +108,13 @@ void multiply(const float* x, const char* w, int64_t inner, float* y, int64_t y_
       else sums[r][v] = load_n(y + r * y_stride + v * VL, (int)left);
     }
   }
-  constexpr int kStep = T == kBFloat16 ? 2 : 1;
-  constexpr int kBytes = kStep * kPanel * kElement<T>;
+  constexpr int kBytes = kStep<T> * kPanel * kElement<T>;
   int64_t k = 0;
-  for (; k + kStep <= inner; k += kStep) {
+  for (; k + kStep<T> <= inner; k += kStep<T>) {
     __builtin_prefetch(w + kPrefetch);
     if constexpr (kBytes > 64) __builtin_prefetch(w + kPrefetch + 64);
     step<T, R, V>(x, w, true, sums);
-    x += kStep * R;
+    x += kInputs<T> * R;
     w += kBytes;
   }
   if (k < inner) step<T, R, V>(x, w, false, sums);
@@ -109,7 +136,7 @@ void multiply_panel(const float* x, const char* w, int64_t inner, float* y, int6
   // As many vectors as the registers hold sums for.
   constexpr int kMost = VL == 16 ? 2 : (R <= 3 ? 4 : 2);
   constexpr int V = kMost < kPanelVectors ? kMost : kPanelVectors;
-  constexpr int kLane = T == kBFloat16 ? 4 : kElement<T>;
+  constexpr int kLane = kStep<T> * kElement<T>;
   for (int v = 0; v < kPanelVectors && v * VL < columns; v += V)
     multiply<T, R, V>(x, w + v * VL * kLane, inner, y + v * VL, y_stride, columns - v * VL, resume);
 }
@@ -137,8 +164,11 @@ void add_bias(float* y, int64_t y_stride, int64_t rows, const float* bias, int64
 
 template <int T>
 void linear_typed(const LinearJob& job, int64_t panel_first, int64_t panel_last, RowRange tiles) {
-  const int64_t padded = T == kBFloat16 ? (job.inner + 1) / 2 * 2 : job.inner;
+  const int64_t padded = (job.inner + kStep<T> - 1) / kStep<T> * kStep<T>;
   const int64_t panel_bytes = padded * kPanel * kElement<T>;
+  // 32-bit numbers of a packed row, and for one k.
+  constexpr int kShared = kStep<T> / kInputs<T>;
+  const int64_t row = T == kRoundedPairs ? padded / kShared : job.inner;
   for (int64_t panel = panel_first; panel < panel_last; ++panel) {
     const char* weight = (const char*)job.weight + panel * panel_bytes;
     const int64_t column = panel * kPanel;
@@ -148,7 +178,7 @@ void linear_typed(const LinearJob& job, int64_t panel_first, int64_t panel_last,
       for (int64_t tile = tiles.first; tile < tiles.last; ++tile) {
         const RowRange range = row_range(job.rows, job.row_tiles, tile);
         const int64_t height = range.last - range.first;
-        panel_function<T>(height)(job.x + range.first * job.inner + k * height,
+        panel_function<T>(height)(job.x + range.first * row + k / kShared * height,
                                   weight_at<T>(weight, k), inner,
                                   job.y + range.first * job.y_stride + column, job.y_stride,
                                   columns, k > 0);
@@ -170,23 +200,52 @@ void linear_tile(const void* data, int64_t tile) {
   const int64_t first = tile / job.row_groups * job.panels_per_tile;
   const int64_t last = first + job.panels_per_tile < panels ? first + job.panels_per_tile : panels;
   const RowRange tiles = row_range(job.row_tiles, job.row_groups, tile % job.row_groups);
-  if (job.weight_dtype == kBFloat16) linear_typed<kBFloat16>(job, first, last, tiles);
-  else if (job.weight_dtype == kFloat16) linear_typed<kFloat16>(job, first, last, tiles);
+#if defined(__AVX512F__)
+  if (job.product == kRoundedPairs) return linear_typed<kRoundedPairs>(job, first, last, tiles);
+#endif
+  if (job.product == kBFloat16) linear_typed<kBFloat16>(job, first, last, tiles);
+  else if (job.product == kFloat16) linear_typed<kFloat16>(job, first, last, tiles);
   else linear_typed<kFloat32>(job, first, last, tiles);
 }
 
-// Tile: one row tile, stored as [K][height] so that the inner loop reads one stream.
+constexpr int kPackedAtOnce = 16;  // k's of all rows: their lines are in the cache for both sides
+
+// x[0..n) rounded to bfloat16; in pairs, each the second one first.
+HG_INLINE void round_inputs(const float* x, int n, bool pairs, float* out) {
+  float rounded[kPackedAtOnce] = {};
+  for (int i = 0; i < n; ++i) rounded[i] = x[i];
+  for (int i = 0; i < kPackedAtOnce; i += VL) store(rounded + i, round_bf16(load(rounded + i)));
+  if (!pairs) {
+    memcpy(out, rounded, sizeof rounded);
+    return;
+  }
+  uint32_t bits[kPackedAtOnce];
+  memcpy(bits, rounded, sizeof bits);
+  for (int i = 0; i < kPackedAtOnce / 2; ++i) bits[i] = bits[2 * i] | bits[2 * i + 1] >> 16;
+  memcpy(out, bits, sizeof bits / 2);
+}
+
+// Tile: one row tile, stored so that the inner loop reads one stream.
 void pack_rows_tile(const void* data, int64_t tile) {
   const PackRowsJob& job = *(const PackRowsJob*)data;
   const RowRange range = row_range(job.rows, job.row_tiles, tile);
   const int64_t height = range.last - range.first;
-  float* packed = job.packed + range.first * job.inner;
+  const bool pairs = job.product == kRoundedPairs, rounded = pairs || job.product == kRounded;
+  const int64_t shared = pairs ? 2 : 1, inner = (job.inner + shared - 1) / shared;
+  float* packed = job.packed + range.first * inner;
   const float* x = job.x + range.first * job.x_stride;
-  // Sixteen k's of all rows at a time: their lines are in the cache for both sides.
-  for (int64_t k = 0; k < job.inner; k += 16) {
-    const int64_t end = k + 16 < job.inner ? k + 16 : job.inner;
-    for (int64_t r = 0; r < height; ++r)
-      for (int64_t i = k; i < end; ++i) packed[i * height + r] = x[r * job.x_stride + i];
+  for (int64_t k = 0; k < job.inner; k += kPackedAtOnce) {
+    const int n = (int)(job.inner - k < kPackedAtOnce ? job.inner - k : kPackedAtOnce);
+    const int64_t first = k / shared, count = (n + shared - 1) / shared;
+    for (int64_t r = 0; r < height; ++r) {
+      const float* from = x + r * job.x_stride + k;
+      float part[kPackedAtOnce];
+      if (rounded) {
+        round_inputs(from, n, pairs, part);
+        from = part;
+      }
+      for (int64_t i = 0; i < count; ++i) packed[(first + i) * height + r] = from[i];
+    }
   }
 }
 

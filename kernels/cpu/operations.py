@@ -21,6 +21,7 @@ from headgate.kernels.cpu.packed import DTYPES, PackedWeight
 from headgate.kernels.cpu.quantised import QuantisedWeight
 from headgate.kernels.philox import Draw
 from headgate.kernels.quantised import QuantisedTensor
+from headgate.kernels.reference import RoundedTensor
 
 if TYPE_CHECKING:
     from headgate.shard.attention_metadata import AttentionMetadata
@@ -81,7 +82,7 @@ def take_rows(x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
 
 def linear(
     x: torch.Tensor,
-    weight: torch.Tensor | QuantisedTensor | PackedWeight | QuantisedWeight,
+    weight: torch.Tensor | QuantisedTensor | RoundedTensor | PackedWeight | QuantisedWeight,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
     """As the reference; with packed weights the same bits for any number of rows."""
@@ -112,14 +113,14 @@ def linear(
 
 
 def pack_linear(
-    weight: torch.Tensor, dtype: torch.dtype, quantize: str = ""
-) -> torch.Tensor | QuantisedTensor | PackedWeight | QuantisedWeight:
+    weight: torch.Tensor, dtype: torch.dtype, quantize: str = "", precision: str = "highest"
+) -> torch.Tensor | QuantisedTensor | RoundedTensor | PackedWeight | QuantisedWeight:
     """weight[N, K], rounded to `dtype` or quantised, in the layout that `linear` reads fastest."""
     if quantize:
         return QuantisedWeight(weight, quantize)
     if dtype in DTYPES:
-        return PackedWeight(weight, dtype)
-    return reference.pack_linear(weight, dtype, quantize)
+        return PackedWeight(weight, dtype, precision)
+    return reference.pack_linear(weight, dtype, quantize, precision)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

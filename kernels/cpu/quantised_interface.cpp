@@ -52,7 +52,8 @@ const char* prepare_inputs(const float* x, int64_t rows, int64_t inner, int64_t 
   char* memory = input_memory(rows * row_bytes);
   if (!memory) return nullptr;
   if (widen) {
-    const PackRowsJob pack = {x, reinterpret_cast<float*>(memory), rows, inner, x_stride, row_tiles};
+    const PackRowsJob pack = {x,        reinterpret_cast<float*>(memory), rows, inner, x_stride,
+                              row_tiles, kFloat32};
     run(active_kernels().pack_rows, pack, row_tiles, rows * inner / 8);
   } else {
     const QuantiseRowsJob quantise = {x, memory, rows, inner, x_stride, row_tiles, kind};

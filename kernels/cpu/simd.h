@@ -235,6 +235,16 @@ void widen_row(const uint16_t* from, float* to, int64_t size) {
 HG_INLINE vf widen_low(vi pair) { return as_float(shift_left(pair, 16)); }
 HG_INLINE vf widen_high(vi pair) { return as_float(and_int(pair, set1i((int)0xffff0000u))); }
 
+// Rounded to the nearest bfloat16, ties to even; NaN stays NaN.
+HG_INLINE vf round_bf16(vf x) {
+  const vi bits = as_int(x), upper = set1i((int)0xffff0000u);
+  const vi odd = and_int(shift_right(bits, 16), set1i(1));
+  const vi rounded = and_int(add_int(bits, add_int(odd, set1i(0x7fff))), upper);
+  // The sum could overflow for a NaN; doubling makes it a quiet one, whose mark is in the upper bits.
+  return if_within(and_int(bits, set1i(0x7fffffff)), set1i(0x7f800001), set1i(0x7fffffff),
+                   as_float(and_int(as_int(x + x), upper)), as_float(rounded));
+}
+
 // Sums in the one order that all kernels use: halves folded onto each other.
 HG_INLINE float sum_lanes(vf x) {
   float lane[VL];

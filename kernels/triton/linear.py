@@ -14,9 +14,9 @@ from headgate.kernels.triton.linear_int8 import PackedQuantised, linear_quantise
 
 
 def pack_linear(
-    weight: torch.Tensor, dtype: torch.dtype, quantize: str = ""
-) -> torch.Tensor | PackedQuantised:
-    packed = reference.pack_linear(weight, dtype, quantize)
+    weight: torch.Tensor, dtype: torch.dtype, quantize: str = "", precision: str = "highest"
+) -> torch.Tensor | PackedQuantised | reference.RoundedTensor:
+    packed = reference.pack_linear(weight, dtype, quantize, precision)
     return PackedQuantised.of(packed) if isinstance(packed, QuantisedTensor) else packed
 
 

@@ -50,6 +50,7 @@ def load_model(
     device: str | torch.device,
     group: Group,
     quantize: str = "",
+    precision: str = "highest",
     model_module: str = "",
     rope_scaling: str = "",
     rope_factor: float = 0.0,
@@ -58,6 +59,7 @@ def load_model(
     """Reads this rank's part of the checkpoint directory `path`, for the kernels in use.
 
     `quantize`: the kind its matrices are quantised to (headgate.kernels.quantised), "" for none.
+    `precision`: of products' inputs, "highest" or "medium" (see Weights).
     `max_positions`: the longest sequence that will be served (0: what config.json says); RoPE kinds
     that depend on a length take it, see layers/rotary.py. Raises ModelError, one sentence that says
     what is wrong, for whatever in the checkpoint or the settings can't be served.
@@ -67,9 +69,12 @@ def load_model(
     model_class = _find(files[0], model_module)
     _check_quantisation(files[0], quantize)
     config = parse_model_config(*files, rope_scaling, rope_factor)
+    weights = Weights(
+        path, dtype=_dtype(dtype), device=device, quantize=quantize, precision=precision
+    )
     context = LoadContext(
         config=config,
-        weights=Weights(path, dtype=_dtype(dtype), device=device, quantize=quantize),
+        weights=weights,
         partition=make_partition(config, group.world_size),
         group=group,
         max_positions=max_positions or config.max_position_embeddings,

@@ -83,6 +83,38 @@ def test_extreme_weights_are_widened_exactly(dtype: torch.dtype) -> None:
     assert torch.equal(one, weight.T)
 
 
+@pytest.mark.parametrize("size", [(96, 64), (70, 7), (1, 1), (33, 577), (5, 1030)], ids=str)
+def test_medium_precision_has_the_bits_of_rounded_inputs(size: tuple[int, int]) -> None:
+    """So it has all that float32 arithmetic promises: any batch, any number of threads."""
+    weight, bias = random(*size), random(size[0], seed=1)
+    highest = pack(weight, torch.bfloat16)
+    medium = operations.pack_linear(weight, torch.bfloat16, "", "medium")
+    assert isinstance(medium, PackedWeight) and medium.nbytes == highest.nbytes
+    for rows in (1, 2, 5, 6, 7, 12, 13, 29):
+        x = random(rows, size[1] + 3, seed=rows)[:, :-3] * 3.0
+        rounded = x.bfloat16().float()
+        assert not torch.equal(rounded, x)
+        for given in (None, bias):
+            expected = operations.linear(rounded, highest, given)
+            assert torch.equal(operations.linear(x, medium, given), expected)
+    expected = reference.linear(
+        x, reference.pack_linear(weight, torch.bfloat16, "", "medium"), None
+    )
+    got = operations.linear(x, medium, None)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=size[1] ** 0.5 * 6e-6)
+
+
+def test_medium_precision_rounds_as_torch_does() -> None:
+    values = [0.0, -0.0, 1.0, 1 + 2**-8, 1 + 3 * 2**-8, -1 - 2**-8 - 2**-20, 3.4e38, 2.0**-126]
+    special = [float("inf"), float("-inf"), float("nan"), -float("nan"), 3.4028235e38]
+    x = torch.tensor([*values, *special]).unsqueeze(1)
+    bits = torch.tensor([0x7FFFFFFF, -1, 0x7F800001], dtype=torch.int32)  # more that are no numbers
+    x = torch.cat([x, bits.view(torch.float32).unsqueeze(1)])
+    medium = operations.pack_linear(torch.ones(1, 1), torch.bfloat16, "", "medium")
+    got = operations.linear(x, medium, None)
+    torch.testing.assert_close(got, x.bfloat16().float(), rtol=0, atol=0, equal_nan=True)
+
+
 def test_linear_takes_rows_with_strides_and_more_dimensions() -> None:
     packed, x = pack(random(40, 16), torch.float32), random(6, 50, seed=1)
     part = x[:, 10:26]

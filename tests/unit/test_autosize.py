@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from headgate.launcher.autosize import GIB, MIB, Sizes, kv_bytes_per_token, work_out_sizes
+from headgate.launcher.autosize import GIB, MIB, Sizes, describe, kv_bytes_per_token, work_out_sizes
 from headgate.launcher.cli import parse_serve
 from headgate.launcher.errors import LaunchError
 from headgate.launcher.hardware import (
@@ -92,6 +92,14 @@ def test_a_cpu_step_takes_about_150_ms(cores: int, tokens: int) -> None:
     assert found.max_batch_prefill_tokens == pytest.approx(tokens, abs=32)
 
 
+def test_a_cpu_step_has_more_tokens_where_products_are_faster() -> None:
+    four = replace(MACHINE, cores=4)
+    flags = ("", "--matmul-precision medium", "--quantize int4", "--quantize int8")
+    tokens = [sizes(flag, hardware=four).max_batch_prefill_tokens for flag in flags]
+    assert len(set(tokens)) == 4 and tokens == sorted(tokens)
+    assert tokens[3] == pytest.approx(tokens[0] * 160 / 60, abs=48)
+
+
 @pytest.mark.parametrize(
     ("shards", "largest", "everyone"), [(1, 3, 3), (2, 2, 3), (3, 1, 3), (4, 1, 4), (9, 1, 9)]
 )
@@ -99,6 +107,22 @@ def test_kv_bytes_follow_the_heads(shards: int, largest: int, everyone: int) -> 
     head = 2 * 30 * 64 * 4
     assert kv_bytes_per_token(SMALL, shards, "float32") == (largest * head, everyone * head)
     assert kv_bytes_per_token(SMALL, shards, "bfloat16")[0] == largest * head // 2
+
+
+def test_medium_precision_is_for_bfloat16_weights_on_a_cpu() -> None:
+    found = sizes("--matmul-precision medium")
+    assert found.matmul_precision == "medium"
+    assert "rounded" in dict(describe(found, SMALL, MACHINE))["dtype"]
+    for line, hardware, words in (
+        ("--dtype float16", MACHINE, "float16 weights"),
+        ("--dtype float32", MACHINE, "float32 weights"),
+        ("--quantize int8", MACHINE, "--quantize int8"),
+        ("", replace(MACHINE, gpus=(L4,)), "a GPU"),
+    ):
+        said = refusal(f"--matmul-precision medium {line}", hardware=hardware)
+        assert said.startswith("--matmul-precision medium is for") and words in said
+    cpu = replace(MACHINE, gpus=(L4,))
+    assert sizes("--matmul-precision medium --kernels cpu", hardware=cpu).device == "cpu"
 
 
 def test_given_sizes_are_taken() -> None:

@@ -114,17 +114,19 @@ def test_the_page_has_medians_shares_and_ratios(tmp_path: Path) -> None:
     for number, rate in enumerate((90.0, 100.0, 120.0)):
         session.runs.append(run("Headgate", "bf16", 1, number, rate))
         session.runs.append(run("Headgate", "bf16", 32, number, rate))
+        session.runs.append(run("Headgate", "bf16-medium", 32, number, 2 * rate))
         session.runs.append(run("Other <1>", "bf16", 32, number, rate / 2))
     session.save(tmp_path / "runs.jsonl")
     assert Session.load(tmp_path / "runs.jsonl") == session
     page = render(session)
     assert "| default | 1 | Headgate | 100.0 | 30.0% | 50.0 / 90.0 | 20.0 / 30.0 |" in page
-    assert "| default | 32 | Other <1> bf16 | 2.00 | 1.00 |" in page
+    assert "| default | 32 | bf16 | Other <1> bf16 | 2.00 | 1.00 |" in page
+    assert "| default | 32 | bf16-medium | Other <1> bf16 | 4.00 | 1.00 |" in page
     # 1500 tokens of 0.2 GFLOP in 10 s are 30 GFLOP/s; 0.2 GB in 20 ms are 10 GB/s.
     assert "| Headgate bf16 | 32 | fp32 FMA | 30 GFLOP/s | 50% |" in page
     assert "| Headgate bf16 | 1 | memory bandwidth, decoding | 10.0 GB/s | 50% |" in page
     assert "| Headgate bf16 | shard 0.90 | 1.00 | 3.0 |" in page
-    assert len(ET.fromstring(throughput_chart(session)).findall(".//*[@fill-opacity]")) == 3
+    assert len(ET.fromstring(throughput_chart(session)).findall(".//*[@fill-opacity]")) == 4
     assert spread([1.0]) == 0.0
 
 

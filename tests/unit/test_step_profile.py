@@ -11,14 +11,16 @@ from headgate.bench.step_profile import Case, Profiler, table
 from headgate.kernels import cpu, ops
 
 
-@pytest.mark.parametrize("quantize", ["", "int8"])
-def test_profile(tiny_llama: Path, quantize: str) -> None:
+@pytest.mark.parametrize(
+    ("quantize", "precision"), [("", "highest"), ("", "medium"), ("int8", "highest")]
+)
+def test_profile(tiny_llama: Path, quantize: str, precision: str) -> None:
     if not cpu.available():
         pytest.skip("the C++ kernels are not built")
     before = ops.active()
     try:
         roofline = Roofline(threads=1, fma_gflops=100.0, vnni_gops=400.0, memory_gb_s=10.0)
-        profiler = Profiler(str(tiny_llama), "bfloat16", quantize, roofline)
+        profiler = Profiler(str(tiny_llama), "bfloat16", quantize, roofline, precision)
         for case in (Case(3, 1, 40), Case(1, 20, 60)):
             milliseconds, lines = profiler.measure(case, 2)
             matrices = [line for name, line in lines.items() if name.startswith("linear")]
