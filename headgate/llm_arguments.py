@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 DTYPES = {"auto": "", "half": "float16", "float": "float32"}
+KV_CACHE_DTYPES = {"fp8": "fp8_e4m3fn", "fp8_e4m3": "fp8_e4m3fn"}
 STOP_TEXTS = 1024  # vLLM has no limit
 BEST_OF = 1024  # beside the limit on all answers at once
 
@@ -83,6 +84,8 @@ def to_flags(arguments: Mapping[str, Any]) -> list[str]:
         value = arguments[name]
         if value in unset:
             continue
+        if name == "kv_cache_dtype":
+            value = KV_CACHE_DTYPES.get(value, value)
         flags.append(f"--{flag}" if value is True else f"--{flag}={value}")
     dtype = str(arguments["dtype"]).removeprefix("torch.")
     dtype = DTYPES.get(dtype, dtype)

@@ -178,12 +178,12 @@ def write_kv(
 ) -> None:
     """Stores k, v[T, K, D] at slots `slot_mapping`[T] of the caches [blocks, block_size, K, D].
 
-    What float8 caches cannot hold is cut to their range.
+    What float16 and float8 caches cannot hold is cut to their range.
     """
     for x, cache in ((k, k_cache), (v, v_cache)):
-        if cache.dtype.itemsize == 1:
+        if cache.dtype not in (x.dtype, torch.float32, torch.bfloat16):
             limit = torch.finfo(cache.dtype).max
-            x = x.clamp(-limit, limit)
+            x = x.float().clamp(-limit, limit)
         cache.flatten(0, 1)[slot_mapping] = x.to(cache.dtype)
 
 

@@ -47,7 +47,8 @@ _ARITHMETIC = {
     "highest": ", float32 arithmetic",
     "medium": ", products with inputs rounded to it, float32 sums",
 }
-_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8_e4m3fn": 1, "fp8_e5m2": 1}
+_FP8_CAPABILITY = {"fp8_e4m3fn": 8.9, "fp8_e5m2": 8.0}  # of GPUs that convert it
 # Of a quantised weight: its value, and its share of the group's scale (and minimum).
 _QUANTISED_BYTES = {
     "int8": 1 + 2 / 64,
@@ -159,7 +160,9 @@ def choose_shape(model: ModelFacts, config: LauncherConfig, hardware: Hardware) 
         threads=threads,
         dtype=dtype,
         quantize=config.quantize or "",
-        kv_cache_dtype=config.kv_cache_dtype or (dtype if device == "cuda" else "float32"),
+        kv_cache_dtype=choose_kv_cache_dtype(
+            config, dtype, hardware.gpus if device == "cuda" else ()
+        ),
         step_tokens=step_tokens,
         batch_size=min(config.max_batch_size or config.max_concurrent_requests, step_tokens),
     )
@@ -215,6 +218,32 @@ def _check_precision(config: LauncherConfig, device: str, dtype: str) -> None:
             f"--matmul-precision {config.matmul_precision} is for bfloat16 weights on a CPU, not "
             f"for {found}."
         )
+
+
+def choose_kv_cache_dtype(config: LauncherConfig, dtype: str, gpus: tuple[Gpu, ...]) -> str:
+    """How keys and values are stored. Raises LaunchError where the device can't.
+
+    Left alone a CPU answers as float32 arithmetic does, which asks for float32. Quantised weights
+    and rounded inputs change more than float16 does, which reads half as much.
+    """
+    given = config.kv_cache_dtype
+    if given == "auto":
+        if gpus:
+            return dtype
+        narrow = config.quantize or config.matmul_precision != "highest"
+        return "float16" if narrow else "float32"
+    if given in _FP8_CAPABILITY:
+        if not gpus:
+            raise LaunchError(
+                f"--kv-cache-dtype {given} is for GPUs; on a CPU there is float32, bfloat16 and "
+                "float16."
+            )
+        least, lowest = _FP8_CAPABILITY[given], min(gpu.capability for gpu in gpus)
+        if lowest < least:
+            raise LaunchError(
+                f"--kv-cache-dtype {given} needs GPUs of compute capability {least}, not {lowest}."
+            )
+    return given
 
 
 def kv_bytes_per_token(model: ModelFacts, num_shard: int, kv_dtype: str) -> tuple[int, int]:

@@ -40,7 +40,7 @@ class LauncherConfig:
     dtype: str | None
     quantize: str | None
     matmul_precision: str
-    kv_cache_dtype: str | None
+    kv_cache_dtype: str
     rope_scaling: str | None
     rope_factor: float | None
     huggingface_hub_cache: str

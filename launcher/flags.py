@@ -119,10 +119,11 @@ MODEL = (
     Flag(
         "kv-cache-dtype",
         Kind.TEXT,
-        "How keys and values are stored.",
-        choices=("float32", "fp8_e4m3fn", "fp8_e5m2"),
-        refused_values=("fp8_e4m3fn", "fp8_e5m2"),
-        default_text="float32 on a CPU, the dtype on a GPU",
+        "How keys and values are stored; the arithmetic stays what it is.",
+        choices=("auto", "float32", "bfloat16", "float16", "fp8_e4m3fn", "fp8_e5m2"),
+        default="auto",
+        default_text="auto: float32 on a CPU, float16 with --quantize or --matmul-precision "
+        "medium; the dtype on a GPU",
     ),
     Flag(
         "rope-scaling",

@@ -15,6 +15,11 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+KV_DTYPES = {
+    **DTYPES,
+    "fp8_e4m3fn": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+}
 _SIZES = re.compile(r" *[0-9]+ *(, *[0-9]+ *)*")
 DEVICES = ("cpu", "cuda")
 MATMUL_PRECISIONS = ("highest", "medium")
@@ -50,7 +55,7 @@ class ShardConfig:
         """Raises ConfigError with one sentence about the first value that cannot be."""
         for name, value, known in (
             ("dtype", self.dtype, DTYPES),
-            ("kv_cache_dtype", self.kv_cache_dtype, DTYPES),
+            ("kv_cache_dtype", self.kv_cache_dtype, KV_DTYPES),
             ("device", self.device, DEVICES),
             ("matmul_precision", self.matmul_precision, MATMUL_PRECISIONS),
         ):
@@ -90,7 +95,7 @@ class ShardConfig:
 
     @property
     def kv_dtype(self) -> torch.dtype:
-        return DTYPES[self.kv_cache_dtype]
+        return KV_DTYPES[self.kv_cache_dtype]
 
 
 @dataclass(frozen=True, slots=True)

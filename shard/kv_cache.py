@@ -60,9 +60,10 @@ class KVCache:
             layout.head_dim,
         )
         if torch.device(device).type == "cpu":
-            self.data = _untouched_zeros(self.num_bytes).view(layout.dtype).view(shape)
+            memory = _untouched_zeros(self.num_bytes)
         else:
-            self.data = torch.zeros(shape, dtype=layout.dtype, device=device)
+            memory = torch.zeros(self.num_bytes, dtype=torch.uint8, device=device)
+        self.data = memory.view(layout.dtype).view(shape)
         # Per layer (k, v), each [num_blocks, block_size, num_kv_heads, head_dim], contiguous.
         self.layers: list[tuple[torch.Tensor, torch.Tensor]] = [
             (layer[0], layer[1]) for layer in self.data
@@ -80,7 +81,8 @@ class KVCache:
         if not pairs:
             return
         sources, targets = torch.tensor(list(pairs), device=self.data.device).unbind(1)
-        self.data[:, :, targets] = self.data[:, :, sources]
+        data = self.data.view(torch.uint8)  # few operations take float8
+        data[:, :, targets] = data[:, :, sources]
 
 
 def _untouched_zeros(num_bytes: int) -> torch.Tensor:

@@ -2,9 +2,10 @@
 
 The text is given token by token (teacher-forced), in pieces that start afresh, to the model with
 its weights as they are and float32 arithmetic, and to the model quantised or, as the kind
-bf16-medium, with the inputs of products rounded to bfloat16. Told are the perplexity
-and the share of positions at which both find the same token most likely. Exits with 1 where a kind
-misses its floor; floors are those of the embedded model.
+bf16-medium, with the inputs of products rounded to bfloat16. Those store keys and values in
+float16, as when they are served on a CPU. Told are the perplexity and the share of positions at
+which both find the same token most likely. Exits with 1 where a kind misses its floor; floors are
+those of the embedded model.
 
 The text is the first two chapters of Jane Austen's Pride and Prejudice (London: T. Egerton, 1813),
 spelt as in the editions of the later nineteenth century. It is in the public domain everywhere.
@@ -26,6 +27,7 @@ from tokenizers import Tokenizer
 from headgate.kernels import ops
 from headgate.launcher.embedded_model import ensure_embedded_model
 from headgate.shard.attention_metadata import AttentionMetadata
+from headgate.shard.config import DTYPES
 from headgate.shard.distributed import single_group
 from headgate.shard.kv_cache import KVCache, KVCacheLayout
 from headgate.shard.models.base import CausalLM
@@ -82,16 +84,18 @@ class Quality:
         )
 
 
-def measure(path: Path, kinds: Sequence[str], tokens: int = 0) -> Iterator[Quality]:
+def measure(
+    path: Path, kinds: Sequence[str], tokens: int = 0, kv_cache_dtype: str = "float16"
+) -> Iterator[Quality]:
     """The checkpoint in `path` in each kind (of FLOORS) in turn; `tokens`: of the text, 0 for all.
 
-    The kernels must have been chosen (`ops.use`).
+    `kv_cache_dtype`: of the quantised. The kernels must have been chosen (`ops.use`).
     """
     tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
     ids = tokenizer.encode(TEXT.read_text(encoding="utf-8")).ids[: tokens or None]
     plain = score(_load(path, ""), ids)
     for kind in kinds:
-        found = score(_load(path, kind), ids)
+        found = score(_load(path, kind), ids, DTYPES[kv_cache_dtype])
         yield Quality(
             kind=kind,
             tokens=len(found.greedy),
@@ -114,12 +118,12 @@ def _load(path: Path, kind: str) -> CausalLM:
 
 
 @torch.inference_mode()
-def score(model: CausalLM, ids: Sequence[int]) -> Score:
+def score(model: CausalLM, ids: Sequence[int], kv_dtype: torch.dtype = torch.float32) -> Score:
     """Predicts each id but the first of each piece from those before it in the piece."""
     loss, greedy = 0.0, []
     for start in range(0, len(ids) - 1, PIECE):
         piece = torch.tensor(ids[start : start + PIECE])
-        hidden, targets = _forward(model, piece)[:-1], piece[1:]
+        hidden, targets = _forward(model, piece, kv_dtype)[:-1], piece[1:]
         for first in range(0, len(targets), _LOGITS_ROWS):
             part = slice(first, first + _LOGITS_ROWS)
             logits = model.logits(hidden[part])
@@ -130,10 +134,10 @@ def score(model: CausalLM, ids: Sequence[int]) -> Score:
     return Score(math.exp(loss / len(found)), found, model.weight_bytes)
 
 
-def _forward(model: CausalLM, ids: torch.Tensor) -> torch.Tensor:
+def _forward(model: CausalLM, ids: torch.Tensor, kv_dtype: torch.dtype) -> torch.Tensor:
     """Hidden states [T, hidden_size] of one sequence in a cache of its own."""
     layout = KVCacheLayout(
-        model.num_layers, PIECE, model.num_local_kv_heads, model.head_dim, torch.float32
+        model.num_layers, PIECE, model.num_local_kv_heads, model.head_dim, kv_dtype
     )
     size = len(ids)
     attention = AttentionMetadata(
@@ -153,6 +157,9 @@ def main() -> int:
     parser.add_argument("--kind", action="append", choices=list(FLOORS), help="all of them")
     parser.add_argument("--tokens", type=int, default=0, help="of the text; 0: all")
     parser.add_argument("--kernels", default="", choices=("", *ops.BACKENDS))
+    parser.add_argument(
+        "--kv-cache-dtype", default="float16", choices=list(DTYPES), help="of the quantised"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object per kind")
     options = parser.parse_args()
     ops.use(options.kernels)
@@ -160,7 +167,10 @@ def main() -> int:
     if not options.json:
         print(f"{'kind':18}{'tokens':>7}{'perplexity':>12}{'ratio':>9}{'same tokens':>13}{'MB':>8}")
     for found in measure(
-        options.model or ensure_embedded_model(), options.kind or list(FLOORS), options.tokens
+        options.model or ensure_embedded_model(),
+        options.kind or list(FLOORS),
+        options.tokens,
+        options.kv_cache_dtype,
     ):
         good = good and found.good_enough
         numbers = {name: getattr(found, name) for name in Quality.__slots__}

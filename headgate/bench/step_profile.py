@@ -12,7 +12,7 @@ import argparse
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 
@@ -20,7 +20,7 @@ from headgate.bench.roofline import Roofline, measure
 from headgate.kernels import cpu, ops
 from headgate.launcher.embedded_model import ensure_embedded_model
 from headgate.proto.messages import NewRow, RowSampling, StepPlan
-from headgate.shard.config import MATMUL_PRECISIONS, ShardConfig, ShardIdentity
+from headgate.shard.config import DTYPES, MATMUL_PRECISIONS, ShardConfig, ShardIdentity
 from headgate.shard.distributed import single_group
 from headgate.shard.model_runner import ModelRunner
 from headgate.shard.models.registry import load_model
@@ -60,6 +60,16 @@ CASES = (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """How weights, keys and values are kept; as the fields of ShardConfig."""
+
+    dtype: str
+    quantize: str
+    matmul_precision: str
+    kv_cache_dtype: str
+
+
 @dataclass(slots=True)
 class Line:
     """Calls of one kind in a step."""
@@ -72,14 +82,7 @@ class Line:
 class Profiler:
     """A model whose steps are replayed and timed."""
 
-    def __init__(
-        self,
-        model_path: str,
-        dtype: str,
-        quantize: str,
-        roofline: Roofline,
-        precision: str = "highest",
-    ) -> None:
+    def __init__(self, model_path: str, stored: Stored, roofline: Roofline) -> None:
         threads = roofline.threads
         torch.set_num_threads(threads)
         if ops.use("", "cpu") != "cpu":
@@ -87,25 +90,24 @@ class Profiler:
         cpu.set_num_threads(threads)
         config = ShardConfig(
             model_path=model_path,
-            dtype=dtype,
             device="cpu",
             num_threads=threads,
             max_batch_prefill_tokens=_MOST_TOKENS,
             max_batch_size=128,
             max_total_tokens=2048,
             addresses=("unix:unused",),
-            quantize=quantize,
             block_size=_BLOCK,
             num_blocks=2048,
+            **asdict(stored),
         )
         group = single_group()
         model = load_model(
             model_path,
-            dtype=dtype,
+            dtype=stored.dtype,
             device="cpu",
             group=group,
-            quantize=quantize,
-            precision=precision,
+            quantize=stored.quantize,
+            precision=stored.matmul_precision,
         )
         self.runner = ModelRunner(model, group, config, ShardIdentity(0, 1, 1))
         self.runner.record()
@@ -191,7 +193,8 @@ class Profiler:
             model = self.model
             pairs = case.rows * sum(case.context - case.count + 1 + at for at in range(case.count))
             work = 4.0 * pairs * model.num_local_heads * model.head_dim
-            read = 8.0 * case.rows * case.context * model.num_local_kv_heads * model.head_dim
+            positions = case.rows * case.context / self.runner.kv_layout.block_size
+            read = positions * self.runner.kv_layout.bytes_per_block / model.num_layers
             rates = self.roofline.fma_gflops, self.roofline.memory_gb_s
             return kind, max(work / rates[0], read / rates[1]) / 1e3
         return kind, 0.0
@@ -223,6 +226,12 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", help="how weights are stored")
     parser.add_argument("--quantize", default="", help="as of headgate serve")
     parser.add_argument("--matmul-precision", default="highest", choices=MATMUL_PRECISIONS)
+    parser.add_argument(
+        "--kv-cache-dtype",
+        default="",
+        choices=["", *DTYPES],
+        help="float32; float16 with quantised weights",
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument(
         "--repeats",
@@ -233,12 +242,17 @@ def main() -> None:
     options = parser.parse_args()
     roofline = measure(options.threads)
     model_path = options.model or str(ensure_embedded_model())
-    profiler = Profiler(
-        model_path, options.dtype, options.quantize, roofline, options.matmul_precision
+    narrow = bool(options.quantize) or options.matmul_precision != "highest"
+    stored = Stored(
+        options.dtype,
+        options.quantize,
+        options.matmul_precision,
+        options.kv_cache_dtype or ("float16" if narrow else "float32"),
     )
+    profiler = Profiler(model_path, stored, roofline)
     print(
-        f"{options.threads} threads; at best {roofline.fma_gflops:.0f} GFLOP/s, "
-        f"{roofline.bf16_gflops:.0f} with pairs of bfloat16, "
+        f"{options.threads} threads, keys and values in {stored.kv_cache_dtype}; at best "
+        f"{roofline.fma_gflops:.0f} GFLOP/s, {roofline.bf16_gflops:.0f} with pairs of bfloat16, "
         f"{roofline.vnni_gops:.0f} int8 GOP/s, {roofline.memory_gb_s:.1f} GB/s from memory.\n"
     )
     for case in CASES:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from headgate.entrypoints.flags import VLLM_FLAGS, VllmFlag
 from headgate.launcher.errors import LaunchError
 from headgate.launcher.flag import Policy
-from headgate.llm_arguments import DTYPES, STOP_TEXTS
+from headgate.llm_arguments import DTYPES, KV_CACHE_DTYPES, STOP_TEXTS
 
 # vLLM queues whatever comes and bounds little: its defaults in place of TGI's.
 LIMITS = {
@@ -108,6 +108,8 @@ def _values(flag: VllmFlag, value: str | bool | list[str]) -> list[str]:
         return _origins(value)
     if flag.name == "dtype":
         return [DTYPES.get(value, value)]
+    if flag.name == "kv-cache-dtype":
+        return [KV_CACHE_DTYPES.get(value, value)]
     if flag.name == "quantization":
         return [value.removesuffix("_marlin")]
     return [_length(value)] if flag.name in _LENGTHS else [value]

@@ -136,41 +136,28 @@ void rotary_tile(const void* data, int64_t tile) {
   for (int64_t t = rows.first; t < rows.last; ++t) rotate_token(job, t);
 }
 
-// Rounds to nearest, ties to even, as torch does; NaN stays NaN.
-HG_INLINE uint16_t to_bf16(float x) {
-  uint32_t bits;
-  memcpy(&bits, &x, 4);
-  if ((bits & 0x7fffffff) > 0x7f800000) return (uint16_t)(bits >> 16 | 0x40);
-  return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
-HG_INLINE uint16_t to_f16(float x) {
-  uint32_t bits;
-  memcpy(&bits, &x, 4);
-  const uint32_t sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
-  if (magnitude > 0x7f800000) return (uint16_t)(sign | 0x7e00);
-  if (magnitude >= 0x477ff000) return (uint16_t)(sign | 0x7c00);  // rounds past the largest half
-  if (magnitude < 0x38800000) {  // subnormal: adding 0.5 lines up the bits and rounds them
-    float y;
-    memcpy(&y, &magnitude, 4);
-    y += 0.5f;
-    uint32_t rounded;
-    memcpy(&rounded, &y, 4);
-    return (uint16_t)(sign | (rounded - 0x3f000000));
+template <int DTYPE>
+void narrow_row(const float* from, uint16_t* to, int64_t size) {
+  int64_t i = 0;
+  for (; i + VL <= size; i += VL) {
+    if constexpr (DTYPE == kBFloat16) store_bf16(to + i, load(from + i));
+    else store_f16(to + i, load(from + i));
   }
-  const uint32_t rounded = magnitude + 0xfff + (magnitude >> 13 & 1) - 0x38000000;
-  return (uint16_t)(sign | rounded >> 13);
+  if (i < size) {
+    uint16_t part[VL];
+    const vf x = load_n(from + i, (int)(size - i));
+    if constexpr (DTYPE == kBFloat16) store_bf16(part, x);
+    else store_f16(part, x);
+    memcpy(to + i, part, sizeof(uint16_t) * (size - i));
+  }
 }
 
 void write_heads(const float* from, int64_t head_stride, void* cache, int64_t at, int heads, int dim,
                  int dtype) {
   for (int h = 0; h < heads; ++h, from += head_stride, at += dim) {
-    if (dtype == kFloat32) {
-      memcpy((float*)cache + at, from, sizeof(float) * dim);
-      continue;
-    }
-    uint16_t* to = (uint16_t*)cache + at;
-    for (int d = 0; d < dim; ++d) to[d] = dtype == kBFloat16 ? to_bf16(from[d]) : to_f16(from[d]);
+    if (dtype == kFloat32) memcpy((float*)cache + at, from, sizeof(float) * dim);
+    else if (dtype == kBFloat16) narrow_row<kBFloat16>(from, (uint16_t*)cache + at, dim);
+    else narrow_row<kFloat16>(from, (uint16_t*)cache + at, dim);
   }
 }
 

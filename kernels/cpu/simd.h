@@ -68,6 +68,13 @@ HG_INLINE vf load_bf16(const uint16_t* p) {
 HG_INLINE vf load_f16(const uint16_t* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
 }
+HG_INLINE void store_f16_unlimited(uint16_t* p, vf x) {
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
+// The lower half of each lane.
+HG_INLINE void store_low_halves(uint16_t* p, vi x) {
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(x));
+}
 // out[j] = {rows[0][j], rows[1][j], ...} for the four floats at each of VL rows.
 HG_INLINE void load_columns4(const float* const* rows, ptrdiff_t at, vf out[4]) {
   vf t[4];
@@ -128,6 +135,14 @@ HG_INLINE vf load_bf16(const uint16_t* p) {
 }
 HG_INLINE vf load_f16(const uint16_t* p) {
   return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+}
+HG_INLINE void store_f16_unlimited(uint16_t* p, vf x) {
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
+HG_INLINE void store_low_halves(uint16_t* p, vi x) {
+  x = _mm256_and_si256(x, _mm256_set1_epi32(0xffff));
+  const __m128i low = _mm256_castsi256_si128(x), high = _mm256_extracti128_si256(x, 1);
+  _mm_storeu_si128((__m128i*)p, _mm_packus_epi32(low, high));
 }
 HG_INLINE void load_columns4(const float* const* rows, ptrdiff_t at, vf out[4]) {
   vf t[4];
@@ -202,12 +217,41 @@ HG_INLINE vf load_f16(const uint16_t* p) {
   x = magnitude >= 0x7c00 ? (vf)special : x;
   return (vf)((vi)x | ((h & 0x8000) << 16));
 }
+HG_INLINE void store_low_halves(uint16_t* p, vi x) {
+  for (int i = 0; i < 4; ++i) p[i] = (uint16_t)x[i];
+}
+// Of values that a half can hold, and NaN.
+HG_INLINE void store_f16_unlimited(uint16_t* p, vf x) {
+  const vi bits = (vi)x, sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffff;
+  // Below the least normal half, adding 0.5 lines up the bits and rounds them.
+  const vi small = (vi)((vf)magnitude + set1(0.5f)) - 0x3f000000;
+  vi half = (magnitude + 0xfff + ((magnitude >> 13) & 1) - 0x38000000) >> 13;
+  half = magnitude < 0x38800000 ? small : half;
+  half = magnitude > 0x7f800000 ? vi{} + 0x7e00 : half;
+  store_low_halves(p, sign | half);
+}
 HG_INLINE void load_columns4(const float* const* rows, ptrdiff_t at, vf out[4]) {
   vf a = load(rows[0] + at), b = load(rows[1] + at), c = load(rows[2] + at), d = load(rows[3] + at);
   for (int j = 0; j < 4; ++j) out[j] = vf{a[j], b[j], c[j], d[j]};
 }
 
 #endif
+
+// Rounded to nearest, ties to even; NaN stays NaN.
+HG_INLINE void store_bf16(uint16_t* p, vf x) {
+  const vi bits = as_int(x), magnitude = and_int(bits, set1i(0x7fffffff));
+  const vi odd = and_int(shift_right(bits, 16), set1i(1));
+  const vi rounded = shift_right(add_int(bits, add_int(odd, set1i(0x7fff))), 16);
+  const vi nan = add_int(and_int(shift_right(bits, 16), set1i(~0x40)), set1i(0x40));
+  const vf chosen = if_within(magnitude, set1i(0), set1i(0x7f800000), as_float(rounded),
+                              as_float(nan));
+  store_low_halves(p, as_int(chosen));
+}
+// The same, and what a half cannot hold becomes the largest that it can.
+HG_INLINE void store_f16(uint16_t* p, vf x) {
+  // The smaller of a NaN and a number is the second argument, on every instruction set.
+  store_f16_unlimited(p, vmax(set1(-65504.0f), vmin(set1(65504.0f), x)));
+}
 
 // The first n < VL lanes of half-precision values without reading past them.
 HG_INLINE vf load_bf16_n(const uint16_t* p, int n) {

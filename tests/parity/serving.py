@@ -40,7 +40,13 @@ class Answer:
 class Server:
     """Serves requests from one checkpoint; the scheduler's limits are set by `limits`."""
 
-    def __init__(self, checkpoint: Path, max_total_tokens: int = 512, quantize: str = "") -> None:
+    def __init__(
+        self,
+        checkpoint: Path,
+        max_total_tokens: int = 512,
+        quantize: str = "",
+        kv_cache_dtype: str = "float32",
+    ) -> None:
         self._config = ShardConfig(
             model_path=str(checkpoint),
             dtype="bfloat16",
@@ -53,6 +59,7 @@ class Server:
             block_size=BLOCK_SIZE,
             num_blocks=1024,
             quantize=quantize,
+            kv_cache_dtype=kv_cache_dtype,
         )
         ops.use("", "cpu")
         group = single_group()

@@ -29,6 +29,7 @@ PENALISED = replace(
     seed=77,
     bad_words=((5,), *((token, other) for token in range(100) for other in range(0, 100, 3))),
 )
+# With the cache that is theirs unless another is asked for.
 QUANTISED = {"tiny llama in int8": "int8", "tiny llama in int4": "int4"}
 
 
@@ -52,7 +53,9 @@ def checkpoint(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(model: str, checkpoint: Path) -> Iterator[Server]:
-    yield Server(checkpoint, quantize=QUANTISED.get(model, ""))
+    quantize = QUANTISED.get(model, "")
+    cache = "float16" if quantize else "float32"
+    yield Server(checkpoint, quantize=quantize, kv_cache_dtype=cache)
 
 
 def random_prompt(seed: int, length: int) -> list[int]:

@@ -69,6 +69,12 @@ def test_the_embedded_model_on_two_cores() -> None:
     assert (found.device, found.num_shard, found.threads_per_shard) == ("cpu", 1, 2)
     assert (found.dtype, found.kv_cache_dtype) == ("bfloat16", "float32")
     assert (found.max_total_tokens, found.max_input_tokens) == (8192, 8191)
+    assert sizes("--quantize int8").kv_cache_dtype == "float16"
+    assert sizes("--quantize int8").kv_tokens // 2 == pytest.approx(found.kv_tokens, abs=16)
+    assert sizes("--matmul-precision medium").kv_cache_dtype == "float16"
+    assert sizes("--quantize int4 --kv-cache-dtype float32").kv_cache_dtype == "float32"
+    assert sizes("--kv-cache-dtype bfloat16").kv_cache_dtype == "bfloat16"
+    assert "float16" in refusal("--kv-cache-dtype fp8_e5m2")
     assert found.max_batch_prefill_tokens == 128
     assert found.max_batch_size == 128
     assert GIB - MIB < found.kv_bytes < GIB + MIB
@@ -192,6 +198,10 @@ def test_one_shard_per_gpu() -> None:
     found = sizes(model=LARGE, hardware=hardware)
     assert (found.device, found.num_shard, found.dtype) == ("cuda", 2, "bfloat16")
     assert (found.kv_cache_dtype, found.num_blocks) == ("bfloat16", 0)
+    assert sizes("--quantize int8", LARGE, hardware).kv_cache_dtype == "bfloat16"
+    fp8 = sizes("--kv-cache-dtype fp8_e4m3fn", LARGE, hardware)
+    assert fp8.kv_cache_dtype == "fp8_e4m3fn"
+    assert fp8.kv_bytes == pytest.approx(found.kv_bytes, rel=0.01)
     assert found.max_batch_prefill_tokens == 4096
     assert 4096 < found.max_total_tokens <= 131072
     assert sizes("--sharded false", hardware=hardware).num_shard == 1
@@ -202,6 +212,7 @@ def test_one_shard_per_gpu() -> None:
 def test_gpus_without_bfloat16_or_room() -> None:
     assert sizes(hardware=replace(MACHINE, gpus=(T4,))).dtype == "float16"
     assert "Too little memory" in refusal(model=LARGE, hardware=replace(MACHINE, gpus=(T4,)))
+    assert "8.0" in refusal("--kv-cache-dtype fp8_e5m2", hardware=replace(MACHINE, gpus=(T4,)))
     cramped = replace(MACHINE, gpus=(L4, L4), shm_free=64 * MIB)
     assert "/dev/shm" in sizes(hardware=cramped).warnings[0]
 

@@ -202,7 +202,7 @@ def test_lists_repeat_and_take_commas() -> None:
         ("--lora-adapters a,b", ("--lora-adapters a,b",)),
         ("--ngrok", ("--ngrok",)),
         ("--otlp-endpoint http://x", ("--otlp-endpoint http://x",)),
-        ("--kv-cache-dtype fp8_e5m2", ("--kv-cache-dtype fp8_e5m2",)),
+        ("--kv-cache-dtype int3", ("--kv-cache-dtype", "int3", "fp8_e4m3fn")),
         ("--port 70000", ("--port", "65535", "70000")),
         ("--port x", ("--port", "whole number", "'x'")),
         ("--num-shard 0", ("--num-shard", "at least 1")),

@@ -29,6 +29,7 @@ def test_arguments_are_flags() -> None:
             model="some/model",
             tensor_parallel_size=3,
             dtype="half",
+            kv_cache_dtype="fp8",
             max_model_len=100,
             gpu_memory_utilization=0.9,
             max_num_seqs=7,
@@ -39,6 +40,7 @@ def test_arguments_are_flags() -> None:
     config = parse_serve(flags, {})
     assert (config.model_id, config.num_shard, config.dtype) == ("some/model", 3, "float16")
     assert (config.max_total_tokens, config.cuda_memory_fraction) == (100, 0.9)
+    assert config.kv_cache_dtype == "fp8_e4m3fn"
     assert (config.max_batch_size, config.max_concurrent_requests) == (7, 14)
     assert config.disable_prefix_caching and config.max_top_n_tokens == 4
 

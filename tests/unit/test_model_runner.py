@@ -444,3 +444,7 @@ def test_blocks_take_memory_only_once_written() -> None:
     assert psutil.Process().memory_info().rss - before < cache.num_bytes / 10
     assert not cache.data[1, 0, 77].any() and cache.data.dtype == torch.bfloat16
     cache.copy_blocks([(7, 9)])
+    narrow = KVCache(KVCacheLayout(2, 4, 2, 8, torch.float8_e4m3fn), 5)
+    narrow.layers[1][0][2] = 1.5
+    narrow.copy_blocks([(2, 4), (4, 2)])
+    assert (narrow.data[1, 0, 4].float() == 1.5).all() and not narrow.data[:, :, 2].float().any()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from headgate.bench.roofline import Roofline
-from headgate.bench.step_profile import Case, Profiler, table
+from headgate.bench.step_profile import Case, Profiler, Stored, table
 from headgate.kernels import cpu, ops
 
 
@@ -20,7 +20,9 @@ def test_profile(tiny_llama: Path, quantize: str, precision: str) -> None:
     before = ops.active()
     try:
         roofline = Roofline(threads=1, fma_gflops=100.0, vnni_gops=400.0, memory_gb_s=10.0)
-        profiler = Profiler(str(tiny_llama), "bfloat16", quantize, roofline, precision)
+        cache = "float16" if quantize else "float32"
+        stored = Stored("bfloat16", quantize, precision, cache)
+        profiler = Profiler(str(tiny_llama), stored, roofline)
         for case in (Case(3, 1, 40), Case(1, 20, 60)):
             milliseconds, lines = profiler.measure(case, 2)
             matrices = [line for name, line in lines.items() if name.startswith("linear")]

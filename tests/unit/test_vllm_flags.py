@@ -45,12 +45,14 @@ def test_published_lines(line: str) -> None:
 def test_values() -> None:
     config = resolve(
         "--model M --tensor_parallel_size 3 --max-model-len 4k --gpu-memory-utilization 0.5 "
-        "--dtype float --max-num-seqs 7 --max-num-batched-tokens=1K --no-enable-prefix-caching "
+        "--dtype float --kv-cache-dtype fp8_e4m3 --max-num-seqs 7 "
+        "--max-num-batched-tokens=1K --no-enable-prefix-caching "
         "--host 127.0.0.1 --api-key k --served-model-name s --block-size 32 --revision r "
         '--allowed-origins \'["http://a", "http://b"]\' --download-dir /d --max-logprobs 3 '
         "--chat-template /t.jinja"
     )
     assert (config.num_shard, config.max_total_tokens, config.dtype) == (3, 4000, "float32")
+    assert config.kv_cache_dtype == "fp8_e4m3fn"
     assert (config.cuda_memory_fraction, config.max_batch_size) == (0.5, 7)
     assert (config.max_batch_prefill_tokens, config.disable_prefix_caching) == (1024, True)
     assert (config.hostname, config.port, config.api_key) == ("127.0.0.1", 8000, "k")
