@@ -41,8 +41,8 @@ HG_INLINE const char* weight_at(const char* panel, int64_t k) {
 
 #if defined(__AVX512F__)
 // In assembly for the reasons given at dot4, and so that all but this runs without AVX512_BF16.
-HG_INLINE vf dot2(vf sum, vi w, const float* x) {
-  __asm__("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(w), "m"(*x));
+HG_INLINE vf dot2(vf sum, vi w, vf x) {
+  __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x));
   return sum;
 }
 #endif
@@ -57,8 +57,9 @@ HG_INLINE void step(const float* x, const char* w, bool both, vf (&sums)[R][V]) 
     for (int v = 0; v < V; ++v) pairs[v] = load_int(w + v * VL * 4);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
+      const vf a = set1(x[r]);
 #pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) sums[r][v] = dot2(sums[r][v], pairs[v], x + r);
+      for (int v = 0; v < V; ++v) sums[r][v] = dot2(sums[r][v], pairs[v], a);
     }
     return;
   }

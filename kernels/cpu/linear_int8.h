@@ -13,7 +13,9 @@ namespace {
 
 using namespace headgate;
 
-constexpr int kQuantisedRows = VL == 16 ? 12 : 4;
+// The tallest row tile. Sums of a group and of all groups before it are more than the registers hold;
+// with taller tiles moving them costs more than reading weights less often gives.
+constexpr int kQuantisedRows = VL == 16 ? 8 : 4;
 // Vectors of columns whose sums stay in registers, and how far ahead a weight is asked for.
 constexpr int kQuantisedVectors = 2;
 constexpr int kQuantisedPrefetch = 2048;
@@ -135,17 +137,19 @@ void multiply_quantised(const char* x, const char* block, Ahead ahead, int first
         sums[r][v] = set1i(Q == kInt8 && !kSignedWeights ? correction[r] : 0);
     add_group<Q, R, V>((const int8_t*)(x + R * 8), block + kHeader + first * 4, ahead, sums);
     const uint16_t* weight_scale = (const uint16_t*)block + first;
+    vf scales[V], minima[V];
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) {
-      const vf s = load_bf16(weight_scale + v * VL);
+      scales[v] = load_bf16(weight_scale + v * VL);
+      if (Q == kInt4) minima[v] = load_bf16(weight_scale + kPanel + v * VL);
+    }
 #pragma GCC unroll 16
-      for (int r = 0; r < R; ++r)
-        totals[r][v] = fma(to_float(sums[r][v]), s * set1(scale[r]), totals[r][v]);
-      if constexpr (Q == kInt4) {
-        const vf minimum = load_bf16(weight_scale + kPanel + v * VL);
-#pragma GCC unroll 16
-        for (int r = 0; r < R; ++r)
-          totals[r][v] = fma(minimum, set1(((const float*)correction)[r]), totals[r][v]);
+    for (int r = 0; r < R; ++r) {
+      const vf s = set1(scale[r]), c = set1(((const float*)correction)[r]);
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) {
+        totals[r][v] = fma(to_float(sums[r][v]), scales[v] * s, totals[r][v]);
+        if (Q == kInt4) totals[r][v] = fma(minima[v], c, totals[r][v]);
       }
     }
   }
@@ -173,8 +177,6 @@ QuantisedPanel quantised_panel(int64_t rows) {
 #if defined(__AVX512F__)
       multiply_quantised_panel<Q, 5>, multiply_quantised_panel<Q, 6>,
       multiply_quantised_panel<Q, 7>, multiply_quantised_panel<Q, 8>,
-      multiply_quantised_panel<Q, 9>, multiply_quantised_panel<Q, 10>,
-      multiply_quantised_panel<Q, 11>, multiply_quantised_panel<Q, 12>,
 #endif
   };
   static_assert(sizeof table / sizeof *table == kQuantisedRows, "one function for each height");
