@@ -313,10 +313,12 @@ class ModelRunner:
         drawn = np.flatnonzero(self._batch.params["pooling"][slots] == Pooling.NONE)
         for start in range(0, len(drawn), _LOGITS_ROWS):
             part = drawn[start : start + _LOGITS_ROWS]
-            rows = sample_tokens[torch.from_numpy(part).to(sample_tokens.device)]
-            if self.recorded is not None:
-                logits = self.recorded.logits(rows)
+            if isinstance(self.recorded, RecordedModel):
+                logits = self.recorded.logits(start)
+            elif self.recorded is not None:
+                logits = self.recorded.logits(sample_tokens[start : start + _LOGITS_ROWS])
             else:
+                rows = sample_tokens[start : start + _LOGITS_ROWS]
                 logits = self.model.logits(ops.take_rows(hidden, rows))
             self.heartbeat.beat()
             if logits is None:

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from headgate.shard.errors import ModelError
 from headgate.shard.model_config import ModelConfig
 
-# Cuts fall on multiples of this where the sizes allow: whole vectors for the matrix kernels.
-_TILE = 16
+# Cuts fall on multiples of this where the sizes allow: whole groups of quantised weights, and whole
+# vectors for the matrix kernels.
+_TILE = 64
 # A tile coarser than this part of an even share would spoil the balance.
-_TILES_PER_RANK = 8
+_TILES_PER_RANK = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +33,12 @@ class Partition:
 
 
 def make_partition(config: ModelConfig, world_size: int) -> Partition:
-    """Divides the model so that every rank has about the same number of weights to multiply with.
+    """Divides each layer's two parts, and the vocabulary, as evenly as they can be.
 
-    Attention is cut by whole key/value groups, or, with more ranks than groups, each group's query
-    heads are spread over ranks of its own. Those shares are uneven where they don't divide; the
-    MLP's columns, then the vocabulary, make up for it. Raises ModelError for a `world_size` that
-    does not fit.
+    The ranks meet after attention and again after the MLP, so each part takes as long as its
+    slowest rank: columns of the MLP cannot make up for uneven heads. Attention is cut by whole
+    key/value groups, or, with more ranks than groups, each group's query heads are spread over
+    ranks of its own. Raises ModelError for a `world_size` that does not fit.
     """
     if not 1 <= world_size <= config.num_heads:
         raise ModelError(
@@ -45,16 +46,8 @@ def make_partition(config: ModelConfig, world_size: int) -> Partition:
             f"{config.num_heads} shards, not {world_size}"
         )
     heads, kv_heads = _split_heads(config, world_size)
-    # Work is counted in weights, all of them rows or columns of hidden_size.
-    attention = [
-        2 * config.head_dim * (len(q) + len(kv)) for q, kv in zip(heads, kv_heads, strict=True)
-    ]
-    columns = _even_out(attention, config.intermediate_size, 3, "MLP columns")
-    layers = [
-        config.num_layers * (work + 3 * len(cut))
-        for work, cut in zip(attention, columns, strict=True)
-    ]
-    vocabulary = _even_out(layers, config.vocab_size, 1, "vocabulary entries")
+    columns = _split_tiles(config.intermediate_size, world_size, "MLP columns")
+    vocabulary = _split_tiles(config.vocab_size, world_size, "vocabulary entries")
     return Partition(heads, kv_heads, columns, vocabulary)
 
 
@@ -81,38 +74,19 @@ def split_evenly(total: int, parts: int) -> list[range]:
     return _consecutive([share + (index < larger) for index in range(parts)])
 
 
-def _even_out(work: Sequence[int], units: int, cost: int, what: str) -> tuple[range, ...]:
-    """Gives every rank part of `units`, each `cost` work, so that the totals come out even.
+def _split_tiles(total: int, parts: int, what: str) -> tuple[range, ...]:
+    """`total` things in consecutive ranges of whole tiles.
 
-    Every rank gets at least one tile: kernels need not cope with empty matrices.
+    Every rank gets at least one thing: kernels need not cope with empty matrices.
     """
-    ranks = len(work)
-    if units < ranks:
-        raise ModelError(f"{units} {what} cannot be split over {ranks} shards")
+    if total < parts:
+        raise ModelError(f"{total} {what} cannot be split over {parts} shards")
     tile = _TILE
-    while tile > 1 and (units % tile or units < tile * _TILES_PER_RANK * ranks):
+    while tile > 1 and (total % tile or total < tile * _TILES_PER_RANK * parts):
         tile //= 2
-    tiles = units // tile
-    counts = [1] * ranks
-    # Water-filling: raise the lowest ranks to a common level, then hand out what rounding left.
-    level = _level([w + tile * cost for w in work], (tiles - ranks) * tile * cost)
-    for rank in range(ranks):
-        spare = level - work[rank] - tile * cost
-        counts[rank] += max(0, spare // (tile * cost))
-    for _ in range(tiles - sum(counts)):
-        lowest = min(range(ranks), key=lambda rank: (work[rank] + counts[rank] * tile * cost, rank))
-        counts[lowest] += 1
-    return tuple(_consecutive([count * tile for count in counts]))
-
-
-def _level(heights: Sequence[int], volume: int) -> int:
-    """The common height that `volume` fills the lowest of `heights` up to, rounded down."""
-    ordered = sorted(heights)
-    for count in range(1, len(ordered) + 1):
-        level = (sum(ordered[:count]) + volume) // count
-        if count == len(ordered) or level <= ordered[count]:
-            return level
-    raise AssertionError("no heights")
+    return tuple(
+        range(cut.start * tile, cut.stop * tile) for cut in split_evenly(total // tile, parts)
+    )
 
 
 def _consecutive(sizes: Sequence[int]) -> list[range]:

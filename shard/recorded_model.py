@@ -9,6 +9,7 @@ the model gives. Models that compute with torch's own operations don't pass, and
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,9 +26,14 @@ from headgate.shard.trial_steps import TrialSteps
 
 logger = logging.getLogger(__name__)
 
-# Tokens of each row in the recordings: of the first, with a token more, with a row more. For logits
-# it is the number of rows.
-_RECORDED_STEPS = ({0: 3, 1: 1}, {0: 4, 1: 1}, {0: 2, 1: 1, 2: 1})
+# Tokens of each row and the number of tokens that get logits in the recordings: of the first, with
+# a token more, with a row more, with logits more.
+_RECORDED_STEPS = (
+    ({0: 3, 1: 1}, 2),
+    ({0: 4, 1: 1}, 2),
+    ({0: 2, 1: 1, 2: 1}, 2),
+    ({0: 3, 1: 1}, 3),
+)
 _RECORDED_LOGITS = (2, 3)
 
 
@@ -44,45 +50,50 @@ class RecordedModel:
     """Computes what the model's `forward` and `logits` do. Made by `record_model`."""
 
     def __init__(
-        self, model: CausalLM, inputs: _StepBuffers, forward: Program, head: Program, beats: int
+        self, model: CausalLM, inputs: _StepBuffers, step: Program, head: Program, beats: int
     ) -> None:
-        assert forward.output is not None, "hidden states are a tensor"
-        self._hidden = forward.output
         self._model = model
         self._inputs = inputs
-        self._forward = forward
+        self._step = step
         self._head = head
         self._beats = beats
+        self.most_logits = len(inputs.sample_tokens)  # that come with a step
+        self._sample_tokens = inputs.sample_tokens[:0]  # of the last step
 
     def bind(self, kv_cache: KVCache) -> None:
         """From now on steps use this cache, of the layout it was recorded with."""
-        self._forward.bind([tensor.data_ptr() for tensor in _tensors(kv_cache)])
+        self._step.bind([tensor.data_ptr() for tensor in _tensors(kv_cache)])
 
     def forward(self, inputs: StepInputs) -> torch.Tensor:
         """Normed hidden states [T, hidden_size], valid until the next step."""
         self._model.check_lengths(inputs.attention)
         self._inputs.fill(inputs)
+        self._sample_tokens = inputs.sample_tokens
         tokens, rows = len(inputs.input_ids), len(inputs.attention.context_lens)
-        self._forward.run((tokens, rows), self._beats)
-        return self._hidden[:tokens]
+        sampled = min(len(inputs.sample_tokens), self.most_logits)
+        self._step.run((tokens, rows, sampled), self._beats)
+        return self._step.outputs[0][:tokens]
 
-    def logits(self, sample_tokens: torch.Tensor) -> torch.Tensor | None:
-        """Of the last step's tokens with these indices, at most StepLimits.logits_rows: like the
-        model's; valid until the next call."""
-        count = len(sample_tokens)
-        self._inputs.sample_tokens[:count] = sample_tokens
-        self._head.run((count,), self._beats)
-        return None if self._head.output is None else self._head.output[:count]
+    def logits(self, first: int) -> torch.Tensor | None:
+        """Of the last step's sample_tokens from place `first` on, StepLimits.logits_rows of them or
+        all that are left: like the model's; valid until the next call."""
+        rows = self._sample_tokens[first : first + self.most_logits]
+        found = self._step.outputs[1:]
+        if first:  # those before came with the step
+            self._inputs.sample_tokens[: len(rows)] = rows
+            self._head.run((len(rows),), self._beats)
+            found = self._head.outputs
+        return found[0][: len(rows)] if found else None  # rank 0 alone has them
 
     @property
     def programs(self) -> tuple[Program, Program]:
-        """Of the forward pass, whose sizes are tokens and rows, and of logits, by rows."""
-        return self._forward, self._head
+        """Of a step, whose sizes are tokens, rows and rows that sample; of more rows' logits."""
+        return self._step, self._head
 
     @property
     def activation_bytes(self) -> tuple[int, int]:
         """(memory planned for the largest step's activations, what they'd take side by side)."""
-        parts = (self._forward, self._head)
+        parts = (self._step, self._head)
         return sum(p.planned_bytes for p in parts), sum(p.buffer_bytes for p in parts)
 
 
@@ -105,6 +116,8 @@ class _StepBuffers:
         rows, blocks = attention.block_tables.shape
         tables = self.block_tables[:rows]
         tables[:, :blocks] = attention.block_tables
+        sampled = inputs.sample_tokens[: len(self.sample_tokens)]
+        self.sample_tokens[: len(sampled)] = sampled
         return replace(
             inputs,
             input_ids=self.input_ids[:tokens].copy_(inputs.input_ids),
@@ -130,72 +143,103 @@ def record_model(
         return None
     if limits.tokens < trial_steps.CONTEXT or limits.context < trial_steps.CONTEXT:
         return None  # too small to be tried; the same on all ranks
-    recorded, obstacle = None, ""
+    attempt = _Attempt(model, group, layout, limits)
     with torch.inference_mode():
         try:
-            recorded = _record(model, layout, limits, beats)
+            recorded = attempt.record(beats)
+            attempt.compare(recorded)
         except NotRecordable as error:
-            obstacle = str(error)
-        if _all_could(group, obstacle) and recorded is not None:
-            obstacle = _difference(recorded, model, layout, limits)
-        if not _all_could(group, obstacle):
-            logger.info("steps are not replayed: %s", obstacle or "another shard can't")
+            logger.info("steps are not replayed: %s", error)
             return None
-    assert recorded is not None
     planned, apart = recorded.activation_bytes
     fields = {"activation_bytes": planned, "without_sharing": apart}
     logger.info("steps are replayed", extra={"fields": fields})
     return recorded
 
 
-def _all_could(group: Group, obstacle: str) -> bool:
-    return bool(group.min(int(not obstacle)))
+class _Attempt:
+    """The making of a RecordedModel. What the model computes is collective, so a rank that has met
+    an obstacle goes on with the others to the next vote, where all of them give up."""
 
+    def __init__(
+        self, model: CausalLM, group: Group, layout: KVCacheLayout, limits: StepLimits
+    ) -> None:
+        self._model = model
+        self._group = group
+        self._layout = layout
+        self._limits = limits
 
-def _record(
-    model: CausalLM, layout: KVCacheLayout, limits: StepLimits, beats: int
-) -> RecordedModel:
-    cache = TrialSteps(layout, model.config.vocab_size).new_cache()
-    buffers = _StepBuffers(limits, layout.block_size)
-    recordings, results = [], []
-    for counts in _RECORDED_STEPS:
-        step = buffers.fill(TrialSteps(layout, model.config.vocab_size).step(counts))
-        sizes = (sum(counts.values()), len(counts))
-        with Recording(sizes, _tensors(cache)) as recording:
-            result = model.forward(step.input_ids, step.positions, cache, step.attention)
-        recordings.append(recording)
-        results.append(result)
-    forward = Program(recordings, results, (limits.tokens, limits.tokens))
-    assert forward.output is not None
-    recordings, logits = [], []
-    for count in _RECORDED_LOGITS:
-        rows = buffers.sample_tokens[:count]
-        with Recording((count,)) as recording:
-            logits.append(model.logits(ops.take_rows(forward.output, rows)))
-        recordings.append(recording)
-    head = Program(recordings, logits, (limits.logits_rows,))
-    return RecordedModel(model, buffers, forward, head, beats)
+    def record(self, beats: int) -> RecordedModel:
+        """Raises NotRecordable, on all ranks."""
+        cache = self._trial().new_cache()
+        buffers = _StepBuffers(self._limits, self._layout.block_size)
+        recordings, results = [], []
+        for counts, sampled in _RECORDED_STEPS:
+            step = buffers.fill(self._trial().step(counts))
+            sizes = (sum(counts.values()), len(counts), sampled)
+            with Recording(sizes, _tensors(cache)) as recording:
+                hidden = self._model.forward(step.input_ids, step.positions, cache, step.attention)
+                rows = ops.take_rows(hidden, buffers.sample_tokens[:sampled])
+                logits = self._model.logits(rows)
+            recordings.append(recording)
+            results.append([hidden] if logits is None else [hidden, logits])
+        limits = self._limits
+        largest = (limits.tokens, limits.tokens, limits.logits_rows)
+        step_program = self._program(recordings, results, largest)
+        recordings, results = [], []
+        for sampled in _RECORDED_LOGITS:
+            with Recording((sampled,)) as recording:
+                rows = ops.take_rows(step_program.outputs[0], buffers.sample_tokens[:sampled])
+                logits = self._model.logits(rows)
+            recordings.append(recording)
+            results.append([] if logits is None else [logits])
+        head = self._program(recordings, results, (limits.logits_rows,))
+        return RecordedModel(self._model, buffers, step_program, head, beats)
 
+    def compare(self, recorded: RecordedModel) -> None:
+        """Raises NotRecordable, on all ranks, if the model and its replay don't agree bit by bit in
+        a few steps."""
+        trial, model, obstacle = self._trial(), self._model, ""
+        ours, theirs = trial.new_cache(), trial.new_cache()
+        recorded.bind(ours)
+        for counts in trial.scenario(self._limits.tokens):
+            step = trial.step(counts)
+            expected = model.forward(step.input_ids, step.positions, theirs, step.attention)
+            pairs = [(expected, recorded.forward(step))]
+            for first in range(0, len(step.sample_tokens), self._limits.logits_rows):
+                rows = step.sample_tokens[first : first + self._limits.logits_rows]
+                logits = model.logits(ops.take_rows(expected, rows)), recorded.logits(first)
+                if logits[0] is not None and logits[1] is not None:
+                    pairs.append((logits[0], logits[1]))
+            if not obstacle and not all(_same_bits(*pair) for pair in pairs):
+                obstacle = (
+                    f"a replay of {len(step.input_ids)} tokens differs from the model's own step"
+                )
+        if not obstacle and not _same_bits(ours.data, theirs.data):
+            obstacle = "a replay leaves other keys and values"
+        self._vote(obstacle)
 
-def _difference(
-    recorded: RecordedModel, model: CausalLM, layout: KVCacheLayout, limits: StepLimits
-) -> str:
-    """What the model and its replay don't agree on in a few steps; "" if they agree bit by bit."""
-    trial = TrialSteps(layout, model.config.vocab_size)
-    ours, theirs = trial.new_cache(), trial.new_cache()
-    recorded.bind(ours)
-    for counts in trial.scenario(limits.tokens):
-        step = trial.step(counts)
-        expected = model.forward(step.input_ids, step.positions, theirs, step.attention)
-        got = recorded.forward(step)
-        rows = step.sample_tokens[: limits.logits_rows]
-        pairs = [(expected, got)]
-        logits = model.logits(ops.take_rows(expected, rows)), recorded.logits(rows)
-        if logits[0] is not None and logits[1] is not None:
-            pairs.append((logits[0], logits[1]))
-        if not all(_same_bits(*pair) for pair in pairs):
-            return f"a replay of {len(step.input_ids)} tokens differs from the model's own step"
-    return "" if _same_bits(ours.data, theirs.data) else "a replay leaves other keys and values"
+    def _program(
+        self,
+        recordings: Sequence[Recording],
+        results: Sequence[Sequence[torch.Tensor]],
+        largest: Sequence[int],
+    ) -> Program:
+        program, obstacle = None, ""
+        try:
+            program = Program(recordings, results, largest)
+        except NotRecordable as error:
+            obstacle = str(error)
+        self._vote(obstacle)
+        assert program is not None  # or the vote has failed
+        return program
+
+    def _vote(self, obstacle: str) -> None:
+        if not self._group.min(int(not obstacle)):
+            raise NotRecordable(obstacle or "another shard can't")
+
+    def _trial(self) -> TrialSteps:
+        return TrialSteps(self._layout, self._model.config.vocab_size)
 
 
 def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -42,7 +42,7 @@ class StepInputs:
     input_ids: torch.Tensor  # int64[T]
     positions: torch.Tensor  # int64[T]
     attention: AttentionMetadata
-    sample_tokens: torch.Tensor  # int64[S]: index of the last token of each row that samples
+    sample_tokens: torch.Tensor  # int64[S]: index of the last token of each row that draws a token
     prompt_chunks: tuple[PromptChunk, ...]
     pooled_chunks: tuple[PooledChunk, ...]
 
@@ -57,11 +57,12 @@ def build_inputs(
     # For every token of the step: its row's slot, and its position there.
     token_slots = np.repeat(slots, counts)
     positions = np.arange(ends[-1]) + np.repeat(computed - (ends - counts), counts)
+    drawing = scheduled.samples & (batch.params["pooling"][slots] == Pooling.NONE)
     return StepInputs(
         input_ids=_tensor(batch.token_ids[token_slots, positions].astype(np.int64), device),
         positions=_tensor(positions, device),
         attention=_attention(batch, scheduled, token_slots, positions, device),
-        sample_tokens=_tensor(ends[scheduled.samples] - 1, device),
+        sample_tokens=_tensor(ends[drawing] - 1, device),
         prompt_chunks=_prompt_chunks(batch, scheduled, ends - counts),
         pooled_chunks=_pooled_chunks(batch, scheduled, ends),
     )

@@ -3,30 +3,37 @@
 Steps are computed in this process by a ModelRunner, without a server, and their recorded calls are
 timed. The floor of a call is the time that the machine's best multiply-add rate, or reading what
 must be read (weights; keys and values) from memory, would take, measured beside it (roofline.py).
-Prints Markdown.
+With `--num-shard` each shard is a process that takes the same steps; what a shard waits for the
+others is in its sums. Prints Markdown.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import subprocess
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 import torch
 
 from headgate.bench.roofline import Roofline, measure
+from headgate.bench.server import free_port
 from headgate.kernels import cpu, ops
 from headgate.launcher.embedded_model import ensure_embedded_model
 from headgate.proto.messages import NewRow, RowSampling, StepPlan
 from headgate.shard.config import DTYPES, MATMUL_PRECISIONS, ShardConfig, ShardIdentity
-from headgate.shard.distributed import single_group
+from headgate.shard.distributed import Group, init_group, single_group
 from headgate.shard.model_runner import ModelRunner
 from headgate.shard.models.registry import load_model
 from headgate.shard.recorded_model import RecordedModel
 
 _BLOCK = 16
+_TIMEOUT = 60.0  # seconds that a shard waits for another
 _CHUNK = 256  # tokens of the steps that compute prompts which aren't measured
 _MOST_TOKENS = 512
 _BYTES = {0: 4.0, 1: 2.0, 2: 2.0, 3: 2.0}  # of a weight, by its code in kernels.h
@@ -82,7 +89,9 @@ class Line:
 class Profiler:
     """A model whose steps are replayed and timed."""
 
-    def __init__(self, model_path: str, stored: Stored, roofline: Roofline) -> None:
+    def __init__(
+        self, model_path: str, stored: Stored, roofline: Roofline, group: Group | None = None
+    ) -> None:
         threads = roofline.threads
         torch.set_num_threads(threads)
         if ops.use("", "cpu") != "cpu":
@@ -100,7 +109,7 @@ class Profiler:
             num_blocks=2048,
             **asdict(stored),
         )
-        group = single_group()
+        group = group or single_group()
         model = load_model(
             model_path,
             dtype=stored.dtype,
@@ -109,11 +118,13 @@ class Profiler:
             quantize=stored.quantize,
             precision=stored.matmul_precision,
         )
-        self.runner = ModelRunner(model, group, config, ShardIdentity(0, 1, 1))
+        identity = ShardIdentity(group.rank, group.world_size, 1)
+        self.runner = ModelRunner(model, group, config, identity)
         self.runner.record()
         if not isinstance(self.runner.recorded, RecordedModel):
             raise SystemExit("this model's steps are not replayed; the log says why")
         self._programs = self.runner.recorded.programs
+        self._most_logits = self.runner.recorded.most_logits
         self.runner.allocate(config.num_blocks)
         self.model = model
         self.roofline = roofline
@@ -162,9 +173,13 @@ class Profiler:
                 for total, old in zip(totals, before, strict=True):
                     total[:] = old
             seconds += self._step(rows=range(case.rows), counts=[case.count] * case.rows)
-        sizes = ((case.rows * case.count, case.rows), (case.rows,))
+        # Of a step, and of the logits that did not come with it.
+        sampled = min(case.rows, self._most_logits)
+        sizes = ((case.rows * case.count, case.rows, sampled), (case.rows - sampled,))
         lines: dict[str, Line] = defaultdict(Line)
         for program, total, size in zip(programs, totals, sizes, strict=True):
+            if not size[-1]:
+                continue
             for index, call in enumerate(program.calls):
                 name, floor = self._floor(call.name, program.arguments(index, size), case)
                 line = lines[name]
@@ -232,7 +247,8 @@ def main() -> None:
         choices=["", *DTYPES],
         help="float32; float16 with quantised weights",
     )
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=int, default=0, help="of a shard; default: a fair share")
+    parser.add_argument("--num-shard", type=int, default=1, help="shards to split the model over")
     parser.add_argument(
         "--repeats",
         type=int,
@@ -240,7 +256,38 @@ def main() -> None:
         help="steps of each case that decodes; a quarter of it for chunks",
     )
     options = parser.parse_args()
-    roofline = measure(options.threads)
+    threads = options.threads or max(1, torch.get_num_threads() // options.num_shard)
+    torch.set_num_threads(threads)
+    with _others(options.num_shard):
+        _profile(options, threads)
+
+
+@contextmanager
+def _others(num_shard: int) -> Iterator[None]:
+    """The other ranks, in the first one; each is this command again and prints its own tables."""
+    if num_shard == 1 or "RANK" in os.environ:
+        yield
+        return
+    group = {"WORLD_SIZE": str(num_shard), "MASTER_PORT": str(free_port()), "RANK": "0"}
+    os.environ |= group
+    command = [sys.executable, "-m", "headgate.bench.step_profile", *sys.argv[1:]]
+    others = [
+        subprocess.Popen(command, env=os.environ | {"RANK": str(rank)}, stdout=subprocess.PIPE)
+        for rank in range(1, num_shard)
+    ]
+    try:
+        yield
+        for rank, other in enumerate(others, 1):
+            print(f"## Shard {rank}\n\n{other.communicate()[0].decode()}")
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+
+
+def _profile(options: argparse.Namespace, threads: int) -> None:
+    roofline = measure(threads)
+    group = init_group("cpu", _TIMEOUT)
     model_path = options.model or str(ensure_embedded_model())
     narrow = bool(options.quantize) or options.matmul_precision != "highest"
     stored = Stored(
@@ -249,15 +296,16 @@ def main() -> None:
         options.matmul_precision,
         options.kv_cache_dtype or ("float16" if narrow else "float32"),
     )
-    profiler = Profiler(model_path, stored, roofline)
+    profiler = Profiler(model_path, stored, roofline, group)
     print(
-        f"{options.threads} threads, keys and values in {stored.kv_cache_dtype}; at best "
+        f"{threads} threads, keys and values in {stored.kv_cache_dtype}; at best "
         f"{roofline.fma_gflops:.0f} GFLOP/s, {roofline.bf16_gflops:.0f} with pairs of bfloat16, "
         f"{roofline.vnni_gops:.0f} int8 GOP/s, {roofline.memory_gb_s:.1f} GB/s from memory.\n"
     )
     for case in CASES:
         repeats = options.repeats if case.count == 1 else max(1, options.repeats // 4)
         print("\n".join(table(case, *profiler.measure(case, repeats))), flush=True)
+    group.close()
 
 
 if __name__ == "__main__":

@@ -42,24 +42,24 @@ class Argument:
 
 
 class Program:
-    """Calls on planned buffers. `output`: the result's memory, for the largest sizes."""
+    """Calls on planned buffers. `outputs`: the results' memory, for the largest sizes."""
 
     def __init__(
         self,
         recordings: Sequence[Recording],
-        outputs: Sequence[torch.Tensor | None],
+        results: Sequence[Sequence[torch.Tensor]],
         largest: Sequence[int],
     ) -> None:
         """`recordings[0]`, and then one for each size, which was larger by 1 there.
 
-        `outputs`: what each recording came to, contiguous, or None. Raises NotRecordable.
+        `results`: what each recording came to, contiguous tensors. Raises NotRecordable.
         """
         _check_alike(recordings)
         self.calls = recordings[0].calls
         arguments = [_solve_call(recordings, index) for index in range(len(self.calls))]
-        results = [output for output in outputs if output is not None]
-        result = _solve_result(recordings, results) if results else None
-        self.lifetimes = _lifetimes(recordings, arguments, result, largest)
+        alike = list(zip(*results, strict=True))  # by result, in the order of the recordings
+        places = [_solve_result(recordings, tensors) for tensors in alike]
+        self.lifetimes = _lifetimes(recordings, arguments, places, largest)
         self.offsets, self.planned_bytes = plan_memory(self.lifetimes)
         self._arena = torch.empty(self.planned_bytes, dtype=torch.uint8)
         self._num_sizes = len(largest)
@@ -69,14 +69,21 @@ class Program:
         self._externals: list[tuple[int, int, int]] = []  # (row of the table, which, offset)
         self._table = self._lay_out_arguments(arguments)
         self._call_table = self._lay_out_calls(arguments)
-        self.output: torch.Tensor | None = None
-        if result is not None:
-            shape = _solve_shape(recordings, results, largest)
-            start = self.offsets[result.target] + result.value.base
-            size = torch.Size(shape).numel() * results[0].element_size()
-            memory = self._arena[start : start + size]
-            self.output = memory.view(results[0].dtype).view(shape)
+        self.outputs = [
+            self._memory(place, tensors[0].dtype, _solve_shape(recordings, tensors, largest))
+            for place, tensors in zip(places, alike, strict=True)
+        ]
+        # Looked up once: a replay of few tokens takes little longer than finding them again.
         self._replay = _library().hg_replay
+        self._before = (
+            self._call_table.ctypes.data,
+            len(self.calls),
+            self._table.ctypes.data,
+            ctypes.addressof(self._sizes),
+            self._num_sizes,
+        )
+        self._failed_at = ctypes.addressof(self._failed)
+        self._times_at: int | None = None
 
     @property
     def buffer_bytes(self) -> int:
@@ -91,22 +98,14 @@ class Program:
     def run(self, sizes: Sequence[int], beats: int) -> None:
         """Makes all calls; `beats`: the address of an int64 that counts them."""
         self._sizes[:] = list(sizes)
-        status = self._replay(
-            self._call_table.ctypes.data,
-            len(self.calls),
-            self._table.ctypes.data,
-            ctypes.addressof(self._sizes),
-            self._num_sizes,
-            beats,
-            ctypes.addressof(self._failed),
-            None if self._nanoseconds is None else self._nanoseconds.ctypes.data,
-        )
+        status = self._replay(*self._before, beats, self._failed_at, self._times_at)
         if status:
             raise self.calls[self._failed.value].failure(status)
 
     def time_calls(self) -> np.ndarray:
         """From now on each call's nanoseconds are added up, in the array returned: int64[calls]."""
         self._nanoseconds = np.zeros(len(self.calls), np.int64)
+        self._times_at = self._nanoseconds.ctypes.data
         return self._nanoseconds
 
     def arguments(self, call: int, sizes: Sequence[int]) -> list[int]:
@@ -116,6 +115,11 @@ class Program:
         return (rows[:, 0] + rows[:, 1:] @ np.array(sizes, np.int64)).tolist()
 
     # ------------------------------------------------------------------ laying out
+
+    def _memory(self, place: Argument, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
+        start = self.offsets[place.target] + place.value.base
+        size = torch.Size(shape).numel() * dtype.itemsize
+        return self._arena[start : start + size].view(dtype).view(*shape)
 
     def _lay_out_arguments(self, calls: Sequence[Sequence[Argument]]) -> np.ndarray:
         flat = [argument for arguments in calls for argument in arguments]
@@ -187,8 +191,8 @@ def _solve_place(recordings: Sequence[Recording], places: Sequence[Place], what:
 
 
 def _solve_result(recordings: Sequence[Recording], results: Sequence[torch.Tensor]) -> Argument:
-    """Where the result is: in a buffer."""
-    if len(results) < len(recordings) or not all(result.is_contiguous() for result in results):
+    """Where a result is: in a buffer."""
+    if not all(result.is_contiguous() for result in results):
         raise NotRecordable("its results are not all contiguous tensors")
     places = [r.place(o.data_ptr()) for r, o in zip(recordings, results, strict=True)]
     found = _solve_place(recordings, places, "its result")
@@ -232,16 +236,16 @@ def _solve_call(recordings: Sequence[Recording], index: int) -> list[Argument]:
 def _lifetimes(
     recordings: Sequence[Recording],
     calls: Sequence[Sequence[Argument]],
-    result: Argument | None,
+    results: Sequence[Argument],
     largest: Sequence[int],
 ) -> list[Lifetime]:
-    """Buffers live from the first call that is given them to the last, the result's to the end."""
+    """Buffers live from the first call that is given them to the last, the results' to the end."""
     used: dict[int, list[int]] = {}
     for number, arguments in enumerate(calls):
         for argument in arguments:
             if argument.kind is Kind.BUFFER:
                 used.setdefault(argument.target, []).append(number)
-    if result is not None:
+    for result in results:
         used.setdefault(result.target, []).append(len(calls))
     lifetimes = []
     for index in range(len(recordings[0].buffers)):

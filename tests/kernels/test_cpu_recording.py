@@ -31,15 +31,14 @@ def record(piece: Piece, x: torch.Tensor, externals: list[torch.Tensor] | None =
         with Recording((rows,), externals or ()) as recording:
             outputs.append(piece(x[:rows]))
         recordings.append(recording)
-    return Program(recordings, outputs, (MOST,))
+    return Program(recordings, [[output] for output in outputs], (MOST,))
 
 
 def run(program: Program, rows: int) -> torch.Tensor:
     beats = ctypes.c_int64(0)
     program.run((rows,), ctypes.addressof(beats))
     assert beats.value == len(program.calls)
-    assert program.output is not None
-    return program.output[:rows]
+    return program.outputs[0][:rows]
 
 
 def block() -> Piece:
@@ -114,11 +113,11 @@ def test_a_program_may_have_no_result() -> None:
         with Recording((rows,), list(caches)) as recording:
             operations.write_kv(k[:rows], k[:rows], *caches, slots[:rows])
         recordings.append(recording)
-    program = Program(recordings, [None, None], (MOST,))
+    program = Program(recordings, [[], []], (MOST,))
     others = torch.zeros(2, 3, 16, 2, 4)
     program.bind([cache.data_ptr() for cache in others])
     program.run((9,), ctypes.addressof(ctypes.c_int64()))
-    assert program.output is None
+    assert not program.outputs
     written = others.flatten(1, 2)
     assert torch.equal(written[:, :9], torch.stack([k[:9], k[:9]]))
     assert not written[:, 9:].any()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import mmap
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +15,13 @@ import torch
 from headgate.kernels import ops
 from headgate.proto.messages import NewRow, RowSampling, StepPlan, StepResult
 from headgate.shard.config import ShardIdentity
-from headgate.shard.distributed import single_group
+from headgate.shard.distributed import SharedMemoryGroup, single_group
 from headgate.shard.kv_cache import KVCache
 from headgate.shard.model_runner import ModelRunner
 from headgate.shard.models.base import CausalLM
 from headgate.shard.models.registry import load_model
 from headgate.shard.recorded_model import RecordedModel
+from headgate.shard.shared_memory import SharedMemory
 from tests.unit.fake_model import shard_config
 
 PROMPT = list(b"a quick brown fox")
@@ -141,6 +145,51 @@ def test_models_that_cannot_be_replayed_run_as_they_are(
         runner.record()
     assert caplog.messages == [f"steps are not replayed: {reason}"]
     results = generate(runner)
+    assert [r.token_ids for r in results] == [r.token_ids for r in expected]
+
+
+def shards_of_two_threads() -> list[SharedMemoryGroup]:
+    mapping = mmap.mmap(-1, 1 << 20)
+    pids = [os.getpid()] * 2
+    return [
+        SharedMemoryGroup(rank, 2, SharedMemory(rank, mapping, 1 << 18, pids, timeout=20))
+        for rank in (0, 1)
+    ]
+
+
+@pytest.mark.parametrize("change", [doubled, normed_twice])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_shard_that_alone_cannot_be_replayed(
+    tiny_llama: Path, caplog: pytest.LogCaptureFixture, change: Any, rank: int
+) -> None:
+    """All of them give up, with no collective that only some of them make."""
+
+    def steps_of(group: SharedMemoryGroup) -> list[list[int]]:
+        model = load_model(tiny_llama, dtype="bfloat16", device="cpu", group=group)
+        if group.rank == rank:
+            change(model)
+        runner = ModelRunner(model, group, shard_config(), ShardIdentity(group.rank, 2, epoch=1))
+        runner.record()
+        assert runner.recorded is None
+        return [list(result.token_ids) for result in generate(runner)]
+
+    with caplog.at_level(logging.INFO, LOG), ThreadPoolExecutor(2) as pool:
+        tokens, nothing = pool.map(steps_of, shards_of_two_threads())
+    assert any(tokens) and not any(nothing)
+    assert len(caplog.messages) == 2
+    assert all(message.startswith("steps are not replayed: ") for message in caplog.messages)
+
+
+def test_more_rows_than_logits_at_once(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits of the first come with the step, the others after it."""
+    model = load(tiny_llama)
+    runner = make_runner(model)
+    expected = generate(runner, max_new_tokens=4)
+    assert any(len(result.rows) > 1 for result in expected)
+    monkeypatch.setattr("headgate.shard.model_runner._LOGITS_ROWS", 1)
+    runner.record()
+    results = generate(runner, max_new_tokens=4)
+    assert [r.logprobs for r in results] == [r.logprobs for r in expected]
     assert [r.token_ids for r in results] == [r.token_ids for r in expected]
 
 
