@@ -22,6 +22,7 @@ ROWS = Path(__file__).parent / "client_rows"
 CLIENTS_PYTHON = Path(os.environ.get("CLIENTS_VENV", ROOT / ".venv-clients")) / "bin/python"
 INTERPRETERS = {
     "openai_rows": Path(sys.executable),
+    "vllm_rows": Path(sys.executable),
     "huggingface_rows": Path(sys.executable),
     "text_generation_rows": CLIENTS_PYTHON,
     "langchain_rows": CLIENTS_PYTHON,

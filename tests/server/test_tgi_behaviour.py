@@ -2,6 +2,7 @@
 
 Texts are this model's. Where tokens must be exact, test_answers.py holds the same requests against
 Transformers; here it is shape, repeatability and what must not make a difference.
+test_tgi_parts.py has what TGI's unit tests asserted.
 """
 
 from __future__ import annotations
@@ -214,6 +215,76 @@ def test_images_are_text_or_refused(shards: LiveServer) -> None:
     assert response.json()["error"]["param"] == "messages[0].content[0]"
 
 
+# ------------------------------------------------------------------------- tools
+
+WEATHER = {
+    "name": "get_weather",
+    "parameters": {
+        "type": "object",
+        "properties": {
+            "location": {"enum": ["Brooklyn, NY", "Rome"]},
+            "format": {"enum": ["celsius", "fahrenheit"]},
+        },
+        "required": ["location", "format"],
+        "additionalProperties": False,
+    },
+}
+ASKED = {"role": "user", "content": "What is the weather like in Brooklyn, New York?"}
+TOOLS = {"tools": [{"type": "function", "function": WEATHER}], "temperature": 0, "max_tokens": 64}
+
+
+def test_tools_that_must_be_called(client: openai.OpenAI) -> None:
+    def call(choice: Any) -> Any:
+        answer = client.chat.completions.create(
+            model="tgi", messages=[ASKED], tool_choice=choice, parallel_tool_calls=False, **TOOLS
+        )
+        assert answer.choices[0].finish_reason == "tool_calls"
+        assert answer.choices[0].message.content is None
+        (made,) = answer.choices[0].message.tool_calls
+        assert made.id and made.type == "function"
+        return made.function
+
+    named = {"type": "function", "function": {"name": "get_weather"}}
+    functions = at_once(call, ("required", "get_weather", named))
+    assert functions == [functions[0]] * 3 and functions[0].name == "get_weather"
+    arguments = json.loads(functions[0].arguments)
+    assert arguments["location"] in ("Brooklyn, NY", "Rome") and len(arguments) == 2
+    stream = client.chat.completions.create(
+        model="tgi", messages=[ASKED], tool_choice="required", stream=True,
+        parallel_tool_calls=False, **TOOLS,
+    )  # fmt: skip
+    *chunks, last = [chunk.choices[0] for chunk in stream]
+    deltas = [chunk.delta.tool_calls[0] for chunk in chunks]
+    assert all(chunk.delta.content is None for chunk in chunks)
+    assert [delta.function.name for delta in deltas] == ["get_weather"] + [None] * (len(deltas) - 1)
+    assert "".join(delta.function.arguments for delta in deltas) == functions[0].arguments
+    assert (last.delta.tool_calls, last.finish_reason) == (None, "tool_calls")
+
+
+def test_tools_that_are_not_called(client: openai.OpenAI) -> None:
+    def ask(**more: Any) -> Any:
+        return client.chat.completions.create(**{"model": "tgi", "messages": QUESTION, **more})
+
+    short = {**TOOLS, "max_tokens": 16}
+    without = {"temperature": 0, "max_tokens": 16}
+    called = {"id": "0", "type": "function", "function": {"name": "get_weather", "arguments": "{}"}}
+    history = [
+        ASKED,
+        {"role": "assistant", "tool_calls": [called]},
+        {"role": "tool", "tool_call_id": "0", "content": "It is 21 degrees and sunny."},
+    ]
+    wishes = (without, {**short, "tool_choice": "none"}, short, {**short, "messages": history})
+    plain, none, auto, reply = (
+        answer.choices[0] for answer in at_once(lambda wish: ask(**wish), wishes)
+    )
+    assert none.message.content == plain.message.content
+    for choice in (auto, reply):
+        assert choice.message.content and choice.message.tool_calls is None
+        assert choice.finish_reason in ("stop", "length")
+    streamed = "".join(chunk.choices[0].delta.content or "" for chunk in ask(**short, stream=True))
+    assert streamed == auto.message.content
+
+
 # ---------------------------------------------------------------------- grammars
 
 
@@ -231,7 +302,8 @@ def test_grammars(shards: LiveServer) -> None:
 
 def test_a_json_schema_as_text(shards: LiveServer) -> None:
     grammar = {"type": "json", "value": json.dumps(PERSON)}
-    answer = shards.generate("David lives in Rome.", max_new_tokens=120, grammar=grammar)
+    answer = shards.generate("David lives in Rome.", grammar=grammar)  # the form is what ends it
+    assert answer["details"]["finish_reason"] == "eos_token"
     person = json.loads(answer["generated_text"])
     assert set(person) == {"name", "age", "tags", "home"}
     assert 0 <= person["age"] <= 99 and 1 <= len(person["tags"]) <= 2

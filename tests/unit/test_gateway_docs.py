@@ -85,6 +85,17 @@ def test_fields_of_the_smaller_bodies() -> None:
     assert first_cells(section("POST /cancel")) == fields_of(CancelRequest)
 
 
+def test_every_field_has_a_row_in_the_tables_of_clients() -> None:
+    """tests/server/client_rows ask for what works, and see what does not refused or told."""
+    tables = Path(__file__).parents[1] / "server" / "client_rows"
+    words = set(re.findall(r"\w+", "".join(path.read_text() for path in tables.glob("*_rows.py"))))
+    fields = fields_of(
+        GenerateRequest, GenerateParameters, VllmGenerateRequest, ChatRequest, CompletionRequest,
+        ResponsesRequest, EmbeddingsRequest, VertexRequest, CancelRequest,
+    )  # fmt: skip
+    assert fields - words == set()
+
+
 def test_headers() -> None:
     for name in _EXPOSED_HEADERS:
         assert f"`{name}`" in PAGE, name

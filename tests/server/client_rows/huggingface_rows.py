@@ -64,6 +64,9 @@ def row_chat(url: str) -> None:
     chunks = list(stream)
     assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == text
     assert chunks[-1].usage.completion_tokens == answer.usage.completion_tokens
+    assert [bool(c.usage) for c in chunks] == [not c.choices for c in chunks]
+    unasked = list(client.chat_completion(QUESTION, max_tokens=4, temperature=0, stream=True))
+    assert not any(chunk.usage for chunk in unasked)
 
 
 def row_chat_response_format(url: str) -> None:

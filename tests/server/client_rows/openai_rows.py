@@ -122,3 +122,150 @@ def row_errors(url: str) -> None:
                 assert error.body["message"]
                 continue
             raise AssertionError(f"no {kind.__name__}")
+    try:
+        chat(url, extra_body={"adapter_id": "nobody"})
+    except openai.NotFoundError as error:
+        assert error.code == "adapter_not_found"
+    else:
+        raise AssertionError("no NotFoundError")
+
+
+def refused(ask: Any, field: str) -> None:
+    try:
+        ask()
+    except openai.UnprocessableEntityError as error:
+        assert error.param == field and f"`{field}`" in str(error), error
+    else:
+        raise AssertionError(f"{field} is taken")
+
+
+def row_chat_fields_that_are_refused(url: str) -> None:
+    for fields in (
+        {"audio": {"voice": "alloy", "format": "wav"}}, {"modalities": ["audio"]},
+        {"functions": [{"name": "f"}]}, {"function_call": {"name": "f"}}, {"store": True},
+        {"web_search_options": {"a": 1}}, {"moderation": {"model": "m"}},
+    ):  # fmt: skip
+        refused(lambda given=fields: chat(url, extra_body=given), next(iter(fields)))
+
+
+def row_other_fields_that_are_refused(url: str) -> None:
+    refused(
+        lambda: client(url).completions.create(model="tgi", prompt=CAPITAL, suffix="!"), "suffix"
+    )
+    refused(
+        lambda: client(url).embeddings.create(model="tgi", input="a", dimensions=8), "dimensions"
+    )
+    for fields in (
+        {"store": True}, {"background": True}, {"previous_response_id": "resp_1"},
+        {"conversation": "conv_1"}, {"prompt": {"id": "pmpt_1"}}, {"moderation": {"model": "m"}},
+        {"context_management": [{"type": "compaction"}]}, {"truncation": "auto"},
+    ):  # fmt: skip
+        refused(lambda given=fields: respond(url, extra_body=given), next(iter(fields)))
+
+
+def warned(call: Any, **given: Any) -> str:
+    """What the answer's header says of fields that were ignored."""
+    return str(call(**given).headers.get("x-headgate-warnings", ""))
+
+
+def row_chat_fields_without_effect(url: str) -> None:
+    ask = client(url).chat.completions.with_raw_response.create
+    given = {"model": "tgi", "messages": QUESTION, "max_tokens": 1}
+    neutral = {
+        "metadata": {"a": "b"}, "safety_identifier": "me", "prompt_cache_key": "k",
+        "prompt_cache_retention": "24h", "prompt_cache_options": {}, "user": "me",
+        "service_tier": "auto", "store": False,
+    }  # fmt: skip
+    assert warned(ask, **given, extra_body=neutral) == ""
+    hints = {"reasoning_effort": "low", "verbosity": "low", "service_tier": "flex",
+             "prediction": {"type": "content", "content": "x"}}  # fmt: skip
+    text = warned(ask, **given, extra_body=hints)
+    assert all(name in text for name in hints), text
+
+
+def row_chat_template(url: str) -> None:
+    """`chat_template_kwargs` are seen where the template reads them, `tool_prompt` anywhere."""
+    plain = chat(url, max_tokens=1).usage.prompt_tokens
+    extra = {"chat_template_kwargs": {"enable_thinking": False}}
+    assert chat(url, max_tokens=1, extra_body=extra).usage.prompt_tokens == plain
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    short = chat(url, max_tokens=1, tools=tools, extra_body={"tool_prompt": "Call."})
+    usual = chat(url, max_tokens=1, tools=tools)
+    assert plain < short.usage.prompt_tokens < usual.usage.prompt_tokens
+
+
+def row_tool_choice(url: str) -> None:
+    schema = {"type": "object", "properties": {"on": {"type": "boolean"}}, "required": ["on"],
+              "additionalProperties": False}  # fmt: skip
+    function = {"name": "light", "parameters": schema, "strict": True}
+    given = {"tools": [{"type": "function", "function": function}], "max_tokens": 48}
+    answer = chat(url, **given, tool_choice="required", parallel_tool_calls=False).choices[0]
+    assert answer.finish_reason == "tool_calls"
+    (call,) = answer.message.tool_calls
+    assert call.function.name == "light"
+    assert isinstance(json.loads(call.function.arguments)["on"], bool)
+
+
+def respond(url: str, **more: Any) -> Any:
+    given = {"model": "tgi", "input": QUESTION[0]["content"], "max_output_tokens": 4}
+    return client(url).responses.create(**{**given, "temperature": 0, **more})
+
+
+def row_responses(url: str) -> None:
+    answer = respond(
+        url, instructions="Be brief.", include=["message.output_text.logprobs"], top_logprobs=2,
+        metadata={"a": "b"}, truncation="disabled", max_tool_calls=3, store=False, background=False,
+        text={"format": {"type": "text"}}, tool_choice="none", parallel_tool_calls=False,
+        extra_body={"chat_template_kwargs": {"x": 1}},
+    )  # fmt: skip
+    (place, *_) = answer.output[0].content[0].logprobs
+    assert len(place.top_logprobs) == 2
+    assert (answer.metadata, answer.max_tool_calls) == ({"a": "b"}, 3)
+    assert answer.instructions == "Be brief."
+    assert answer.usage.input_tokens != respond(url).usage.input_tokens
+    try:
+        respond(url, extra_body={"adapter_id": "nobody"})
+    except openai.NotFoundError:
+        return
+    raise AssertionError("an adapter that is not there is taken")
+
+
+def row_response_fields_without_effect(url: str) -> None:
+    ask = client(url).responses.with_raw_response.create
+    given = {"model": "tgi", "input": "Hi", "max_output_tokens": 1}
+    neutral = {"safety_identifier": "me", "prompt_cache_key": "k", "prompt_cache_retention": "24h",
+               "prompt_cache_options": {}, "user": "me", "service_tier": "auto"}  # fmt: skip
+    assert warned(ask, **given, extra_body=neutral) == ""
+    assert "reasoning" in warned(ask, **given, extra_body={"reasoning": {"effort": "low"}})
+
+
+def row_embeddings(url: str) -> None:
+    def embed(text: Any, **extra: Any) -> list[float]:
+        create = client(url).embeddings.create
+        answer = create(model="tgi", input=text, encoding_format="float", extra_body=extra)
+        return list(answer.data[0].embedding)
+
+    tokens = client(url).post("../tokenize", body={"inputs": CAPITAL}, cast_to=object)
+    end = [token["id"] for token in tokens][-2:]
+    assert embed(CAPITAL, truncate_prompt_tokens=2) == embed([end])
+    assert embed(CAPITAL, add_special_tokens=False) == embed(CAPITAL, user="me")
+
+
+def row_cancel(url: str) -> None:
+    stream = chat(url, max_tokens=2000, stream=True, extra_headers={"x-request-id": "row"},
+                  extra_body={"ignore_eos": True})  # fmt: skip
+    next(iter(stream))
+    body = {"request_id": "row"}
+    assert client(url).post("../cancel", body=body, cast_to=object) == {"cancelled": 1}
+    try:
+        list(stream)
+    except openai.APIError as error:
+        assert "cancelled" in str(error)
+        return
+    raise AssertionError("the stream ended as if nothing had been")
+
+
+def row_vertex(url: str) -> None:
+    body = {"instances": [{"messages": QUESTION, "max_tokens": 32, "temperature": 0}]}
+    answer = client(url).post("../vertex", body=body, cast_to=object)
+    assert answer == {"predictions": [chat(url).choices[0].message.content]}
