@@ -1,7 +1,11 @@
-"""A live server answers every example of its own description, in the shape described."""
+"""A live server answers every example of its own description, in the shape described, and every
+curl line of docs/api.md."""
 
 from __future__ import annotations
 
+import json
+import re
+import subprocess
 from typing import Any
 
 import httpx
@@ -9,12 +13,18 @@ import jsonschema_rs
 import pytest
 
 from headgate.router.gateway.openapi_routes import OPERATIONS
-from tests.server.live_server import LiveServer
+from tests.server.live_server import ROOT, LiveServer
 
 EXAMPLES = [
     pytest.param(row.path, value, id=f"{row.path} {name}")
     for row in OPERATIONS
     for name, value in row.examples.items()
+]
+# But for the one that starts a request in the background to cancel it.
+CURLS = [
+    block
+    for block in re.findall(r"^((?: {4}.*\n)+)", (ROOT / "docs/api.md").read_text(), re.MULTILINE)
+    if block.startswith("    curl") and "&\n" not in block
 ]
 GETS = [row.path for row in OPERATIONS if row.method == "get" and "{" not in row.path]
 
@@ -45,6 +55,14 @@ def test_examples(server: LiveServer, description: dict[str, Any], path: str, bo
     assert response.status_code == 200, response.text
     assert "x-headgate-warnings" not in response.headers
     check(description, "post", path, response)
+
+
+@pytest.mark.parametrize("block", CURLS)
+def test_curl_lines_of_the_docs(server: LiveServer, block: str) -> None:
+    command = re.sub(r"curl localhost:\d+", f"curl --silent --fail-with-body {server.url}", block)
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads(done.stdout)
 
 
 @pytest.mark.parametrize("path", GETS)

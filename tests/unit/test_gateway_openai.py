@@ -360,17 +360,39 @@ async def test_refusals_of_completions() -> None:
             assert response.json()["error"]["param"] == field
 
 
-async def test_the_routers_field_names_are_translated() -> None:
-    async def script(conversation: fake.Conversation, submit: pb.Submit) -> None:
-        conversation.send(submit, fake.error("validation", 422, "no", field="max_new_tokens"))
+TOO_LONG = "`inputs` tokens + `max_new_tokens` must be <= 9. Given: `x` and 9"
 
+
+@pytest.mark.parametrize(
+    ("path", "body", "names"),
+    [
+        ("/v1/chat/completions", ASK, ("messages", "max_tokens")),
+        ("/v1/completions", {"prompt": "a"}, ("prompt", "max_tokens")),
+        ("/v1/responses", {"input": "a"}, ("input", "max_output_tokens")),
+        ("/generate", {"prompt": "a"}, ("prompt", "max_tokens")),
+        ("/generate", {"inputs": "a"}, ("inputs", "max_new_tokens")),
+        ("/invocations", {"prompt": "a"}, ("prompt", "max_tokens")),
+    ],
+)
+async def test_refusals_by_the_router_have_the_routes_names_of_fields(
+    path: str, body: dict[str, Any], names: tuple[str, str]
+) -> None:
+    async def script(conversation: fake.Conversation, submit: pb.Submit) -> None:
+        given = {"field": "max_new_tokens", "context_length": 9}
+        conversation.send(submit, fake.error("validation", 422, TOO_LONG, **given))
+
+    text = f"`{names[0]}` tokens + `{names[1]}` must be <= 9. Given: `x` and 9"
     async with RunningGateway(script) as running:
         for stream in (False, True):
-            response = await running.http.post(
-                "/v1/chat/completions", json={**ASK, "stream": stream}
-            )
+            response = await running.http.post(path, json={**body, "stream": stream})
             assert response.status_code == 422
-            assert response.json()["error"]["param"] == "max_tokens"
+            error = response.json()["error"]
+            if path.startswith("/v1"):
+                text_here = f"{text}. This model's maximum context length is 9 tokens."
+                assert (error["message"], error["param"]) == (text_here, names[1])
+                assert error["code"] == "context_length_exceeded"
+            else:
+                assert error == text
 
 
 async def test_tools_with_choice_none_are_plain_chat() -> None:
