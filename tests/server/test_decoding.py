@@ -127,14 +127,14 @@ def reference_score(model: Any, ids: list[int], answer: list[int], case: dict[st
 def test_beams_are_transformers_beams(
     server: LiveServer, server_2_shards: LiveServer, reference: Any
 ) -> None:
-    """20 prompts on one shard and on two: the same tokens, but where the reference itself scores
-    both answers within BEAM_TIE of each other."""
+    """20 prompts, a few of them on two shards too: the same tokens, but where the reference itself
+    scores both answers within BEAM_TIE of each other."""
     with Client(server.grpc_address) as one, Client(server_2_shards.grpc_address) as two:
         for number, prompt in enumerate(PROMPTS):
             case = BEAM_CASES[number % len(BEAM_CASES)]
             ids = [span.id for span in one.tokenize(prompt)]
             theirs, score = reference_beams(reference, ids, case)
-            for client in (one, two):
+            for client in (one, two) if number < len(BEAM_CASES) else (one,):
                 ours = client.generate(ids, **case, max_new_tokens=6)
                 assert ours.score == pytest.approx(score, abs=BEAM_TIE), (number, case)
                 tokens = [token.id for token in ours.tokens]
