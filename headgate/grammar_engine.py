@@ -17,6 +17,10 @@ MAX_SYMBOLS = 50_000
 MAX_ROW_ITEMS = 6_000  # alternatives at one place; an optional property makes four
 MAX_LEXER_STATES = 50_000  # of 1 to 2 kB each
 _LOUD = 1_000  # characters of an error
+# Sets of tokens that a mask takes as a whole where the grammar lets all of them come next, without
+# a look at each. llguidance's own are of JSON's strings; these are of words and names, without
+# which a regex such as [a-z]+ looks at ten thousand tokens for every mask.
+_WORDS = (r"[a-zA-Z0-9]{1,20}", r"[a-z]{1,20}", r" [a-z]{1,20}")
 
 
 class GrammarError(ValueError):
@@ -28,7 +32,7 @@ def load_tokenizer(
 ) -> LLTokenizer:
     """The vocabulary of the model's tokenizer.json, padded to the `vocab_size` of its logits.
 
-    Takes about half a second in which the interpreter's lock is held. Raises GrammarError for a
+    Takes most of a second in which the interpreter's lock is held. Raises GrammarError for a
     tokenizer that llguidance cannot read.
     """
     eos = [token for token in eos_token_ids if token < vocab_size]
@@ -36,7 +40,8 @@ def load_tokenizer(
         raise GrammarError("the model declares no end-of-sequence token, which grammars need")
     try:
         text = (Path(model_path) / "tokenizer.json").read_text(encoding="utf-8")
-        return LLTokenizer(text, n_vocab=vocab_size, eos_token=eos)
+        slices = [*LLTokenizer.general_slices(), *_WORDS]
+        return LLTokenizer(text, n_vocab=vocab_size, eos_token=eos, slices=slices)
     except (OSError, ValueError) as error:
         raise GrammarError(f"the model's tokenizer does not support grammars: {error}") from error
 

@@ -3,7 +3,8 @@
 llguidance bounds what it spends on a grammar, but a schema that somebody built to hurt could still
 take seconds, or all of a stack: that must be no router's loss. The worker (grammar_worker.py) is
 started by the first grammar and compiles one at a time; one that takes too long, or brings it down,
-is replaced.
+is refused, and the worker replaced. A worker that somebody else ended, or that does not start, says
+nothing of the grammar: who asked may ask again.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from headgate.router.errors import OverloadedError, ValidationError
+from headgate.router.errors import OverloadedError, UnavailableError, ValidationError
 from headgate.router.grammar import Grammar
-from headgate.router.grammar_process import GrammarProcess, WorkerLost
+from headgate.router.grammar_process import GrammarProcess, WorkerCrashed, WorkerLost
 
 logger = logging.getLogger(__name__)
 
 COMPILE_SECONDS = 2.0
+RETRY_SECONDS = 1.0
 MAX_WAITING = 64  # grammars to compile
 _CACHED = 1024  # outcomes; the memory they take is bounded too
 _CACHED_CHARACTERS = 8 << 20
@@ -49,8 +51,8 @@ class GrammarCompiler:
     async def compile(self, grammar: Grammar, vocab_size: int, eos_token_ids: Sequence[int]) -> str:
         """The grammar as shards take it.
 
-        Raises ValidationError with the reason where it cannot be followed, and OverloadedError
-        where too many others are waiting to be compiled.
+        Raises ValidationError with the reason where it cannot be followed, OverloadedError where
+        too many others are waiting to be compiled, and UnavailableError where the worker was lost.
         """
         grammar.check()
         compiled = self._cache.get(grammar)
@@ -82,8 +84,13 @@ class GrammarCompiler:
             }
             task = asyncio.get_running_loop().create_task(self._ask(grammar, settings))
             self._pending[grammar] = task
-            task.add_done_callback(lambda _: self._pending.pop(grammar, None))
+            task.add_done_callback(lambda done: self._compiled(grammar, done))
         return await asyncio.shield(task)
+
+    def _compiled(self, grammar: Grammar, task: asyncio.Task[Compiled]) -> None:
+        del self._pending[grammar]
+        if not task.cancelled():
+            task.exception()  # marks it as seen: who asked may have left
 
     async def _ask(self, grammar: Grammar, settings: dict[str, object]) -> Compiled:
         message = grammar.to_proto().SerializeToString()
@@ -95,9 +102,14 @@ class GrammarCompiler:
             compiled = Compiled(
                 problem=f"it takes more than {COMPILE_SECONDS:g} seconds to compile"
             )
+        except WorkerCrashed as error:
+            logger.warning("a grammar brought its worker down: %s", error)
+            compiled = Compiled(problem="it cannot be compiled")
         except WorkerLost as error:
             logger.warning("the grammar worker was lost: %s", error)
-            compiled = Compiled(problem="it cannot be compiled")
+            raise UnavailableError(
+                "The process that compiles grammars was lost; ask again", retry_after=RETRY_SECONDS
+            ) from error
         else:
             compiled = Compiled(**answer)
         self._remember(grammar, compiled)

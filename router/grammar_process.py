@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import signal
 import socket
 import subprocess
 import sys
@@ -13,10 +14,20 @@ from typing import BinaryIO
 logger = logging.getLogger(__name__)
 
 START_SECONDS = 60.0  # to load a vocabulary, on a busy machine
+_COMMAND = (sys.executable, "-m", "headgate.router.grammar_worker")  # and its settings
+
+
+# How a process ends that brings itself down: a stack that is full, memory that is not given.
+_OWN_FAULTS = (signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGSEGV)
+_END_SECONDS = 5.0  # for a worker that has closed its end to be gone
 
 
 class WorkerLost(Exception):
-    """The worker ended, or had to be ended, without an answer."""
+    """There is no worker, or somebody ended it: nothing is known of the grammar."""
+
+
+class WorkerCrashed(Exception):
+    """The grammar brought the worker down."""
 
 
 class GrammarProcess:
@@ -30,8 +41,8 @@ class GrammarProcess:
     def ask(self, message: bytes, settings: dict[str, object], timeout: float) -> dict[str, str]:
         """The worker's answer to a serialised Grammar; `settings` are a new worker's.
 
-        Raises WorkerLost; TimeoutError after `timeout` seconds; RuntimeError where no worker can
-        be started. It is gone then.
+        Raises WorkerLost, WorkerCrashed, and TimeoutError after `timeout` seconds. The worker is
+        gone then, and the next call starts another.
         """
         if self._process is None or self._process.poll() is not None:
             self._start(settings)
@@ -47,9 +58,23 @@ class GrammarProcess:
             self.stop()
             raise WorkerLost(str(error)) from error
         if not line:
+            crash = self._crash()
             self.stop()
-            raise WorkerLost("it died")
+            raise WorkerCrashed(crash) if crash else WorkerLost("somebody ended it")
         return json.loads(line)
+
+    def _crash(self) -> str:
+        """How the worker that has gone silent ended, where that was its own doing; else empty."""
+        process = self._process
+        if process is None:  # stop() in another thread
+            return ""
+        try:
+            code = process.wait(_END_SECONDS)
+        except subprocess.TimeoutExpired:
+            return "it closed its output"
+        if code >= 0:
+            return f"it ended with exit code {code}"
+        return f"it ended with signal {-code}" if -code in _OWN_FAULTS else ""
 
     def stop(self) -> None:
         """Ends the worker. May be called from another thread, which then loses it."""
@@ -68,12 +93,16 @@ class GrammarProcess:
         ours, theirs = socket.socketpair()
         # Popen starts it without forking this process, whose other threads are gRPC's.
         with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "headgate.router.grammar_worker", json.dumps(settings)],
-                stdin=theirs.fileno(),
-                stdout=theirs.fileno(),
-                start_new_session=True,  # a terminal's Ctrl-C is the launcher's to handle
-            )
+            try:
+                self._process = subprocess.Popen(
+                    [*_COMMAND, json.dumps(settings)],
+                    stdin=theirs.fileno(),
+                    stdout=theirs.fileno(),
+                    start_new_session=True,  # a terminal's Ctrl-C is the launcher's to handle
+                )
+            except OSError as error:
+                ours.close()
+                raise WorkerLost(f"it cannot be started: {error}") from error
         self._socket, self._answers = ours, ours.makefile("rb")
         ours.settimeout(START_SECONDS)
         try:
@@ -82,5 +111,5 @@ class GrammarProcess:
             started = False
         if not started:
             self.stop()
-            raise RuntimeError("the process that compiles grammars does not start")
+            raise WorkerLost("it does not start")
         logger.info("grammars are compiled", extra={"fields": {"pid": self._process.pid}})

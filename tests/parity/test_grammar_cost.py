@@ -53,6 +53,7 @@ SCHEMAS: dict[str, tuple[Grammar, str]] = {
         json.dumps({"v": "root", "children": [{"v": "leaf one"}, {"v": "two", "children": []}]}),
     ),
     "regex": (Grammar("regex", r"[a-z.]+@[a-z]+\.(com|org)"), "someone.new@example.org"),
+    "name": (Grammar("regex", "[a-zA-Z0-9_-]{3,64}"), "some-Name_12"),
     "choice": (Grammar("choice", ("positive", "negative", "neutral")), "negative"),
 }  # fmt: skip
 

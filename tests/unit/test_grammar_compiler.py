@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -11,8 +13,8 @@ import pytest
 from llguidance import LLMatcher, LLTokenizer
 
 from headgate.grammar_engine import load_tokenizer, new_matcher
-from headgate.router import grammar_compiler
-from headgate.router.errors import OverloadedError, ValidationError
+from headgate.router import grammar_compiler, grammar_process
+from headgate.router.errors import OverloadedError, UnavailableError, ValidationError
 from headgate.router.grammar import MAX_CHARACTERS, Grammar, StructuralTag, StructuralTags
 from headgate.router.grammar_compiler import GrammarCompiler
 from headgate.router.grammar_source import to_source
@@ -186,6 +188,36 @@ async def test_a_worker_that_dies(compiler: GrammarCompiler) -> None:
     assert await compiled(compiler, GRAMMARS[0])
     kill_worker(compiler)
     assert await compiled(compiler, GRAMMARS[1])
+
+
+@pytest.mark.parametrize("code", [-signal.SIGKILL, -signal.SIGTERM, -signal.SIGSEGV, 1])
+async def test_who_ended_a_worker_tells_whether_the_grammar_is_at_fault(
+    compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    ends = f"import os; os.kill(os.getpid(), {-code})" if code < 0 else f"raise SystemExit({code})"
+    worker = f"import sys; print(flush=True); sys.stdin.buffer.read(4); {ends}"
+    monkeypatch.setattr(grammar_process, "_COMMAND", (sys.executable, "-c", worker))
+    if code in (-signal.SIGKILL, -signal.SIGTERM):
+        with pytest.raises(UnavailableError) as lost:
+            await compiled(compiler, GRAMMARS[0])
+        assert (lost.value.http_status, lost.value.retry_after) == (503, 1.0)
+        monkeypatch.undo()
+        assert await compiled(compiler, GRAMMARS[0])  # nothing was kept
+    else:
+        assert "cannot be compiled" in await problem(compiler, GRAMMARS[0])
+        monkeypatch.undo()
+        assert "cannot be compiled" in await problem(compiler, GRAMMARS[0])
+
+
+@pytest.mark.parametrize("command", [(sys.executable, "-c", "pass"), ("/nowhere/at-all",)])
+async def test_a_worker_that_does_not_start(
+    compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr(grammar_process, "_COMMAND", command)
+    with pytest.raises(UnavailableError):
+        await compiled(compiler, GRAMMARS[0])
+    monkeypatch.undo()
+    assert await compiled(compiler, GRAMMARS[0])
 
 
 async def test_no_more_wait_than_can_be_served(
