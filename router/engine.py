@@ -1,7 +1,7 @@
 """The loop that turns live requests into steps and steps into answers.
 
-Plan k+1 is on its way while the shards compute plan k. Policy is the scheduler's, text the
-output processor's, the wire the group's: here they meet, with the clock and the sinks.
+Plan k+1 is on its way while the shards compute plan k. Policy is the scheduler's, the wire the
+group's, what clients get the delivery's: here they meet, with the clock.
 """
 
 from __future__ import annotations
@@ -9,15 +9,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from headgate.proto import router_pb2
 from headgate.proto.messages import StepPlan, StepResult
-from headgate.router.beam_search import Hypothesis
 from headgate.router.best_of import BestOf
 from headgate.router.config import RouterConfig
+from headgate.router.delivery import Delivery
 from headgate.router.errors import (
     DrainingError,
     GenerationError,
@@ -31,7 +31,7 @@ from headgate.router.live_answers import LiveAnswers
 from headgate.router.live_requests import Limiter, LiveAnswer, LiveRequest, Permit, Sink
 from headgate.router.metrics import Metrics, StepTimes
 from headgate.router.output_processor import Outcome, OutputProcessor
-from headgate.router.row_output import ProtocolError, RowOutput
+from headgate.router.row_output import ProtocolError
 from headgate.router.scheduler import Scheduler
 from headgate.router.scheduler_config import RequestTooLarge, SchedulerConfig
 from headgate.router.shard_group import GroupBroken, ShardGroup
@@ -45,13 +45,6 @@ MAX_RECOVERIES = 3  # groups that may die under a request before it is taken for
 MAX_REFUSALS = 16  # in a row: by then a step has been cut down to one token
 LOADING_RETRY = 5.0  # seconds
 DRAINED_POLL = 0.02  # seconds
-
-_REASON_NAMES = {
-    router_pb2.FINISH_REASON_LENGTH: "length",
-    router_pb2.FINISH_REASON_EOS_TOKEN: "eos_token",
-    router_pb2.FINISH_REASON_STOP_SEQUENCE: "stop_sequence",
-    router_pb2.FINISH_REASON_POOLED: "pooled",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,10 +68,12 @@ class Engine:
     ) -> None:
         self._config = config
         self._status = status
-        self._outputs = outputs
         self._metrics = metrics
         self._limiter = Limiter(config.max_concurrent_requests)
         self._live = LiveAnswers(outputs)
+        self._delivery = Delivery(
+            self._live, metrics, config.log_prompts, self._stop_row, self.fail
+        )
         self._backlog: list[LiveAnswer] = []  # accepted before there was any KV memory
         self._scheduler: Scheduler | None = None
         self._wake = asyncio.Event()
@@ -123,7 +118,7 @@ class Engine:
         except BaseException as error:
             self._abandon(live)
             if isinstance(error, RequestTooLarge):
-                raise ValidationError(str(error), field="max_new_tokens") from error
+                raise ValidationError(str(error), field=error.field) from error
             raise
         self._metrics.accepted(len(valid.prompt_ids), valid.sampling.max_new_tokens)
         accepted = router_pb2.Accepted(
@@ -134,7 +129,7 @@ class Engine:
         )
         sink.send(router_pb2.GenerateEvent(accepted=accepted))
         for answer, outcome in resumed:
-            self._deliver(answer, outcome)
+            self._delivery.deliver(answer, outcome)
         self._wake.set()
         return live
 
@@ -221,7 +216,7 @@ class Engine:
                 try:
                     self._queue(answer)
                 except RequestTooLarge as error:
-                    self.fail(answer.live, ValidationError(str(error), field="max_new_tokens"))
+                    self.fail(answer.live, ValidationError(str(error), field=error.field))
         else:
             for request in self._scheduler.reset(num_blocks):
                 found = self._live.get(request.id)
@@ -302,18 +297,10 @@ class Engine:
         if plan is None:
             return None, None
         now = time.monotonic()
-        method = "prefill" if self._holds_prompt(plan) else "decode"
+        method = "prefill" if self._scheduler.planned_prompt else "decode"
         joined = len(plan.new_rows) + len(plan.forks)
         self._metrics.step_planned(method, joined, len(plan.rows) > joined, now - started)
         return plan, _Step(sequence, method, now)
-
-    def _holds_prompt(self, plan: StepPlan) -> bool:
-        if plan.new_rows or any(count > 1 for count in plan.counts):
-            return True
-        answers = filter(None, map(self._live.get, plan.rows))
-        return any(
-            answer.request.num_scheduled <= answer.request.num_prefill_tokens for answer in answers
-        )
 
     def _take(self, step: _Step, result: StepResult) -> None:
         """A result: tokens go to their clients, what ended is freed."""
@@ -324,11 +311,7 @@ class Engine:
         if result.refused:
             self._refused(step, result)
             return
-        gaps: Counter[float] = Counter()  # when a request's token before this one came
-        for output in outputs:
-            self._deliver_output(output, arrived, gaps)
-        for last, times in gaps.items():
-            self._metrics.next_tokens(arrived - last, times)
+        self._delivery.deliver_step(outputs, arrived)
         delivered = time.monotonic()
         seconds = StepTimes(
             inference=arrived - max(step.sent, self._last_result),
@@ -350,87 +333,12 @@ class Engine:
         if refusals >= MAX_REFUSALS:
             raise GroupBroken(0, f"it refused {refusals} steps in a row: {result.refused}")
 
-    # --------------------------------------------------------------- delivery
-
-    def _deliver_output(self, output: RowOutput, now: float, gaps: Counter[float]) -> None:
-        answer = self._live.get(output.request.id)
-        if answer is None:
-            return
-        if output.failure:
-            self.fail(answer.live, GenerationError(output.failure))
-            return
-        try:
-            if output.hypotheses:
-                self._deliver_beams(answer.live, output.hypotheses, now)
-                return
-            outcome = self._outputs.process(output)
-            if outcome is not None:
-                if outcome.token_id is not None:
-                    self._count_token(answer, now, gaps)
-                self._deliver(answer, outcome)
-        except Exception:
-            # One answer's text must not take the other requests with it.
-            logger.exception("request %s failed", answer.live.valid.request_id)
-            self.fail(answer.live, InternalError())
-
-    def _deliver_beams(
-        self, live: LiveRequest, hypotheses: Sequence[Hypothesis], now: float
-    ) -> None:
-        """The best answers of a search that is done."""
-        if len(hypotheses) < len(live.answers):
-            found = f"beam search found {len(hypotheses)} of {len(live.answers)} answers"
-            self.fail(live, GenerationError(found))
-            return
-        for answer, hypothesis in zip(live.answers, hypotheses, strict=False):
-            answer.first_token, answer.score = now, hypothesis.score
-            self._metrics.tokens_at_once(len(hypothesis.token_ids))
-            tokens, outcome = answer.text.push_all(hypothesis)
-            live.sink.send(router_pb2.GenerateEvent(tokens=tokens))
-            if not live.ended:
-                self._finish(answer, outcome)
-
-    def _count_token(self, answer: LiveAnswer, now: float, gaps: Counter[float]) -> None:
-        if answer.last_token is None:
-            answer.first_token = now
-            self._metrics.first_token(now - answer.live.valid.arrival)
-        else:
-            gaps[answer.last_token] += 1
-        answer.last_token = now
-
-    def _deliver(self, answer: LiveAnswer, outcome: Outcome) -> None:
-        live = answer.live
-        if outcome.token_id is not None or outcome.text:
-            live.sink.tokens(outcome)
-        if outcome.reason and not live.ended:  # a sink that overflowed has ended it
-            self._finish(answer, outcome)
-
-    def _finish(self, answer: LiveAnswer, outcome: Outcome) -> None:
-        live, text = answer.live, answer.text
-        if outcome.by_text and self._scheduler is not None:
-            # Unknown where it ended at once.
-            self._scheduler.finish(answer.request.id, "stop_sequence")
-        now = time.monotonic()
-        finished = router_pb2.Finished(
-            reason=outcome.reason,
-            generated_text=text.text,
-            generated_tokens=text.num_tokens,
-            input_tokens=len(live.valid.prompt_ids),
-            cached_tokens=live.num_cached_tokens,
-            seed=live.valid.seed,
-            prefill=text.prefill_tokens(),
-            timings=live.timings(answer, now),
-            stop_sequence=text.stop_text,
-            index=answer.index,
-            embedding=outcome.embedding,
-            score=answer.score,
-        )
-        self._live.close(answer)
-        live.sink.send(router_pb2.GenerateEvent(finished=finished))
-        if live.ended:
-            self._metrics.succeeded(live.times(now), live.num_tokens)
-            live.log_end(_REASON_NAMES[outcome.reason], now, self._config.log_prompts)
-
     # ------------------------------------------------------------------ books
+
+    def _stop_row(self, row_id: int) -> None:
+        """Its text has ended; unknown where it did so at once."""
+        if self._scheduler is not None:
+            self._scheduler.finish(row_id, "stop_sequence")
 
     def _queue(self, answer: LiveAnswer) -> None:
         """Raises RequestTooLarge."""

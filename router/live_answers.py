@@ -67,7 +67,7 @@ class LiveAnswers:
             skip_prefix_cache=sampling.prompt_logprobs or sampling.pooling is Pooling.MEAN,
             leader=leader,
         )
-        answer = LiveAnswer(live, request, self._outputs.open(request.id, valid, index))
+        answer = LiveAnswer(live, request, self._outputs.answer(valid, index))
         live.answers.append(answer)
         live.num_open += 1
         self._answers[request.id] = answer
@@ -111,7 +111,6 @@ class LiveAnswers:
         """It has ended; with the last of its answers the request has."""
         live = answer.live
         del self._answers[answer.request.id]
-        self._outputs.close(answer.request.id)
         live.num_open -= 1
         if not live.num_open:
             live.ended = True

@@ -1,6 +1,6 @@
 """One gateway's stream: many requests, keyed by the gateway, their events batched per step.
 
-A task reads what the gateway says, the RPC's own coroutine writes. Everything that became due
+A task reads what the gateway says, the coroutine that serves it writes. Everything that became due
 since the last write goes into one message, so a step costs one write whatever its size. When
 the stream breaks, all of its requests are cancelled: the gateway submits them again.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 
 from headgate.proto import router_pb2
 from headgate.proto.token_columns import NO_LOGPROB, Row, encode_columns
@@ -56,10 +56,26 @@ class KeyedRequest(Sink):
         self.last_event: _Batch | None = None  # where its last event is that is no column's
 
     def tokens(self, outcome: Outcome) -> None:
-        if self._held is None and outcome.is_plain:
-            self._stream.post_token(self, outcome)
-        else:
-            super().tokens(outcome)
+        """In columns where it may travel so (TokenColumns in router.proto)."""
+        text, id_ = outcome.text, outcome.token_id
+        plain = text == outcome.token_text and not outcome.special and not outcome.top
+        if self._held is not None or not plain or id_ is None:
+            self.send(router_pb2.GenerateEvent(tokens=outcome.tokens))
+            return
+        logprob = NO_LOGPROB if outcome.logprob is None else outcome.logprob
+        self._stream.post_token(
+            self,
+            (
+                self.key,
+                self.attempt,
+                outcome.index,
+                outcome.position,
+                outcome.text_offset,
+                id_,
+                logprob,
+                text,
+            ),
+        )
 
     def send(self, event: router_pb2.GenerateEvent) -> None:
         if self._held is None:
@@ -82,7 +98,7 @@ class KeyedRequest(Sink):
 
 
 class MultiplexStream:
-    """One RPC. `run` yields what to write."""
+    """One connection of a gateway. `messages` yields what to write."""
 
     def __init__(self, engine: Engine, intake: Intake, status: ServerStatus) -> None:
         self._engine = engine
@@ -96,6 +112,17 @@ class MultiplexStream:
         self._wake = asyncio.Event()
         self.gateway_id = ""
         self.replaced = False  # by a newer stream of the same gateway
+
+    async def follow(self, messages: AsyncIterator[router_pb2.ClientMessage]) -> None:
+        """Takes what the gateway says, and closes when it says no more."""
+        try:
+            async for message in messages:
+                self.take(message)
+        except asyncio.CancelledError:
+            raise
+        except Exception:
+            logger.exception("the stream of gateway %s failed", self.gateway_id)
+        self.close()
 
     def take(self, message: router_pb2.ClientMessage) -> None:
         """One message of the gateway, after its Hello."""
@@ -152,26 +179,12 @@ class MultiplexStream:
         if self._is_last(keyed, event):
             del self._requests[keyed.key]
 
-    def post_token(self, keyed: KeyedRequest, outcome: Outcome) -> None:
+    def post_token(self, keyed: KeyedRequest, row: Row) -> None:
         """As `post`, for a token that may travel in columns."""
         if self._closed or self._requests.get(keyed.key) is not keyed:
             return
         # In a message columns come first: they must not overtake an event of the same request.
-        batch = self._batch(after=keyed.last_event)
-        logprob = NO_LOGPROB if outcome.logprob is None else outcome.logprob
-        assert outcome.token_id is not None  # is_plain
-        batch.tokens.append(
-            (
-                keyed.key,
-                keyed.attempt,
-                outcome.index,
-                outcome.position,
-                outcome.text_offset,
-                outcome.token_id,
-                logprob,
-                outcome.text,
-            )
-        )
+        self._batch(keyed.last_event).tokens.append(row)
 
     def _batch(self, after: _Batch | None = None) -> _Batch:
         """The batch that takes one more event, later than `after`."""
@@ -180,10 +193,11 @@ class MultiplexStream:
             logger.error("gateway %s does not read: its stream is ended", self.gateway_id)
             self.close()
             return _Batch()  # which nobody sends
-        batch = self._batches[-1] if self._batches else None
+        batches = self._batches
+        batch = batches[-1] if batches else None
         if batch is None or batch is after or len(batch) >= MAX_EVENTS_PER_MESSAGE:
             batch = _Batch()
-            self._batches.append(batch)
+            batches.append(batch)
             self._wake.set()
         return batch
 

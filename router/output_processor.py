@@ -7,7 +7,7 @@ knows no clock: the engine does both.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from headgate.proto import router_pb2
 from headgate.proto.messages import PromptLogprobs, RowEnd, TopTokens
@@ -28,9 +28,13 @@ FINISH_REASONS = {
 _TOKEN_ENDS = (RowEnd.EOS, RowEnd.STOP_TOKEN)
 
 
-@dataclass(slots=True)  # not frozen: one is made per token, and that makes it three times as dear
+@dataclass(eq=False)
 class Outcome:
-    """What one token brought."""
+    """What one token brought.
+
+    One is made per token: neither frozen nor with slots, so that what it does not have costs
+    nothing, being the class's.
+    """
 
     index: int  # of the answer
     position: int  # of the token in the answer, or of the next one where there is none
@@ -38,20 +42,16 @@ class Outcome:
     text: str = ""  # released
     token_id: int | None = None  # None: only text
     token_text: str = ""
-    special: bool = False
-    logprob: float | None = None
-    top: Sequence[router_pb2.Token] = ()
+    special: bool = field(default=False, init=False)
+    logprob: float | None = field(default=None, init=False)
+    top: Sequence[router_pb2.Token] = field(default=(), init=False)
     # Unspecified: it goes on.
-    reason: router_pb2.FinishReason = router_pb2.FINISH_REASON_UNSPECIFIED
-    by_text: bool = False  # a stop text was found: the shards do not know of the end
-    embedding: Sequence[float] = ()  # what came instead of tokens
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether the token may travel in columns (TokenColumns in router.proto)."""
-        if self.token_id is None or self.special or self.top:
-            return False
-        return self.text == self.token_text
+    reason: router_pb2.FinishReason = field(
+        default=router_pb2.FINISH_REASON_UNSPECIFIED, init=False
+    )
+    # A stop text was found: the shards do not know of the end.
+    by_text: bool = field(default=False, init=False)
+    embedding: Sequence[float] = field(default=(), init=False)  # what came instead of tokens
 
     @property
     def tokens(self) -> router_pb2.Tokens:
@@ -87,6 +87,9 @@ class Answer:
         self._length = 0  # characters of it
         self._sent = 0  # characters given out in events
         self._prompt_logprobs: dict[int, tuple[float, TopTokens | None]] = {}  # by position
+        self._special_ids = pieces.special_ids
+        self._has_stops = bool(self._stops.stops)
+        self._with_logprobs = valid.sampling.logprobs
         self.num_tokens = 0
 
     @property
@@ -106,14 +109,15 @@ class Answer:
     ) -> Outcome:
         """Takes the next token. `end`: why the shards ended the row with it."""
         if self._valid.scores_only:
-            reason = router_pb2.FINISH_REASON_LENGTH
-            return Outcome(self._index, 0, 0, reason=reason)
+            outcome = Outcome(self._index, 0, 0)
+            outcome.reason = router_pb2.FINISH_REASON_LENGTH
+            return outcome
         position = self.num_tokens
-        self.num_tokens += 1
+        self.num_tokens = position + 1
         # The token that ends an answer is no part of its text where stop texts are none either.
-        hidden = end in _TOKEN_ENDS and not self._valid.include_stop
+        hidden = end in _TOKEN_ENDS and not self._valid.include_stop if end else False
         text, visible = self._detokenizer.push(id_, hidden)
-        released = self._release(visible, position) if self._stops.stops else visible
+        released = self._release(visible, position) if self._has_stops else visible
         ended = end or self._stops.matched is not None
         if ended:
             rest, visible = self._detokenizer.flush()
@@ -121,12 +125,13 @@ class Answer:
             released += self._release(visible, position)
             if self._stops.matched is None:
                 released += self._stops.flush()
-        sampling = self._valid.sampling
-        outcome = Outcome(self._index, position, self._sent, self._give_out(released), id_, text)
-        outcome.special = id_ in self._pieces.special_ids
-        if sampling.logprobs:
+        sent = self._sent
+        outcome = Outcome(self._index, position, sent, self._give_out(released), id_, text)
+        if id_ in self._special_ids:
+            outcome.special = True
+        if self._with_logprobs:
             outcome.logprob = logprob
-        if top is not None and sampling.top_n_tokens:
+        if top is not None and self._valid.sampling.top_n_tokens:
             outcome.top = self._alternatives(top)
         if ended:
             stopped = self._stops.matched is not None and end is not RowEnd.EOS
@@ -135,6 +140,16 @@ class Answer:
                 router_pb2.FINISH_REASON_STOP_SEQUENCE if stopped else FINISH_REASONS[end]
             )
         return outcome
+
+    def take(self, output: RowOutput) -> Outcome | None:
+        """A step's part for this answer. None: only prompt logprobs came."""
+        if output.prompt_logprobs is not None:
+            self.take_prompt_logprobs(output.prompt_logprobs)
+        if output.pooled is not None:
+            return self.embed(output.pooled)
+        if output.token_id is None:
+            return None
+        return self.push(output.token_id, output.logprob, output.top, output.end)
 
     def push_all(self, hypothesis: Hypothesis) -> tuple[router_pb2.Tokens, Outcome]:
         """Takes a whole answer; its tokens as one message, and what the last of them brought."""
@@ -168,9 +183,10 @@ class Answer:
 
     def embed(self, pooled: Sequence[float]) -> Outcome:
         """The pooled prompt, in place of an answer."""
-        vector = normalised(pooled) if self._valid.normalize else pooled
-        reason = router_pb2.FINISH_REASON_POOLED
-        return Outcome(self._index, 0, 0, reason=reason, embedding=vector)
+        outcome = Outcome(self._index, 0, 0)
+        outcome.reason = router_pb2.FINISH_REASON_POOLED
+        outcome.embedding = normalised(pooled) if self._valid.normalize else pooled
+        return outcome
 
     def take_prompt_logprobs(self, entry: PromptLogprobs) -> None:
         for offset, logprob in enumerate(entry.logprobs):
@@ -206,11 +222,11 @@ class Answer:
     def _give_out(self, released: str) -> str:
         """The text that goes out: `released`, but for characters that are out already."""
         self._parts.append(released)
-        self._length += len(released)
-        due = self._length - self._sent
+        self._length = length = self._length + len(released)
+        due = length - self._sent
         if due <= 0:
             return ""
-        self._sent = self._length
+        self._sent = length
         return released if due == len(released) else self.text[-due:]
 
     def _alternatives(self, top: TopTokens) -> list[router_pb2.Token]:
@@ -224,32 +240,16 @@ class Answer:
 
 
 class OutputProcessor:
-    """The answers of all live requests, by request id."""
+    """What answers are made with: the vocabulary's pieces and the model's ends of sequence."""
 
     def __init__(self, pieces: Pieces, eos_token_ids: Sequence[int] = ()) -> None:
         """`eos_token_ids`: the model's, as its shards tell them; may be set later."""
         self._pieces = pieces
-        self._answers: dict[int, Answer] = {}
         self.eos_token_ids = frozenset(eos_token_ids)
 
-    def open(self, request_id: int, valid: ValidRequest, index: int = 0) -> Answer:
-        answer = Answer(valid, self._pieces, index)
-        self._answers[request_id] = answer
-        return answer
-
-    def close(self, request_id: int) -> None:
-        self._answers.pop(request_id, None)
-
-    def process(self, output: RowOutput) -> Outcome | None:
-        """None: only prompt logprobs came. The request must be open."""
-        answer = self._answers[output.request.id]
-        if output.prompt_logprobs is not None:
-            answer.take_prompt_logprobs(output.prompt_logprobs)
-        if output.pooled is not None:
-            return answer.embed(output.pooled)
-        if output.token_id is None:
-            return None
-        return answer.push(output.token_id, output.logprob, output.top, output.end)
+    def answer(self, valid: ValidRequest, index: int = 0) -> Answer:
+        """A new one, the request's `index`th."""
+        return Answer(valid, self._pieces, index)
 
     def end_of(self, valid: ValidRequest, ids: Sequence[int]) -> RowEnd:
         """How a shard would end a row with these output ids; NONE: it would go on."""

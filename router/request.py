@@ -69,6 +69,10 @@ class Request:
     preemptions: int = 0
     recoveries: int = 0  # times the shards were lost while it ran
     first_scheduled: float | None = None  # seconds, on the clock of `arrival`
+    max_positions: int = field(init=False)  # KV positions it takes if it runs to max_new_tokens
+
+    def __post_init__(self) -> None:
+        self.max_positions = len(self.prompt_ids) + self.sampling.max_new_tokens - 1
 
     @property
     def order(self) -> tuple[float, int]:
@@ -79,11 +83,6 @@ class Request:
     def num_tokens(self) -> int:
         """Prompt and confirmed output tokens."""
         return len(self.prompt_ids) + len(self.output_ids)
-
-    @property
-    def max_positions(self) -> int:
-        """KV positions it takes if it runs to max_new_tokens."""
-        return len(self.prompt_ids) + self.sampling.max_new_tokens - 1
 
     @property
     def num_rows(self) -> int:
@@ -97,6 +96,20 @@ class Request:
     @property
     def is_finished(self) -> bool:
         return self.status is RequestStatus.FINISHED
+
+    @property
+    def can_go_on(self) -> bool:
+        """Whether more of it can be planned now, while it runs."""
+        planned = self.num_scheduled
+        if planned < self.num_prefill_tokens:
+            return True
+        return planned < self.max_positions and (not self.lockstep or planned < self.num_tokens)
+
+    @property
+    def leader_to_fork(self) -> Request | None:
+        """Where a request that has no token of its own finds the KV of its prompt."""
+        leader = self.leader
+        return leader if leader and leader.is_running and not self.output_ids else None
 
     def token_ids(self, start: int, stop: int) -> list[int]:
         """Ids of tokens [start, stop) of prompt + output."""

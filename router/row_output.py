@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from headgate.proto.messages import (
     PooledStates,
@@ -21,35 +21,44 @@ class ProtocolError(RuntimeError):
     """A result that does not answer the plan it names: router and shards disagree."""
 
 
-@dataclass(slots=True)  # not frozen: one is made per token, and that makes it three times as dear
+@dataclass(eq=False)
 class RowOutput:
-    """One request's part of a step's result."""
+    """One request's part of a step's result.
+
+    One is made per token: neither frozen nor with slots, so that what it does not have costs
+    nothing, being the class's.
+    """
 
     request: Request
-    token_id: int | None  # None: only prompt logprobs, or a failure
-    logprob: float = 0.0
-    top: TopTokens | None = None
-    end: RowEnd = RowEnd.NONE
-    failure: str = ""  # why a row ended FAILED; then there is no token
-    prompt_logprobs: PromptLogprobs | None = None  # each position once, whatever was recomputed
-    pooled: Sequence[float] | None = None  # the prompt's hidden state, if it ended POOLED
-    hypotheses: Sequence[Hypothesis] = ()  # of a beam search that is done, best first
+    token_id: int | None = field(default=None, init=False)  # None: no token, or a failure
+    logprob: float = field(default=0.0, init=False)
+    top: TopTokens | None = field(default=None, init=False)
+    end: RowEnd = field(default=RowEnd.NONE, init=False)
+    failure: str = field(default="", init=False)  # why a row ended FAILED; then it has no token
+    # Each position once, whatever was recomputed.
+    prompt_logprobs: PromptLogprobs | None = field(default=None, init=False)
+    # The prompt's hidden state, if it ended POOLED.
+    pooled: Sequence[float] | None = field(default=None, init=False)
+    # Of a beam search that is done, best first.
+    hypotheses: Sequence[Hypothesis] = field(default=(), init=False)
 
     def take_token(self, result: StepResult, place: int) -> None:
         """Appends the sampled token to the request; the router holds the limit on length too."""
-        request = self.request
-        self.end = result.ends[place]
-        if self.end is RowEnd.FAILED:
-            self.failure = result.failures.get(request.id, "no token could be chosen")
-            return
-        if self.end is RowEnd.POOLED:
-            self.pooled = _pooled(request)
-            return
-        self.token_id = result.token_ids[place]
+        request, end = self.request, result.ends[place]
+        if end:
+            self.end = end
+            if end is RowEnd.FAILED:
+                self.failure = result.failures.get(request.id, "no token could be chosen")
+                return
+            if end is RowEnd.POOLED:
+                self.pooled = _pooled(request)
+                return
+        self.token_id = token_id = result.token_ids[place]
         self.logprob = result.logprobs[place]
-        self.top = result.top[place] if result.top else None
-        request.output_ids.append(self.token_id)
-        if not self.end and len(request.output_ids) >= request.sampling.max_new_tokens:
+        if result.top:
+            self.top = result.top[place]
+        request.output_ids.append(token_id)
+        if not end and len(request.output_ids) >= request.sampling.max_new_tokens:
             self.end = RowEnd.LENGTH
 
     def take_pooled(self, entry: PooledStates) -> None:

@@ -6,19 +6,20 @@ no I/O, reads no clock and knows no text.
 
 from __future__ import annotations
 
-from collections import Counter, deque
 from heapq import nsmallest
 
 from headgate.proto.messages import StepPlan, StepResult
 from headgate.router.admission import Admission
 from headgate.router.beam_rows import BeamGroup
 from headgate.router.kv_cache_manager import KVCacheManager
+from headgate.router.outstanding_steps import OutstandingStep, OutstandingSteps
 from headgate.router.request import Request, RequestStatus
+from headgate.router.request_size import RequestSize
 from headgate.router.row_output import ProtocolError, RowOutput
 from headgate.router.row_set import RowSet, order_of
 from headgate.router.scheduler_config import RequestTooLarge, SchedulerConfig, SchedulerStats
 from headgate.router.step_budget import StepBudget
-from headgate.router.step_draft import OutstandingStep, StepDraft
+from headgate.router.step_draft import StepDraft
 
 __all__ = [
     "ProtocolError",
@@ -46,7 +47,9 @@ class Scheduler:
         self._kv = KVCacheManager(config.num_blocks, config.block_size, config.prefix_caching)
         self._admission = Admission(self._kv, config.kv_overcommit)
         self._rows = RowSet(self._kv)
-        self._outstanding: deque[OutstandingStep] = deque()
+        self._size = RequestSize(config, self._kv)
+        self._outstanding = OutstandingSteps()
+        self.planned_prompt = False  # the last plan computes a part of a prompt
         self._reset_rows = False  # the next plan drops all rows of the shards
         self._budget = StepBudget(config.max_batch_prefill_tokens)
         self._totals = dict.fromkeys(("prefix_queries", "prefix_hits", "recoveries", "refusals"), 0)
@@ -61,37 +64,8 @@ class Scheduler:
             raise ValueError(f"request {request.id} has an empty prompt")
         if len(request.output_ids) >= request.sampling.max_new_tokens:
             raise ValueError(f"request {request.id} has all its tokens already")
-        self._check_size(request)
+        self._size.check(request)
         self._rows.add(request)
-
-    def _check_size(self, request: Request) -> None:
-        prompt, new = len(request.prompt_ids), request.sampling.max_new_tokens
-        limit = self._config.max_total_tokens
-        if limit and prompt + new > limit:
-            raise RequestTooLarge(
-                f"{prompt} prompt tokens and {new} new tokens exceed max_total_tokens ({limit})"
-            )
-        if request.num_rows > self._max_rows:
-            raise RequestTooLarge(
-                f"{request.num_rows} beams are more than the {self._max_rows} rows of a step"
-            )
-        needed, there = self._blocks_needed(request), self._kv.pool.num_blocks
-        if needed > there:
-            raise RequestTooLarge(
-                f"{prompt} prompt tokens and {new} new tokens need {needed} KV blocks of"
-                f" {self._config.block_size} tokens; there are {there}"
-            )
-
-    @property
-    def _max_rows(self) -> int:
-        """Rows that may run at once."""
-        budget = self._config.max_batch_prefill_tokens
-        return min(self._config.max_batch_size or budget, budget)
-
-    def _blocks_needed(self, request: Request) -> int:
-        """KV blocks with which it can run to its end alone, all of its beams."""
-        width = 1 if request.beams is None else request.beams.width
-        return width * self._kv.blocks_for(request.max_positions)
 
     def cancel(self, request_id: int) -> bool:
         """Drops a request whatever its state. False: not here (any more)."""
@@ -135,8 +109,10 @@ class Scheduler:
             return None
         removed, self._rows.removed = self._rows.removed, []
         reset, self._reset_rows = self._reset_rows, False
-        self._outstanding.append(draft.outstanding())
-        return draft.plan(removed, reset)
+        self.planned_prompt = draft.holds_prompt
+        plan = draft.plan(removed, reset)
+        self._outstanding.add(draft.outstanding(plan))
+        return plan
 
     def _is_stuck(self, draft: StepDraft) -> bool:
         """Whether neither this plan nor one before it brings anything on."""
@@ -147,7 +123,7 @@ class Scheduler:
 
         Each row is sure of one token, so neither answers nor prompts starve the other.
         """
-        ready = [row for row in self._rows.running if _can_go_on(row)]
+        ready = [row for row in self._rows.running if row.can_go_on]
         if len(ready) > draft.budget:  # after a refusal: the oldest, and the others in turns
             others = nsmallest(draft.budget - 1, ready[1:], key=_turn)
             ready = [ready[0], *sorted(others, key=order_of)]
@@ -156,16 +132,16 @@ class Scheduler:
         for row in ready:
             if draft.preempted and row.status is not RequestStatus.RUNNING:
                 continue  # gave way to an older one just now
-            count = 1
-            if extra:
-                more = min(extra, row.num_prefill_tokens - row.num_scheduled - 1)
-                if more > 0:
-                    count += more
-                    extra -= more
-            if row.num_scheduled + count <= len(row.block_ids) * block_size:
+            count, planned = 1, row.num_scheduled
+            missing = row.num_prefill_tokens - planned - 1
+            if missing > 0 and extra:
+                more = min(extra, missing)
+                count += more
+                extra -= more
+            if planned + count <= len(row.block_ids) * block_size:
                 draft.add(row, count, ())
                 continue
-            blocks = self._blocks_by_force(row, row.num_scheduled + count, draft)
+            blocks = self._blocks_by_force(row, planned + count, draft)
             if blocks is not None:
                 draft.add(row, count, blocks)
 
@@ -196,12 +172,12 @@ class Scheduler:
             if request.in_flight:
                 return  # preempted just now: first takes the token that is on its way
             num_rows += request.num_rows
-            if num_rows > self._max_rows:
+            if num_rows > self._size.max_rows:
                 return
             if not opened:
                 self._admission.open(self._rows.running)
                 opened = True
-            leader = _leader_to_fork(request)
+            leader = request.leader_to_fork
             admitted = (
                 self._admit_fork(request, leader, draft, now)
                 if leader is not None
@@ -274,14 +250,14 @@ class Scheduler:
         A result of a voided plan or of lost shards brings nothing. Raises ProtocolError, and
         nothing is done, for one that is out of order or does not match its plan.
         """
-        plan = self._find(result.epoch, result.sequence)
+        plan = self._outstanding.find(result.epoch, result.sequence)
         if plan is None:
             return []
         if result.refused:
             self._void(plan)
             return []
-        places = _match(plan, result)
-        self._outstanding.popleft()
+        places = plan.places(result)
+        self._outstanding.answered()
         self._budget.grow()
         prompt_logprobs = {entry.row: entry for entry in result.prompt_logprobs}
         pooled = {entry.row: entry for entry in result.pooled}
@@ -292,10 +268,10 @@ class Scheduler:
             request.in_flight -= 1
             if request.status is RequestStatus.FINISHED:
                 continue  # ended by the plan before, or stopped by the router since
-            output = RowOutput(request, None)
+            output = RowOutput(request)
             if prompt_logprobs and request.id in prompt_logprobs:
                 output.take_prompt_logprobs(prompt_logprobs[request.id])
-            if request.id in pooled:
+            if pooled and request.id in pooled:
                 output.take_pooled(pooled[request.id])
             if place >= 0 and request.beams is not None:
                 request.beams.take(request, result.top[place])
@@ -322,17 +298,9 @@ class Scheduler:
         leader = group.members[0]
         self._admission.record(leader)
         self._rows.end(leader, "beams")
-        return RowOutput(leader, None, hypotheses=group.search.finished)
-
-    def _find(self, epoch: int, sequence: int) -> OutstandingStep | None:
-        """The oldest outstanding plan if this is it; None for one that is void or unknown."""
-        key = epoch, sequence
-        for place, plan in enumerate(self._outstanding):
-            if (plan.epoch, plan.sequence) == key:
-                if place:
-                    raise ProtocolError(f"step {sequence} was answered before the one before it")
-                return plan
-        return None
+        output = RowOutput(leader)
+        output.hypotheses = group.search.finished
+        return output
 
     # ------------------------------------------------------------ setbacks
 
@@ -344,7 +312,7 @@ class Scheduler:
         """
         for plan in self._outstanding:
             if plan.sequence == sequence:
-                found = self._find(plan.epoch, sequence)
+                found = self._outstanding.find(plan.epoch, sequence)
                 assert found is plan
                 self._void(plan)
                 return
@@ -356,7 +324,7 @@ class Scheduler:
                     if row.is_running:
                         self._rows.leave(row)
                         self._rows.requeue(row)
-        self._drop_outstanding()
+        self._outstanding.drop()
         for row in self._rows.running:
             row.num_scheduled = row.num_confirmed
             row.num_prefill_tokens = row.num_tokens
@@ -366,19 +334,13 @@ class Scheduler:
         self._budget.cut(refused.num_tokens)
         self._totals["refusals"] += 1
 
-    def _drop_outstanding(self) -> None:
-        for plan in self._outstanding:
-            for request, _, _ in plan.rows:
-                request.in_flight = 0
-        self._outstanding.clear()
-
     def reset(self, num_blocks: int | None = None) -> list[Request]:
         """The shards were lost, all KV with them: what ran goes back to the queue.
 
         New shards may have another number of blocks. Returns the requests that
         are too large for them, dropped from here.
         """
-        self._drop_outstanding()
+        self._outstanding.drop()
         for row in list(self._rows.running):
             self._rows.leave(row)
             self._rows.requeue(row)
@@ -393,7 +355,7 @@ class Scheduler:
             request.last_sequence = 0
             if request.is_finished:
                 continue  # with another of its beams
-            if self._blocks_needed(request) > self._kv.pool.num_blocks:
+            if not self._size.fits(request):
                 self._rows.end(request, "too_large")
                 too_large.append(request if request.beams is None else request.beams.members[0])
         return too_large
@@ -421,45 +383,10 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Raises AssertionError where the books do not balance."""
         self._rows.check_integrity()
-        in_flight = Counter(request for plan in self._outstanding for request, _, _ in plan.rows)
+        in_flight = self._outstanding.in_flight()
         for request in self._rows.unfinished():
             assert request.in_flight == in_flight[request]
 
 
-def _match(plan: OutstandingStep, result: StepResult) -> list[int]:
-    """For each row of the plan its place in the result, -1 for one that sampled nothing."""
-    sampled, place = result.rows, 0
-    places = []
-    for request, _, samples in plan.rows:
-        if samples and place < len(sampled) and sampled[place] == request.id:
-            if request.beams is not None and not result.top:
-                raise ProtocolError(
-                    f"no alternatives for beam {request.id} in step {plan.sequence}"
-                )
-            places.append(place)
-            place += 1
-        elif samples and request.status is not RequestStatus.FINISHED:
-            raise ProtocolError(f"no token for request {request.id} in step {plan.sequence}")
-        else:
-            places.append(-1)
-    if place != len(sampled):
-        raise ProtocolError(f"step {plan.sequence} has tokens of rows it did not plan")
-    return places
-
-
 def _turn(row: Request) -> tuple[int, float, int]:
     return row.last_sequence, *row.order
-
-
-def _leader_to_fork(request: Request) -> Request | None:
-    """Where a request that has no token of its own finds the KV of its prompt."""
-    leader = request.leader
-    return leader if leader is not None and leader.is_running and not request.output_ids else None
-
-
-def _can_go_on(row: Request) -> bool:
-    """Whether more of the row can be planned now."""
-    planned = row.num_scheduled
-    if planned < row.num_prefill_tokens:
-        return True
-    return planned < row.max_positions and (not row.lockstep or planned < row.num_tokens)

@@ -8,6 +8,11 @@ from dataclasses import dataclass
 class RequestTooLarge(ValueError):
     """A request that could not run even alone. Its message has the numbers."""
 
+    def __init__(self, message: str, field: str = "max_new_tokens") -> None:
+        """`field`: the parameter that asks for too much."""
+        super().__init__(message)
+        self.field = field
+
 
 @dataclass(frozen=True, slots=True)
 class SchedulerConfig:

@@ -1,4 +1,4 @@
-"""Puts a router together: tokenizer, engine, service, gRPC server. Follows no launcher."""
+"""Puts a router together: tokenizer, engine, service, its servers. Follows no launcher."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from headgate.proto import router_pb2_grpc
 from headgate.router.auth import ApiKeyInterceptor
 from headgate.router.config import RouterConfig
 from headgate.router.engine import Engine
+from headgate.router.framing import MAX_MESSAGE_BYTES, stream_path
+from headgate.router.gateway_socket import GatewaySocket
 from headgate.router.intake import Intake
 from headgate.router.metrics import Metrics
+from headgate.router.multiplex import MultiplexStream, Streams
 from headgate.router.output_processor import OutputProcessor
 from headgate.router.service import SERVICE_NAME, RouterService
 from headgate.router.status import FAILED, READY, ServerStatus
 from headgate.router.tokenizer import ChatFiles, Tokenizer
 from headgate.router.validation import Validator
-
-MAX_MESSAGE_BYTES = 256 << 20
 
 
 class AddressInUse(Exception):
@@ -40,6 +41,7 @@ class Parts:
     validator: Validator
     engine: Engine
     service: RouterService
+    streams: Streams
 
     @classmethod
     def build(cls, config: RouterConfig, tokenizer: Tokenizer, chat: ChatFiles) -> Parts:
@@ -49,12 +51,16 @@ class Parts:
         validator = Validator(config, tokenizer)
         engine = Engine(config, status, outputs, metrics)
         intake = Intake(engine, validator, metrics)
-        service = RouterService(engine, intake, status, tokenizer, metrics)
-        return cls(config, status, tokenizer, outputs, metrics, validator, engine, service)
+        streams = Streams(lambda: MultiplexStream(engine, intake, status))
+        service = RouterService(engine, intake, status, tokenizer, metrics, streams)
+        return cls(config, status, tokenizer, outputs, metrics, validator, engine, service, streams)
 
 
 class RouterServer:
-    """The gRPC server, with health and reflection; health follows the server's state."""
+    """The gRPC server, with health and reflection, and the socket for gateways.
+
+    Health follows the server's state.
+    """
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
@@ -70,6 +76,7 @@ class RouterServer:
             ],
         )
         self._health = health.aio.HealthServicer()
+        self._gateways = GatewaySocket(parts.streams, parts.config.api_key)
         self.port = 0  # of the TCP address, once started
 
     async def start(self) -> None:
@@ -85,6 +92,11 @@ class RouterServer:
             self.port = self._listen(f"{host}:{config.grpc_port}")
         await self._tell_health()
         await server.start()
+        path = stream_path(config.gateway_address)
+        try:
+            await self._gateways.start(path)
+        except OSError as error:
+            raise AddressInUse(f"the router cannot listen on {path}") from error
 
     async def follow_status(self) -> None:
         """Keeps health in step with the state; runs until cancelled."""
@@ -101,6 +113,7 @@ class RouterServer:
     async def stop(self, grace: float) -> None:
         """Open calls get `grace` seconds to end."""
         await self._server.stop(grace)
+        self._gateways.stop()
 
     def _listen(self, address: str) -> int:
         try:

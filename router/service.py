@@ -28,7 +28,7 @@ from headgate.router.errors import (
 from headgate.router.intake import Intake, Submission
 from headgate.router.live_requests import LiveRequest, Sink
 from headgate.router.metrics import Metrics
-from headgate.router.multiplex import MultiplexStream, Streams
+from headgate.router.multiplex import Streams
 from headgate.router.status import ServerStatus
 from headgate.router.tokenizer import Span, Tokenizer
 
@@ -86,13 +86,14 @@ class RouterService(router_pb2_grpc.RouterServicer):
         status: ServerStatus,
         tokenizer: Tokenizer,
         metrics: Metrics,
+        streams: Streams,
     ) -> None:
         self._engine = engine
         self._intake = intake
         self._status = status
         self._tokenizer = tokenizer
         self._metrics = metrics
-        self._streams = Streams(lambda: MultiplexStream(engine, intake, status))
+        self._streams = streams
 
     async def Generate(
         self, request: router_pb2.GenerateRequest, context: Context
@@ -132,7 +133,7 @@ class RouterService(router_pb2_grpc.RouterServicer):
         else:
             return
         stream = self._streams.open(message.hello.gateway_id)
-        reader = asyncio.get_running_loop().create_task(_read(request_iterator, stream))
+        reader = asyncio.ensure_future(stream.follow(request_iterator))
         try:
             async with contextlib.aclosing(stream.messages()) as messages:
                 async for answer in messages:
@@ -214,15 +215,3 @@ def _tokenize_response(spans: Sequence[Span]) -> router_pb2.TokenizeResponse:
             for span in spans
         ]
     )
-
-
-async def _read(messages: AsyncIterator[router_pb2.ClientMessage], stream: MultiplexStream) -> None:
-    """Hands over what the gateway says, and closes the stream when it says no more."""
-    try:
-        async for message in messages:
-            stream.take(message)
-    except asyncio.CancelledError:
-        raise
-    except Exception:
-        logger.exception("the stream of gateway %s failed", stream.gateway_id)
-    stream.close()

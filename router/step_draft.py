@@ -1,4 +1,4 @@
-"""A plan while it is being made, and what must be remembered of it until its result is back."""
+"""A plan while it is being made."""
 
 from __future__ import annotations
 
@@ -7,23 +7,8 @@ from dataclasses import dataclass, field
 
 from headgate.proto.messages import Fork, NewRow, StepPlan
 from headgate.router.beam_rows import BeamGroup
+from headgate.router.outstanding_steps import OutstandingStep, PlannedRow
 from headgate.router.request import Request
-
-PlannedRow = tuple[Request, int, bool]  # request, tokens to compute, whether that samples a token
-
-
-@dataclass(frozen=True, slots=True)
-class OutstandingStep:
-    """A plan whose result is not back."""
-
-    epoch: int
-    sequence: int
-    rows: list[PlannedRow]  # in batch order
-    forked: list[Request]  # those of them that begin with a copy of another's KV
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(count for _, count, _ in self.rows)
 
 
 @dataclass(slots=True)
@@ -34,6 +19,7 @@ class StepDraft:
     sequence: int
     budget: int  # tokens left
     preempted: bool = False  # someone gave way to a row of this step
+    holds_prompt: bool = False  # it computes a part of a prompt, or of an output anew
     rows: list[PlannedRow] = field(default_factory=list)
     forked: list[Request] = field(default_factory=list)
     _forks: list[Fork] = field(default_factory=list)
@@ -53,11 +39,14 @@ class StepDraft:
             if blocks:
                 self._block_rows.extend([row.id] * len(blocks))
                 self._block_ids.extend(blocks)
-        row.num_scheduled += count
+        row.num_scheduled = scheduled = row.num_scheduled + count
         row.in_flight += 1
         row.last_sequence = self.sequence
         self.budget -= count
-        self.rows.append((row, count, row.num_scheduled >= row.num_prefill_tokens))
+        known = row.num_prefill_tokens
+        if scheduled <= known and (count > 1 or scheduled <= len(row.prompt_ids)):
+            self.holds_prompt = True
+        self.rows.append((row, count, scheduled >= known))
 
     def _send(self, row: Request) -> None:
         """Tells the shards of a row: as a fork where it is one of a row that they know."""
@@ -96,8 +85,9 @@ class StepDraft:
             reset=reset,
         )
 
-    def outstanding(self) -> OutstandingStep:
-        return OutstandingStep(self.epoch, self.sequence, self.rows, self.forked)
+    def outstanding(self, plan: StepPlan) -> OutstandingStep:
+        """What is to be remembered of `plan`, which `plan` has made."""
+        return OutstandingStep(self.epoch, self.sequence, self.rows, plan.rows, self.forked)
 
 
 def _fork(row: Request, parent: Request) -> Fork:

@@ -150,7 +150,7 @@ class AnswerStream:
         client, housekeeper = self._services.client, self._services.housekeeper
         of_answers = iter(formatters)
         self._sinks = [
-            _StreamSink(self, list(islice(of_answers, num_answers(request))))
+            _StreamSink(self, self._writer, list(islice(of_answers, num_answers(request))))
             for request in requests
         ]
         self._open = len(formatters)
@@ -181,13 +181,10 @@ class AnswerStream:
         for call in self._calls:
             self._services.client.cancel(call)
 
-    # What the sinks call:
-
     def write(self, data: bytes) -> None:
         self._writer.write(data)
 
-    def flush(self) -> None:
-        self._writer.flush()
+    # What the sinks call:
 
     def ended(self) -> None:
         """One of the answers is complete."""
@@ -245,11 +242,14 @@ class _StreamedAnswer:
 class _StreamSink:
     """Sink of one call's answers."""
 
-    __slots__ = ("_answers", "_stream", "ends")
+    __slots__ = ("_answers", "_flush", "_stream", "ends")
 
-    def __init__(self, stream: AnswerStream, formatters: Sequence[Formatter]) -> None:
+    def __init__(
+        self, stream: AnswerStream, writer: EventWriter, formatters: Sequence[Formatter]
+    ) -> None:
         self._stream = stream
-        self._answers = [_StreamedAnswer(stream.write, formatter) for formatter in formatters]
+        self._flush = writer.flush
+        self._answers = [_StreamedAnswer(writer.write, formatter) for formatter in formatters]
         self.ends: list[router_pb2.Finished] = []
 
     def tokens(self, index: int, tokens: Sequence[router_pb2.Token], text: str) -> None:
@@ -266,7 +266,7 @@ class _StreamSink:
 
     def flush(self) -> None:
         self._write_tokens()
-        self._stream.flush()
+        self._flush()
 
     def _write_tokens(self) -> None:
         for answer in self._answers:

@@ -11,7 +11,7 @@ from headgate.router.gateway.chat_deltas import ParsedDeltas, parsed_message
 from headgate.router.gateway.chat_messages import flatten
 from headgate.router.gateway.exchange import JSON_HEADERS, Exchange
 from headgate.router.gateway.generation import Answer, collect, num_answers, timing_headers
-from headgate.router.gateway.grammar_fields import grammar_of, with_grammar_field
+from headgate.router.gateway.grammar_fields import grammar_of
 from headgate.router.gateway.openai_common import (
     FIELD_NAMES,
     OpenAIStream,
@@ -20,6 +20,7 @@ from headgate.router.gateway.openai_common import (
     alternatives,
     check_model,
     finish_reason,
+    names_given,
     prompt_logprobs,
     to_parameters,
     token_logprobs,
@@ -60,7 +61,7 @@ class ChatRoute:
     async def __call__(self, exchange: Exchange) -> None:
         exchange.field_names = _FIELD_NAMES
         body = await exchange.read_json(ChatRequest, self._services.config.payload_limit)
-        exchange.field_names = with_grammar_field(_FIELD_NAMES, body)
+        exchange.field_names = names_given(_FIELD_NAMES, body)
         info = self._services.serving_info()
         hints = {"reasoning_effort": body.reasoning_effort, "verbosity": body.verbosity}
         warn_of_hints(exchange, self._chats.of(info), hints, body.service_tier)

@@ -13,6 +13,7 @@ from headgate.router.errors import RouterError, ValidationError
 from headgate.router.gateway.errors import ModelNotFoundError, openai_error
 from headgate.router.gateway.exchange import Exchange
 from headgate.router.gateway.generation import AnswerStream, check_num_answers
+from headgate.router.gateway.grammar_fields import with_grammar_field
 from headgate.router.gateway.openai_schemas import CommonFields, SamplingFields
 from headgate.router.gateway.served_chat import ServedChat
 from headgate.router.gateway.services import Services
@@ -180,6 +181,15 @@ def add_choices(
     if body.stream:
         raise ValidationError("`best_of` > `n` cannot be streamed", field="best_of")
     parameters.best_of = body.best_of
+
+
+def names_given(names: Mapping[str, str], body: CommonFields) -> Mapping[str, str]:
+    """A route's names of the router's fields, with those that may come from one field or another:
+    what brings the grammar, and what says how many beams there are."""
+    names = with_grammar_field(names, body)
+    if not body.use_beam_search:
+        return names
+    return {**names, "beam_width": "best_of" if body.best_of else "n"}
 
 
 def _add_beams(parameters: router_pb2.Parameters, body: CommonFields) -> None:

@@ -9,7 +9,7 @@ from headgate.proto import router_pb2
 from headgate.router.errors import ValidationError
 from headgate.router.gateway.exchange import JSON_HEADERS, Exchange
 from headgate.router.gateway.generation import Answer, collect, num_answers, timing_headers
-from headgate.router.gateway.grammar_fields import grammar_of, with_grammar_field
+from headgate.router.gateway.grammar_fields import grammar_of
 from headgate.router.gateway.openai_common import (
     FIELD_NAMES,
     OpenAIStream,
@@ -19,6 +19,7 @@ from headgate.router.gateway.openai_common import (
     check_model,
     finish_reason,
     logprob_of,
+    names_given,
     prompt_logprobs,
     to_parameters,
     usage,
@@ -43,7 +44,7 @@ class CompletionsRoute:
         exchange.field_names = _FIELD_NAMES
         config = self._services.config
         body = await exchange.read_json(CompletionRequest, config.payload_limit)
-        exchange.field_names = with_grammar_field(_FIELD_NAMES, body)
+        exchange.field_names = names_given(_FIELD_NAMES, body)
         info = self._services.serving_info()
         check_model(body.model, info)
         if body.suffix:

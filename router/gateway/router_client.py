@@ -29,6 +29,7 @@ from headgate.router.errors import (
     from_proto,
     from_rpc_error,
 )
+from headgate.router.framing import MAX_MESSAGE_BYTES, frame, read_message, stream_path
 from headgate.router.gateway.config import GatewayConfig
 from headgate.router.gateway.server_state import ServerState, State
 
@@ -37,12 +38,11 @@ logger = logging.getLogger(__name__)
 _FIRST_BACKOFF = 0.05  # seconds
 _LAST_BACKOFF = 1.0
 _MOST_HELD = 128  # requests, before a router has told its own limit
-_CANCEL_AGAIN = 0.1
 _UNARY_TIMEOUT = 30.0
-_MAX_MESSAGE = 256 * 1024 * 1024  # bytes; prompts are bounded by the payload limit long before
+_READ_AHEAD = 1 << 18  # bytes of the router's messages: those that are there are taken together
 _CHANNEL_OPTIONS = [
-    ("grpc.max_receive_message_length", _MAX_MESSAGE),
-    ("grpc.max_send_message_length", _MAX_MESSAGE),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.initial_reconnect_backoff_ms", 50),
     ("grpc.min_reconnect_backoff_ms", 50),
@@ -132,7 +132,7 @@ class Call:
 
 
 class RouterClient:
-    """The gateway's end of `Multiplex`, reconnecting for ever."""
+    """The gateway's end of its stream, reconnecting for ever; other calls go through gRPC."""
 
     def __init__(self, config: GatewayConfig, state: ServerState) -> None:
         self.state = state
@@ -142,10 +142,12 @@ class RouterClient:
         key = config.api_key
         self._metadata = (("authorization", f"Bearer {key}"),) if key else ()
         index = os.environ.get("HEADGATE_GATEWAY_INDEX", "0")
-        self._gateway_id = f"gateway-{index}-{uuid.uuid4().hex}"
+        self._hello = router_pb2.Hello(
+            gateway_id=f"gateway-{index}-{uuid.uuid4().hex}", api_key=key
+        )
         self._calls: dict[int, Call] = {}
         self._keys = itertools.count(1)
-        self._outbox: asyncio.Queue[router_pb2.ClientMessage] | None = None  # None: no stream
+        self._writer: asyncio.StreamWriter | None = None  # None: no stream
         self._stub: router_pb2_grpc.RouterStub | None = None
         self._task: asyncio.Task[None] | None = None
 
@@ -159,7 +161,7 @@ class RouterClient:
         refusal = self.state.refusal()
         if refusal is not None:
             raise refusal
-        connected = self._outbox is not None and self.state.router_takes_requests
+        connected = self._writer is not None and self.state.router_takes_requests
         if not connected and len(self._calls) >= self._most_held():
             raise OverloadedError(retry_after=1.0)
         call = Call(next(self._keys), request, sink)
@@ -234,8 +236,8 @@ class RouterClient:
     # --------------------------------------------------------------- sending
 
     def _post(self, message: router_pb2.ClientMessage) -> None:
-        if self._outbox is not None:
-            self._outbox.put_nowait(message)
+        if self._writer is not None:
+            self._writer.write(frame(message))
 
     def _send_call(self, call: Call) -> None:
         call.attempt += 1
@@ -248,20 +250,6 @@ class RouterClient:
         if call.paused:
             self._post(router_pb2.ClientMessage(pause=call.key))
 
-    async def _write(
-        self,
-        stream: grpc.aio.StreamStreamCall,
-        outbox: asyncio.Queue[router_pb2.ClientMessage],
-    ) -> None:
-        """Sends what is put into the outbox until the stream ends; its reader tells why it did."""
-        hello = router_pb2.Hello(gateway_id=self._gateway_id)
-        try:
-            await stream.write(router_pb2.ClientMessage(hello=hello))
-            while True:
-                await stream.write(await outbox.get())
-        except (grpc.RpcError, asyncio.InvalidStateError):
-            return
-
     # ------------------------------------------------------------ connection
 
     def start(self) -> None:
@@ -269,56 +257,55 @@ class RouterClient:
 
     async def stop(self) -> None:
         """Ends the stream and its task."""
-        # grpc.aio takes a cancellation that comes while it prepares a stream for that stream's own:
-        # the task goes on and tries the next one.
-        while self._task is not None and not self._task.done():
+        if self._task is not None:
             self._task.cancel()
-            await asyncio.wait((self._task,), timeout=_CANCEL_AGAIN)
+            await asyncio.wait((self._task,))
 
     async def _run(self) -> None:
         backoff = _FIRST_BACKOFF
         while True:
-            connected_at = None
             try:
-                async with grpc.aio.insecure_channel(
-                    self._address, options=_CHANNEL_OPTIONS
-                ) as channel:
-                    stub = router_pb2_grpc.RouterStub(channel)
-                    outbox: asyncio.Queue[router_pb2.ClientMessage] = asyncio.Queue()
-                    stream = stub.Multiplex(metadata=self._metadata)
-                    writer = asyncio.create_task(self._write(stream, outbox))
-                    try:
-                        async for message in stream:
-                            if connected_at is None:
-                                connected_at = time.monotonic()
-                                self._stub, self._outbox = stub, outbox
-                            self._receive(message)
-                    finally:
-                        writer.cancel()
+                await self._follow()
             except asyncio.CancelledError:
-                connected_at = None  # this gateway is stopping: nobody was lost
+                self._disconnected()  # this gateway is stopping: nobody was lost
                 raise
-            except grpc.RpcError as error:
-                logger.debug("no router", extra={"fields": {"cause": str(error.code())}})
+            except OSError as error:
+                logger.debug("no router", extra={"fields": {"cause": str(error)}})
             except Exception:
                 logger.exception("the stream to the router failed")
-            finally:
-                self._lost(was_connected=connected_at is not None)
-            backoff = _FIRST_BACKOFF if connected_at else min(backoff * 2, _LAST_BACKOFF)
+            connected = self._writer is not None
+            self._disconnected()
+            if connected:
+                logger.warning(
+                    "the router is gone", extra={"fields": {"requests_held": len(self._calls)}}
+                )
+            backoff = _FIRST_BACKOFF if connected else min(backoff * 2, _LAST_BACKOFF)
             await asyncio.sleep(backoff)
 
-    def _lost(self, was_connected: bool) -> None:
-        self._stub = self._outbox = None
+    async def _follow(self) -> None:
+        """One stream, from its beginning to its end. Raises OSError."""
+        reader, writer = await asyncio.open_unix_connection(
+            stream_path(self._address), limit=_READ_AHEAD
+        )
+        channel = grpc.aio.insecure_channel(self._address, options=_CHANNEL_OPTIONS)
+        try:
+            writer.write(frame(router_pb2.ClientMessage(hello=self._hello)))
+            while (message := await read_message(reader, router_pb2.ServerMessage())) is not None:
+                if self._writer is None:
+                    self._stub, self._writer = router_pb2_grpc.RouterStub(channel), writer
+                self._receive(message)
+        finally:
+            writer.close()
+            await channel.close()
+
+    def _disconnected(self) -> None:
+        self._stub = self._writer = None
         self.state.update(None)
         now = time.monotonic()
         for call in self._calls.values():
             call.sent = False
             if call.waiting_since is None:
                 call.waiting_since = now
-        if was_connected:
-            logger.warning(
-                "the router is gone", extra={"fields": {"requests_held": len(self._calls)}}
-            )
 
     def expire(self, now: float) -> None:
         """Fails the calls that have waited too long for a router. Called by a slow timer."""

@@ -114,8 +114,10 @@ class EventWriter:
             return
         if not self._buffer and not self._closing:
             return
-        data = b"".join(self._buffer)
-        self.discard()
+        buffer = self._buffer
+        data = buffer[0] if len(buffer) == 1 else b"".join(buffer)
+        buffer.clear()
+        self._size = 0
         self._ended = self._closing
         self.last_write = time.monotonic()
         if self._ended or self._write_chunk is None or not self._write_chunk(data):

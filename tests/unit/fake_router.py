@@ -1,4 +1,4 @@
-"""A small router for gateway tests: a gRPC server whose answers a test writes.
+"""A small router for gateway tests: it listens as the router does, and a test writes its answers.
 
 By default a request's answer is the words of `answer`, one token each; `script` replaces that.
 """
@@ -6,12 +6,13 @@ By default a request's answer is the words of `answer`, one token each; `script`
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 
 import grpc
 
 from headgate.proto import router_pb2 as pb
 from headgate.proto import router_pb2_grpc
+from headgate.router.framing import frame, read_message, stream_path
 
 TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>\n{% endfor %}"
@@ -83,21 +84,27 @@ class FakeRouter(router_pb2_grpc.RouterServicer):
         self.submits: list[pb.Submit] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._server: grpc.aio.Server | None = None
+        self._socket: asyncio.Server | None = None
+        self._writers: set[asyncio.StreamWriter] = set()
 
     async def __aenter__(self) -> FakeRouter:
         self._server = grpc.aio.server()
         router_pb2_grpc.add_RouterServicer_to_server(self, self._server)
         self._server.add_insecure_port(self.address)
         await self._server.start()
+        self._socket = await asyncio.start_unix_server(self._serve, stream_path(self.address))
         return self
 
     async def __aexit__(self, *exc: object) -> None:
         await self.die()
 
     async def die(self) -> None:
-        if self._server is not None:
+        if self._server is not None and self._socket is not None:
             for task in self._tasks:
                 task.cancel()
+            self._socket.close()
+            for writer in self._writers:
+                writer.close()
             await self._server.stop(0)
             self._server = None
 
@@ -109,22 +116,22 @@ class FakeRouter(router_pb2_grpc.RouterServicer):
     def requests(self) -> list[pb.GenerateRequest]:
         return [submit.request for submit in self.submits]
 
-    async def Multiplex(
-        self, request_iterator: AsyncIterator[pb.ClientMessage], context: grpc.aio.ServicerContext
-    ) -> AsyncIterator[pb.ServerMessage]:
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._writers.add(writer)
         conversation = Conversation()
         self.conversations.append(conversation)
-        reader = asyncio.create_task(self._read(conversation, request_iterator))
+        reading = asyncio.create_task(self._read(conversation, reader))
         try:
             while (message := await conversation.outbox.get()) is not None:
-                yield message
+                writer.write(frame(message))
+                await writer.drain()
         finally:
-            reader.cancel()
+            reading.cancel()
+            self._writers.discard(writer)
+            writer.close()
 
-    async def _read(
-        self, conversation: Conversation, messages: AsyncIterator[pb.ClientMessage]
-    ) -> None:
-        async for message in messages:
+    async def _read(self, conversation: Conversation, reader: asyncio.StreamReader) -> None:
+        while (message := await read_message(reader, pb.ClientMessage())) is not None:
             conversation.received.append(message)
             kind = message.WhichOneof("message")
             if kind == "hello":

@@ -134,6 +134,22 @@ async def test_beams_are_the_routers_to_find() -> None:
                 assert not sent.HasField(name)
 
 
+@pytest.mark.parametrize("fields", [{"n": 3}, {"n": 2, "best_of": 3}])
+async def test_too_many_beams_are_told_by_the_field_that_asked_for_them(
+    fields: dict[str, int],
+) -> None:
+    async def refuse(conversation: fake.Conversation, submit: pb.Submit) -> None:
+        text = "`beam_width` must be <= 2, the rows of a step. Given: 3"
+        conversation.send(submit, fake.error("validation", 422, text, field="beam_width"))
+
+    async with RunningGateway(refuse) as running:
+        for path, own in (("/v1/chat/completions", CHAT), ("/v1/completions", {"prompt": "a"})):
+            body = {**own, "use_beam_search": True, **fields}
+            error = (await running.http.post(path, json=body)).json()["error"]
+            assert error["param"] == list(fields)[-1]
+            assert f"`{error['param']}` must be <= 2" in error["message"]
+
+
 @pytest.mark.parametrize(
     ("fields", "named"),
     [

@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import asyncio
 
-import grpc
-import pytest
-
 from headgate.proto.token_columns import NO_LOGPROB, Row, encode_columns
-from headgate.router.gateway.config import GatewayConfig
 from headgate.router.gateway.exchange import WRITE_CHUNK
-from headgate.router.gateway.router_client import RouterClient
-from headgate.router.gateway.server_state import ServerState, State
+from headgate.router.gateway.server_state import State
 from tests.unit import fake_router as fake
 from tests.unit.fake_router import pb
 from tests.unit.running_gateway import RunningGateway, events_of, until
@@ -330,31 +325,3 @@ async def test_a_stale_attempt_is_ignored() -> None:
     async with RunningGateway(script) as running:
         response = await running.http.post("/generate", json={"inputs": "Hi"})
         assert response.status_code == 200
-
-
-class DeafChannel:
-    """Takes the first cancellation of its caller for its own, as grpc.aio may."""
-
-    entered = 0
-    swallowed = 0
-
-    async def __aenter__(self) -> None:
-        DeafChannel.entered += 1
-        try:
-            await asyncio.Event().wait()
-        except asyncio.CancelledError:
-            if DeafChannel.swallowed:
-                raise
-            DeafChannel.swallowed += 1
-            raise grpc.RpcError from None
-
-    async def __aexit__(self, *exc: object) -> None: ...
-
-
-async def test_stops_though_a_cancellation_was_swallowed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grpc.aio, "insecure_channel", lambda *_, **__: DeafChannel())
-    client = RouterClient(GatewayConfig(router_address="unix:nowhere"), ServerState(""))
-    client.start()
-    await until(lambda: DeafChannel.entered)
-    await asyncio.wait_for(client.stop(), 5)
-    assert DeafChannel.swallowed == 1

@@ -190,15 +190,16 @@ def test_taken_up_again_with_text_that_had_not_been_sent() -> None:
     assert again.reason == LENGTH
 
 
-def test_the_processor_keeps_answers_by_request_and_knows_how_rows_end() -> None:
+def test_the_processor_makes_answers_and_knows_how_rows_end() -> None:
     outputs = OutputProcessor(PIECES, [END])
     request = valid(max_new_tokens=3, min_new_tokens=1)
-    outputs.open(7, request)
-    row = Request(7, request.prompt_ids, request.sampling)
-    outcome = outputs.process(RowOutput(row, ids_of("a")[0], -0.5))
+    answer = outputs.answer(request)
+    output = RowOutput(Request(7, request.prompt_ids, request.sampling))
+    assert answer.take(output) is None
+    output.token_id, output.logprob = ids_of("a")[0], -0.5
+    outcome = answer.take(output)
     assert outcome is not None
     assert outcome.tokens.text == "a"
-    assert outputs.process(RowOutput(row, None)) is None
     assert outputs.end_of(request, [5]) is RowEnd.NONE
     assert outputs.end_of(request, [5, END]) is RowEnd.EOS
     assert outputs.end_of(request, [END]) is RowEnd.NONE  # min_new_tokens

@@ -56,15 +56,19 @@ def test_a_search_has_its_rows_from_the_beginning() -> None:
     ] * 2
     simulation.run()
     simulation.check_answers()
-    with pytest.raises(RequestTooLarge, match="5 beams are more than the 4 rows"):
+    with pytest.raises(RequestTooLarge, match=r"<= 4, the rows of a step\. Given: 5") as refusal:
         simulation.add_beams([1], BeamParams(width=5, max_new_tokens=4))
+    assert refusal.value.field == "beam_width"
 
 
 def test_a_search_that_could_not_end_alone_is_refused() -> None:
     simulation = Simulation(num_blocks=11)
     simulation.add_beams([1], BeamParams(width=2, max_new_tokens=20))
-    with pytest.raises(RequestTooLarge, match="need 12 KV blocks"):
+    with pytest.raises(RequestTooLarge, match=r"`beam_width` must be <= 1: .* needs 6 KV") as wide:
         simulation.add_beams([1], BeamParams(width=2, max_new_tokens=21))
+    with pytest.raises(RequestTooLarge, match="need 13 KV blocks") as long:
+        simulation.add_beams([1], BeamParams(width=2, max_new_tokens=50))
+    assert (wide.value.field, long.value.field) == ("beam_width", "max_new_tokens")
     simulation.run()
     simulation.check_answers()
 

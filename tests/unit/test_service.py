@@ -18,6 +18,7 @@ from headgate import Client, SamplingParams
 from headgate.proto import router_pb2, router_pb2_grpc
 from headgate.proto.token_columns import all_events
 from headgate.router import errors
+from headgate.router.framing import frame, read_message, stream_path
 from headgate.router.multiplex import MAX_HELD_EVENTS, KeyedRequest, MultiplexStream
 from headgate.router.output_processor import Outcome
 from headgate.router.status import ServerStatus
@@ -32,22 +33,25 @@ ROOT = Path(__file__).resolve().parents[2]
 class Gateway:
     """A gateway's end of Multiplex; remembers what it is told."""
 
-    def __init__(self, stub: router_pb2_grpc.RouterStub, gateway_id: str = "gateway-0") -> None:
+    def __init__(self, router: RunningRouter, gateway_id: str = "gateway-0") -> None:
+        self._router = router
         self._outbox: asyncio.Queue[router_pb2.ClientMessage | None] = asyncio.Queue()
         self.events: list[router_pb2.KeyedEvent] = []
         self.statuses: list[router_pb2.ServerStatus] = []
         self.batches: list[int] = []  # events per message
         self.in_columns = 0  # events that travelled as columns
-        self._call = stub.Multiplex(self._outgoing())
-        self.say(hello=router_pb2.Hello(gateway_id=gateway_id))
+        self.say(hello=router_pb2.Hello(gateway_id=gateway_id, api_key="secret"))
         self._task = asyncio.ensure_future(self._read())
 
     async def _outgoing(self) -> AsyncIterator[router_pb2.ClientMessage]:
         while (message := await self._outbox.get()) is not None:
             yield message
 
+    def _incoming(self) -> AsyncIterator[router_pb2.ServerMessage]:
+        return self._router.stub.Multiplex(self._outgoing())
+
     async def _read(self) -> None:
-        async for message in self._call:
+        async for message in self._incoming():
             events = list(all_events(message))
             self.in_columns += len(message.tokens.texts)
             self.events.extend(events)
@@ -82,8 +86,29 @@ class Gateway:
         await self._task
 
     async def leave(self) -> None:
-        self._call.cancel()
+        self._task.cancel()
         await asyncio.wait((self._task,))
+
+
+class LocalGateway(Gateway):
+    """One that speaks over the router's socket instead."""
+
+    async def _incoming(self) -> AsyncIterator[router_pb2.ServerMessage]:
+        reader, writer = await asyncio.open_unix_connection(stream_path(self._router.unix))
+        writing = asyncio.ensure_future(self._write(writer))
+        try:
+            while (message := await read_message(reader, router_pb2.ServerMessage())) is not None:
+                yield message
+        finally:
+            writing.cancel()
+            writer.close()
+
+    async def _write(self, writer: asyncio.StreamWriter) -> None:
+        async for message in self._outgoing():
+            writer.write(frame(message))
+
+
+of_both_kinds = pytest.mark.parametrize("kind", [Gateway, LocalGateway])
 
 
 async def refused(call: Any) -> errors.RouterError:
@@ -261,9 +286,12 @@ async def test_tokenize_info_metrics(tmp_path: Path) -> None:
 # ------------------------------------------------------------------- multiplexed
 
 
-async def test_many_requests_over_one_stream_in_batches(tmp_path: Path) -> None:
+@of_both_kinds
+async def test_many_requests_over_one_stream_in_batches(
+    tmp_path: Path, kind: type[Gateway]
+) -> None:
     async with running_router(tmp_path) as router:
-        gateway = Gateway(router.stub)
+        gateway = kind(router)
         messages = {key: request([key], max_new_tokens=20) for key in range(1, 13)}
         for key, message in messages.items():
             gateway.submit(key, message)
@@ -282,7 +310,9 @@ async def test_many_requests_over_one_stream_in_batches(tmp_path: Path) -> None:
 
 async def test_columns_do_not_overtake_events_of_their_request() -> None:
     def token(index: int, *, special: bool = False) -> Outcome:
-        return Outcome(0, index, index, "a", token_id=5, token_text="a", special=special)
+        outcome = Outcome(0, index, index, "a", token_id=5, token_text="a")
+        outcome.special = special
+        return outcome
 
     status = ServerStatus(CONFIG, ChatFiles())
     stream = MultiplexStream(None, None, status)  # type: ignore[arg-type]
@@ -316,9 +346,10 @@ async def test_hello_comes_first(tmp_path: Path) -> None:
         assert "hello" in error.message
 
 
-async def test_refusals_and_cancellations_are_by_key(tmp_path: Path) -> None:
+@of_both_kinds
+async def test_refusals_and_cancellations_are_by_key(tmp_path: Path, kind: type[Gateway]) -> None:
     async with running_router(tmp_path, behaviour=Behaviour(step_seconds=0.01)) as router:
-        gateway = Gateway(router.stub)
+        gateway = kind(router)
         gateway.submit(1, request([1], max_new_tokens=0))
         gateway.submit(2, request([2], max_new_tokens=150))
         gateway.submit(3, request([3], max_new_tokens=10))
@@ -337,9 +368,12 @@ async def test_refusals_and_cancellations_are_by_key(tmp_path: Path) -> None:
         await gateway.leave()
 
 
-async def test_a_gateway_that_goes_takes_its_requests_with_it(tmp_path: Path) -> None:
+@of_both_kinds
+async def test_a_gateway_that_goes_takes_its_requests_with_it(
+    tmp_path: Path, kind: type[Gateway]
+) -> None:
     async with running_router(tmp_path, behaviour=Behaviour(step_seconds=0.01)) as router:
-        gateway, other = Gateway(router.stub, "a"), Gateway(router.stub, "b")
+        gateway, other = kind(router, "a"), kind(router, "b")
         for key in range(5):
             gateway.submit(key, request([key], max_new_tokens=150))
         message = request([9], max_new_tokens=20)
@@ -351,12 +385,13 @@ async def test_a_gateway_that_goes_takes_its_requests_with_it(tmp_path: Path) ->
         await other.leave()
 
 
+@of_both_kinds
 async def test_a_gateway_that_does_not_read_is_let_go(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Gateway]
 ) -> None:
     monkeypatch.setattr("headgate.router.multiplex.MAX_UNSENT_EVENTS", 3)
     async with running_router(tmp_path) as router:
-        gateway = Gateway(router.stub)
+        gateway = kind(router)
         for key in range(8):  # one step brings more events than are kept
             gateway.submit(key, request([key], max_new_tokens=100))
         await asyncio.wait_for(gateway.over(), 5)
@@ -365,10 +400,10 @@ async def test_a_gateway_that_does_not_read_is_let_go(
 
 async def test_a_gateway_that_comes_back_replaces_its_stream(tmp_path: Path) -> None:
     async with running_router(tmp_path, behaviour=Behaviour(step_seconds=0.01)) as router:
-        first = Gateway(router.stub)
+        first = Gateway(router)
         first.submit(1, request([1], max_new_tokens=150))
         await until(lambda: len(first.tokens(1)) > 2)
-        second = Gateway(router.stub)
+        second = Gateway(router)
         await until(lambda: router.parts.engine.num_live == 0, timeout=2)
         message = request([1], max_new_tokens=5)
         second.submit(1, message, attempt=2)
@@ -380,7 +415,7 @@ async def test_a_gateway_that_comes_back_replaces_its_stream(tmp_path: Path) -> 
 
 async def test_attempts_of_one_key(tmp_path: Path) -> None:
     async with running_router(tmp_path, behaviour=Behaviour(step_seconds=0.01)) as router:
-        gateway = Gateway(router.stub)
+        gateway = Gateway(router)
         message = request([1], max_new_tokens=30)
         gateway.submit(1, message, attempt=2)
         gateway.submit(1, message, attempt=2)  # again: no second answer
@@ -399,7 +434,7 @@ async def test_attempts_of_one_key(tmp_path: Path) -> None:
 @pytest.mark.parametrize("sampled", [False, True])
 async def test_an_answer_goes_on_at_a_new_router(tmp_path: Path, cut: int, sampled: bool) -> None:
     async with running_router(tmp_path) as router:
-        gateway = Gateway(router.stub)
+        gateway = Gateway(router)
         message = request([1, 2, 3], max_new_tokens=30, do_sample=sampled)
         gateway.submit(1, message)
         await until(lambda: gateway.ended(1))
@@ -425,7 +460,7 @@ async def test_an_answer_goes_on_at_a_new_router(tmp_path: Path, cut: int, sampl
 
 async def test_an_answer_that_was_complete_but_for_its_end(tmp_path: Path) -> None:
     async with running_router(tmp_path) as router:
-        gateway = Gateway(router.stub)
+        gateway = Gateway(router)
         message = request([1, 2, 3], max_new_tokens=5)
         gateway.submit(1, message)
         await until(lambda: gateway.ended(1))
@@ -445,7 +480,7 @@ async def test_an_answer_that_was_complete_but_for_its_end(tmp_path: Path) -> No
 
 async def test_resubmissions_are_taken_while_loading(tmp_path: Path) -> None:
     async with running_router(tmp_path, ready=False) as router:
-        gateway = Gateway(router.stub)
+        gateway = Gateway(router)
         message = request([1], max_new_tokens=5)
         gateway.submit(1, message, attempt=2)
         gateway.submit(2, message)
@@ -462,7 +497,7 @@ async def test_resubmissions_are_taken_while_loading(tmp_path: Path) -> None:
 
 async def test_a_paused_request_holds_its_events_back(tmp_path: Path) -> None:
     async with running_router(tmp_path) as router:
-        gateway = Gateway(router.stub)
+        gateway = Gateway(router)
         message = request([1], max_new_tokens=30)
         gateway.submit(1, message)
         gateway.say(pause=1)
@@ -482,7 +517,7 @@ async def test_a_request_paused_for_too_long_is_ended(
     assert MAX_HELD_EVENTS > 1000
     monkeypatch.setattr("headgate.router.multiplex.MAX_HELD_EVENTS", 10)
     async with running_router(tmp_path) as router:
-        gateway = Gateway(router.stub)
+        gateway = Gateway(router)
         gateway.submit(1, request([1], max_new_tokens=100))
         gateway.say(pause=1)
         await until(lambda: router.metric('tgi_request_failure{err="dropped"}') == 1)
@@ -517,6 +552,21 @@ async def test_api_key_on_both_addresses(tmp_path: Path) -> None:
                 )
         hello = iter([router_pb2.ClientMessage(hello=router_pb2.Hello(gateway_id="x"))])
         assert (await refused(_drained(router.stub.Multiplex(hello)))).http_status == 401
+
+
+async def test_the_socket_for_gateways_wants_a_hello_with_the_key(tmp_path: Path) -> None:
+    def hello(key: str) -> bytes:
+        said = router_pb2.Hello(gateway_id="x", api_key=key)
+        return frame(router_pb2.ClientMessage(hello=said))
+
+    no_hello = frame(router_pb2.ClientMessage(cancel=1))
+    async with running_router(tmp_path, api_key="secret") as router:
+        for first in (hello("secret"), hello("wrong"), no_hello, b"\xff" * 9, b"\1\0\0\0\xff"):
+            reader, writer = await asyncio.open_unix_connection(stream_path(router.unix))
+            writer.write(first)
+            answer = read_message(reader, router_pb2.ServerMessage())
+            assert (await asyncio.wait_for(answer, 5) is not None) == (first == hello("secret"))
+            writer.close()
 
 
 async def _health(channel: grpc.aio.Channel, service: str) -> str:
