@@ -54,9 +54,8 @@ class GrammarProcess:
         except TimeoutError:
             self.stop()
             raise
-        except OSError as error:
-            self.stop()
-            raise WorkerLost(str(error)) from error
+        except OSError:
+            line = b""
         if not line:
             crash = self._crash()
             self.stop()

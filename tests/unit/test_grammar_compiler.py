@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -190,34 +189,34 @@ async def test_a_worker_that_dies(compiler: GrammarCompiler) -> None:
     assert await compiled(compiler, GRAMMARS[1])
 
 
-@pytest.mark.parametrize("code", [-signal.SIGKILL, -signal.SIGTERM, -signal.SIGSEGV, 1])
-async def test_who_ended_a_worker_tells_whether_the_grammar_is_at_fault(
-    compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch, code: int
+async def test_a_worker_that_is_lost_is_not_the_grammars_fault(
+    compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ends = f"import os; os.kill(os.getpid(), {-code})" if code < 0 else f"raise SystemExit({code})"
-    worker = f"import sys; print(flush=True); sys.stdin.buffer.read(4); {ends}"
-    monkeypatch.setattr(grammar_process, "_COMMAND", (sys.executable, "-c", worker))
-    if code in (-signal.SIGKILL, -signal.SIGTERM):
-        with pytest.raises(UnavailableError) as lost:
+    lost = [_dying("os.kill(os.getpid(), 9)"), _dying("os.kill(os.getpid(), 15)")]
+    never_there = [(sys.executable, "-c", "pass"), ("/nowhere/at-all",)]
+    for command in lost + never_there:
+        monkeypatch.setattr(grammar_process, "_COMMAND", command)
+        with pytest.raises(UnavailableError) as caught:
             await compiled(compiler, GRAMMARS[0])
-        assert (lost.value.http_status, lost.value.retry_after) == (503, 1.0)
-        monkeypatch.undo()
-        assert await compiled(compiler, GRAMMARS[0])  # nothing was kept
-    else:
-        assert "cannot be compiled" in await problem(compiler, GRAMMARS[0])
-        monkeypatch.undo()
-        assert "cannot be compiled" in await problem(compiler, GRAMMARS[0])
-
-
-@pytest.mark.parametrize("command", [(sys.executable, "-c", "pass"), ("/nowhere/at-all",)])
-async def test_a_worker_that_does_not_start(
-    compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
-) -> None:
-    monkeypatch.setattr(grammar_process, "_COMMAND", command)
-    with pytest.raises(UnavailableError):
-        await compiled(compiler, GRAMMARS[0])
+        assert (caught.value.http_status, caught.value.retry_after) == (503, 1.0)
     monkeypatch.undo()
-    assert await compiled(compiler, GRAMMARS[0])
+    assert await compiled(compiler, GRAMMARS[0])  # nothing was kept
+
+
+async def test_a_worker_that_brings_itself_down_is(
+    compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for grammar, ends in zip(GRAMMARS, ("os.kill(os.getpid(), 11)", "sys.exit(1)"), strict=False):
+        monkeypatch.setattr(grammar_process, "_COMMAND", _dying(ends))
+        assert "cannot be compiled" in await problem(compiler, grammar)
+        monkeypatch.undo()
+        assert "cannot be compiled" in await problem(compiler, grammar)  # not tried again
+
+
+def _dying(ends: str) -> tuple[str, ...]:
+    """A worker that ends at its first grammar."""
+    code = f"import os, sys; print(flush=True); sys.stdin.buffer.read(4); {ends}"
+    return sys.executable, "-c", code
 
 
 async def test_no_more_wait_than_can_be_served(
