@@ -56,7 +56,7 @@ class GrammarProcess:
             raise
         except OSError:
             line = b""
-        if not line:
+        if not line.endswith(b"\n"):
             crash = self._crash()
             self.stop()
             raise WorkerCrashed(crash) if crash else WorkerLost("somebody ended it")
