@@ -1,7 +1,7 @@
 # `make serve` and `make test` are all most people need; each sets up what it lacks.
 #
 #   make serve [MODEL_ID=...] [NUM_SHARD=N] [PORT=3000] [ARGS="more flags of headgate serve"]
-#   make test [PYTEST_ARGS="..."]   all tests
+#   make test [WORKERS=2] [PYTEST_ARGS="..."]   all tests, by so many processes side by side
 #   make test-api [SECONDS=900]     requests made up from the server's own OpenAPI document
 #   make test-kernels               all tests of the kernels, those that `make test` leaves out too
 #   make kernels-report             compiles the GPU kernels; docs/kernels.md and docs/roofline.md
@@ -46,15 +46,18 @@ serve:
 	@exec $(VENV)/bin/headgate serve $(if $(MODEL_ID),--model-id '$(MODEL_ID)') \
 		$(if $(NUM_SHARD),--num-shard $(NUM_SHARD)) $(if $(PORT),--port $(PORT)) $(ARGS)
 
+# A file goes to one worker, the longest ones first (testpaths). Fixtures of the session are each worker's own.
+SIDE_BY_SIDE = --numprocesses=$(or $(WORKERS),2) --dist=loadfile --no-loadscope-reorder
+
 test: setup-dev
-	@start=$$(date +%s); $(VENV)/bin/python -m pytest $(PYTEST_ARGS) && \
+	@start=$$(date +%s); $(VENV)/bin/python -m pytest $(SIDE_BY_SIDE) $(PYTEST_ARGS) && \
 		echo "make test: passed in $$(($$(date +%s) - start)) s"
 
 test-api: setup-dev
 	@TEST_API_SECONDS=$(or $(SECONDS),900) $(VENV)/bin/python -m pytest -s tests/server/test_properties.py
 
 test-kernels: setup-dev
-	@$(VENV)/bin/python -m pytest -m 'exhaustive or not exhaustive' tests/kernels $(PYTEST_ARGS)
+	@$(VENV)/bin/python -m pytest $(SIDE_BY_SIDE) -m 'exhaustive or not exhaustive' tests/kernels $(PYTEST_ARGS)
 
 kernels-report: setup-dev
 	@TRITON_INTERPRET=0 $(VENV)/bin/python -m headgate.kernels.triton.report
