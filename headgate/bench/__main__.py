@@ -1,7 +1,9 @@
 """`python -m headgate.bench`: Headgate, and peers where given, on one set of workloads, in turn.
 
 Writes the measurements (.jsonl), a page (.md) and a chart (.svg). Each round starts every server
-once; `make bench` and `make bench-peers` are this command with the paths of docs/.
+once; `make bench` and `make bench-peers` are this command with the paths of docs/. What was
+measured is written after each server, so that a command that ended early, by itself (`--minutes`)
+or not, can be gone on with (`--resume`).
 """
 
 from __future__ import annotations
@@ -44,21 +46,48 @@ def main() -> int:
     arguments = _parse()
     files = prepare(find_source(parse_serve(_model_flags(arguments), dict(os.environ))))
     tokenizer = tokenizers.Tokenizer.from_file(str(Path(files.path) / "tokenizer.json"))
-    session = Session(_machine(), _model(files))
+    session = _session(arguments, _machine(), _model(files))
     contestants = _contestants(arguments, files)
+    ends = time.monotonic() + 60 * arguments.minutes
     for number in range(arguments.runs):
-        session.roofline.append(asdict(measure(session.machine["cores"])))
-        for contestant in contestants:
+        missing = [one for one in contestants if not session.has(one, number, arguments.plan)]
+        if missing:
+            session.roofline.append(asdict(measure(session.machine["cores"])))
+        for contestant in missing:
+            if arguments.minutes and time.monotonic() > ends:
+                print("time is up; --resume goes on from here", file=sys.stderr)
+                return 0
             try:
-                for run in _measure(contestant, arguments.plan, number, tokenizer):
-                    session.runs.append(run)
-                    _say(run)
+                runs = _measure(contestant, arguments.plan, number, tokenizer)
             except ServerFailed as error:
                 print(f"{contestant.title} failed: {error}", file=sys.stderr, flush=True)
                 if contestant.name == contestants[0].name:
                     return 1
+                continue
+            session.replace(contestant, number, runs)
+            for run in runs:
+                _say(run)
             _write(session, arguments.output)
     return 0
+
+
+def _session(
+    arguments: argparse.Namespace, machine: dict[str, Any], model: dict[str, Any]
+) -> Session:
+    """A new one, or with --resume the one that is in the output. Exits where that is of another
+    machine, version or model."""
+    path = arguments.output.with_suffix(".jsonl")
+    if not arguments.resume or not path.exists():
+        return Session(machine, model)
+    found = Session.load(path)
+    for name in ("cpu", "cores", "version"):
+        if found.machine[name] != machine[name]:
+            raise SystemExit(
+                f"--resume: {path} is of {name} {found.machine[name]}, not {machine[name]}"
+            )
+    if found.model != model:
+        raise SystemExit(f"--resume: {path} is of the model {found.model['name']}")
+    return found
 
 
 def _parse() -> argparse.Namespace:
@@ -77,6 +106,15 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--flags", default="", help="more flags of headgate serve, in one string")
     parser.add_argument(
         "--output", type=Path, default=Path("benchmarks"), help="path of what is written, less .md"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="measure only what the output does not hold yet"
+    )
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=0.0,
+        help="start no server later than this, leave the rest to --resume (default: no limit)",
     )
     add_peer_flags(parser)
     arguments = parser.parse_args()

@@ -24,6 +24,7 @@ Written by `{command}` on {when}. The raw figures are in [benchmarks.jsonl](benc
 `make bench` starts the server once per kind of weights and round, sends the workloads below over
 HTTP and measures what the machine can do at best in the same round. `make bench-peers` does the
 same with other servers in turn; where they are installed is given by its variables (`make help`).
+`BENCH_ARGS="--resume --minutes 30"` goes on with what is measured already, for half an hour.
 Machines drift and are shared: only figures of one session can be compared, and ratios tell more
 than rates.
 

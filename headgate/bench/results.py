@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+from headgate.bench.contestants import Contestant
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,25 +32,45 @@ class Run:
     def case(self) -> tuple[str, int]:
         return self.workload, self.concurrency
 
+    def is_of(self, server: Contestant, number: int) -> bool:
+        """Whether it is of a round of a server."""
+        return (self.server, self.kind, self.round) == (server.name, server.kind, number)
+
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """Everything that one command measured."""
+    """Everything that one command measured, or several that went on with one another."""
 
     machine: dict[str, Any]
     model: dict[str, Any]
-    roofline: list[dict[str, Any]] = field(default_factory=list)  # one per round
+    roofline: list[dict[str, Any]] = field(default_factory=list)  # at each round's beginnings
     runs: list[Run] = field(default_factory=list)
 
     def save(self, path: Path) -> None:
         head = {"machine": self.machine, "model": self.model, "roofline": self.roofline}
         lines = [head, *(asdict(run) for run in self.runs)]
-        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        partial = path.with_name(f"{path.name}.part")
+        partial.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        os.replace(partial, path)
 
     @classmethod
     def load(cls, path: Path) -> Session:
         head, *runs = (json.loads(line) for line in path.read_text().splitlines())
         return cls(**head, runs=[Run(**run) for run in runs])
+
+    def has(self, server: Contestant, number: int, plan: Iterable[tuple[str, int, int]]) -> bool:
+        """Whether the round of a server is there with all of the plan, without errors."""
+        found = {
+            (*run.case, run.requests)
+            for run in self.runs
+            if run.is_of(server, number) and not run.result["errors"]
+        }
+        return found.issuperset(plan)
+
+    def replace(self, server: Contestant, number: int, runs: Iterable[Run]) -> None:
+        """The runs of a round of a server, in place of any that are there."""
+        self.runs[:] = [run for run in self.runs if not run.is_of(server, number)]
+        self.runs.extend(runs)
 
     def cases(self) -> list[tuple[str, int]]:
         return list(dict.fromkeys(run.case for run in self.runs))

@@ -6,23 +6,29 @@ import contextlib
 import json
 import os
 import socket
+import sys
 import threading
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import headgate.bench.__main__ as bench
 from headgate.bench import client
+from headgate.bench.contestants import Contestant
 from headgate.bench.plot import throughput_chart
 from headgate.bench.processes import cpu_used, usage
 from headgate.bench.report import render
 from headgate.bench.results import Run, Session, spread
+from headgate.bench.roofline import Roofline
 from headgate.bench.scheduling import step_milliseconds
 from headgate.bench.steps import gaps, read_trace
 from headgate.bench.streams import StreamFailed, Streams
 from headgate.bench.workload import BenchRequest, make_requests, make_warm_up
+from headgate.launcher.model_files import ModelFiles
 from headgate.proto.messages import RowSampling, StepPlan
 from headgate.router.kv_cache_manager import KVCacheManager
 from headgate.router.request import Request
@@ -128,6 +134,50 @@ def test_the_page_has_medians_shares_and_ratios(tmp_path: Path) -> None:
     assert "| Headgate bf16 | shard 0.90 | 1.00 | 3.0 |" in page
     assert len(ET.fromstring(throughput_chart(session)).findall(".//*[@fill-opacity]")) == 4
     assert spread([1.0]) == 0.0
+
+
+def test_a_session_goes_on_where_it_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two rounds of two servers: after the first call, by time; a run with errors is made again."""
+    measured: list[tuple[str, int]] = []
+    errors = iter([0, 3, 0, 0, 0])
+
+    def measure(server: Contestant, plan: Any, number: int, _: Any) -> list[Run]:
+        measured.append((server.name, number))
+        made = run(server.name, server.kind, 1, number, 10.0)
+        return [replace(made, result=made.result | {"errors": next(errors)})]
+
+    servers = [Contestant(name, "bf16", lambda port: []) for name in ("Headgate", "Other")]
+    model = {"name": "m", "parameters": 1e8, "prompt_flops": 2e8, "output_flops": 2e8}
+    roof = Roofline(threads=2, fma_gflops=60.0, vnni_gops=300.0, memory_gb_s=20.0)
+    monkeypatch.setattr(bench, "_measure", measure)
+    monkeypatch.setattr(bench, "_contestants", lambda *_: servers)
+    monkeypatch.setattr(bench, "_model", lambda _: model)
+    monkeypatch.setattr(bench, "prepare", lambda _: ModelFiles(str(tmp_path), "m"))
+    monkeypatch.setattr(bench.tokenizers.Tokenizer, "from_file", lambda _: TOKENIZER)
+    monkeypatch.setattr(bench, "measure", lambda _: roof)
+    words = ["bench", "--runs", "2", "--plan", "default:1:8", "--output", str(tmp_path / "out")]
+
+    def call(*more: str) -> list[tuple[str, int]]:
+        measured.clear()
+        monkeypatch.setattr(sys, "argv", words + list(more))
+        assert bench.main() == 0
+        return list(measured)
+
+    assert call("--runs", "1") == [("Headgate", 0), ("Other", 0)]
+    assert call("--resume", "--minutes", "1e-9") == []
+    assert call("--resume") == [("Other", 0), ("Headgate", 1), ("Other", 1)]
+    assert call("--resume") == []
+    session = Session.load(tmp_path / "out.jsonl")
+    assert [(one.server, one.round) for one in session.runs] == [
+        ("Headgate", 0),
+        ("Other", 0),
+        ("Headgate", 1),
+        ("Other", 1),
+    ]
+    assert "| rounds | 2 |" in (tmp_path / "out.md").read_text()
+    monkeypatch.setattr(bench, "_model", lambda _: model | {"name": "another"})
+    with pytest.raises(SystemExit, match="is of the model m"):
+        call("--resume")
 
 
 def test_gaps_between_decode_steps_are_read_from_a_trace(tmp_path: Path) -> None:
