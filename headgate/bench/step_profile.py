@@ -17,16 +17,26 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 
 from headgate.bench.roofline import Roofline, measure
 from headgate.bench.server import free_port
+from headgate.bench.step_tables import (
+    CASES,
+    GROWTH,
+    Case,
+    Line,
+    Step,
+    calls_table,
+    growth_table,
+    kinds_table,
+)
 from headgate.kernels import cpu, ops
 from headgate.launcher.embedded_model import ensure_embedded_model
 from headgate.proto.messages import NewRow, RowSampling, StepPlan
-from headgate.shard.config import DTYPES, MATMUL_PRECISIONS, ShardConfig, ShardIdentity
+from headgate.shard.config import DTYPES, ShardConfig, ShardIdentity
 from headgate.shard.distributed import Group, init_group, single_group
 from headgate.shard.model_runner import ModelRunner
 from headgate.shard.models.registry import load_model
@@ -34,37 +44,12 @@ from headgate.shard.recorded_model import RecordedModel
 
 _BLOCK = 16
 _TIMEOUT = 60.0  # seconds that a shard waits for another
-_CHUNK = 256  # tokens of the steps that compute prompts which aren't measured
-_MOST_TOKENS = 512
+_CHUNK = 256  # tokens of the prompt whose keys and values all blocks get
+_COPIED = 128  # blocks at a time
+_MOST_TOKENS = 512  # of a step
 _BYTES = {0: 4.0, 1: 2.0, 2: 2.0, 3: 2.0}  # of a weight, by its code in kernels.h
 _ROUNDED = 3  # the code of weights whose inputs are rounded
 _QUANTISED_BYTES = {0: 1.0, 1: 1.0, 2: 0.625}  # in quantised.h, int4 with its groups' scales
-
-
-@dataclass(frozen=True, slots=True)
-class Case:
-    """A step of `rows` rows computing `count` tokens each, up to position `context`."""
-
-    rows: int
-    count: int
-    context: int
-
-    @property
-    def name(self) -> str:
-        if self.count == 1:
-            return f"{self.rows} rows decode at {self.context} positions"
-        return f"a chunk of {self.count} tokens up to position {self.context}"
-
-
-CASES = (
-    Case(1, 1, 200),
-    Case(8, 1, 200),
-    Case(32, 1, 200),
-    Case(128, 1, 60),
-    Case(1, 1, 1500),
-    Case(1, 128, 128),
-    Case(1, 256, 1500),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,13 +62,14 @@ class Stored:
     kv_cache_dtype: str
 
 
-@dataclass(slots=True)
-class Line:
-    """Calls of one kind in a step."""
-
-    calls: int = 0
-    microseconds: float = 0.0
-    floor: float = 0.0
+KINDS = {
+    "fp32": Stored("float32", "", "highest", "float32"),
+    "bf16": Stored("bfloat16", "", "highest", "float32"),
+    "bf16-medium": Stored("bfloat16", "", "medium", "float16"),
+    "int8": Stored("bfloat16", "int8", "highest", "float16"),
+    "int8-weight-only": Stored("bfloat16", "int8-weight-only", "highest", "float16"),
+    "int4": Stored("bfloat16", "int4", "highest", "float16"),
+}
 
 
 class Profiler:
@@ -129,6 +115,7 @@ class Profiler:
         self.model = model
         self.roofline = roofline
         self._sequence = 0
+        self._fill_cache(config.num_blocks)
 
     def _step(self, **fields: object) -> float:
         """Seconds that it took."""
@@ -139,39 +126,50 @@ class Profiler:
         assert not refused, refused
         return time.perf_counter() - began
 
+    def _fill_cache(self, num_blocks: int) -> None:
+        """Gives all blocks keys and values: those of one prompt, over and over. What was never
+        written takes no memory, and would be read faster."""
+        own = range(_CHUNK // _BLOCK)
+        ids = [7 * at % self.model.config.vocab_size for at in range(_CHUNK)]
+        steps = -(-num_blocks // _COPIED)
+        sampling = RowSampling(max_new_tokens=1 + steps, ignore_eos=True)
+        room = -(-steps // _BLOCK)
+        row = NewRow(0, ids, sampling, block_ids=range(len(own) + room))
+        self._step(reset=True, new_rows=[row], rows=[0], counts=[_CHUNK])
+        for first in range(len(own), num_blocks, _COPIED):
+            blocks = range(first, min(first + _COPIED, num_blocks))
+            copies = [(own[block % len(own)], block) for block in blocks]
+            self._step(copies=copies, rows=[0], counts=[1])
+
     def _prepare(self, case: Case, room: int) -> None:
-        """Rows whose next step is the case's."""
+        """Rows whose next step is the case's; the keys and values before it are as they are."""
         blocks = -(-(case.context + room) // _BLOCK)
         sampling = RowSampling(max_new_tokens=room, ignore_eos=True)
+        known = case.context + (1 if case.count == 1 else 0)
         rows = [
             NewRow(
                 row,
-                [(7 * at + row) % self.model.config.vocab_size for at in range(case.context)],
+                [(7 * at + row) % self.model.config.vocab_size for at in range(known)],
                 sampling,
+                num_computed_tokens=known - case.count,
                 block_ids=range(row * blocks, (row + 1) * blocks),
             )
             for row in range(case.rows)
         ]
         self._step(reset=True, new_rows=rows)
-        for row in range(case.rows):
-            left = case.context - (case.count if case.count > 1 else 0)
-            while left:
-                self._step(rows=[row], counts=[min(left, _CHUNK)])
-                left -= min(left, _CHUNK)
 
-    def measure(self, case: Case, repeats: int) -> tuple[float, dict[str, Line]]:
-        """(milliseconds of a step, its calls by kind): means over `repeats` steps."""
+    def measure(self, case: Case, repeats: int) -> Step:
+        """Means over `repeats` steps, after one that isn't counted."""
         programs = self._programs
-        if case.count == 1:
-            self._prepare(case, repeats + 1)
         totals = [program.time_calls() for program in programs]
         seconds = 0.0
-        for _ in range(repeats):
-            if case.count > 1:
-                before = [total.copy() for total in totals]
-                self._prepare(case, 1)
-                for total, old in zip(totals, before, strict=True):
-                    total[:] = old
+        for number in range(repeats + 1):
+            if number == 0 or case.count > 1:
+                self._prepare(case, repeats + 2)
+            if number == 1:
+                seconds = 0.0
+                for total in totals:
+                    total[:] = 0
             seconds += self._step(rows=range(case.rows), counts=[case.count] * case.rows)
         # Of a step, and of the logits that did not come with it.
         sampled = min(case.rows, self._most_logits)
@@ -186,7 +184,7 @@ class Profiler:
                 line.calls += 1
                 line.microseconds += total[index] / repeats / 1e3
                 line.floor += floor
-        return seconds / repeats * 1e3, lines
+        return Step(seconds / repeats * 1e3, lines)
 
     def _floor(self, name: str, arguments: list[int], case: Case) -> tuple[str, float]:
         """(kind of the call, microseconds below which it can't be)."""
@@ -215,47 +213,39 @@ class Profiler:
         return kind, 0.0
 
 
-def table(case: Case, milliseconds: float, lines: dict[str, Line]) -> Iterator[str]:
-    """The case in Markdown."""
-    yield f"### {case.name[0].upper()}{case.name[1:]}: {milliseconds:.2f} ms\n"
-    yield "| calls | kind | ms | share | floor, ms | of the floor |"
-    yield "|---|---|---|---|---|---|"
-    whole = milliseconds * 1e3
-    for name, line in sorted(lines.items(), key=lambda item: -item[1].microseconds):
-        best = f"{line.floor / 1e3:.2f} | {line.floor / line.microseconds:.0%}"
-        yield (
-            f"| {line.calls} | {name} | {line.microseconds / 1e3:.2f} "
-            f"| {line.microseconds / whole:.1%} | {best if line.floor else '|'} |"
-        )
-    rest = whole - sum(line.microseconds for line in lines.values())
-    yield f"| | Python: inputs, sampling, bookkeeping | {rest / 1e3:.2f} | {rest / whole:.1%} | | |"
-    floor = sum(line.floor for line in lines.values())
-    yield f"| | all | {milliseconds:.2f} | | {floor / 1e3:.2f} | {floor / whole:.0%} |\n"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m headgate.bench.step_profile", description=__doc__
     )
     parser.add_argument("--model", default="", help="a checkpoint directory; default: the embedded")
-    parser.add_argument("--dtype", default="bfloat16", help="how weights are stored")
-    parser.add_argument("--quantize", default="", help="as of headgate serve")
-    parser.add_argument("--matmul-precision", default="highest", choices=MATMUL_PRECISIONS)
+    parser.add_argument(
+        "--kinds", default="bf16", help=f"of weights: {', '.join(KINDS)} (default: %(default)s)"
+    )
     parser.add_argument(
         "--kv-cache-dtype",
         default="",
         choices=["", *DTYPES],
-        help="float32; float16 with quantised weights",
+        help="default: float32; float16 with quantised weights or rounded inputs",
     )
     parser.add_argument("--threads", type=int, default=0, help="of a shard; default: a fair share")
     parser.add_argument("--num-shard", type=int, default=1, help="shards to split the model over")
     parser.add_argument(
+        "--tables",
+        default="calls,growth",
+        help="calls: some steps call by call; growth: what a step grows with (default: both)",
+    )
+    parser.add_argument(
         "--repeats",
         type=int,
         default=15,
-        help="steps of each case that decodes; a quarter of it for chunks",
+        help="steps of each case; a quarter of it for prompts and from 64 rows on",
     )
     options = parser.parse_args()
+    for name, known in (("kinds", KINDS), ("tables", ("calls", "growth"))):
+        chosen = getattr(options, name).split(",")
+        if unknown := set(chosen) - set(known):
+            parser.error(f"--{name}: {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+        setattr(options, name, chosen)
     threads = options.threads or max(1, torch.get_num_threads() // options.num_shard)
     torch.set_num_threads(threads)
     with _others(options.num_shard):
@@ -277,8 +267,8 @@ def _others(num_shard: int) -> Iterator[None]:
     ]
     try:
         yield
-        for rank, other in enumerate(others, 1):
-            print(f"## Shard {rank}\n\n{other.communicate()[0].decode()}")
+        for other in others:
+            print(other.communicate()[0].decode())
     finally:
         for other in others:
             other.kill()
@@ -289,23 +279,46 @@ def _profile(options: argparse.Namespace, threads: int) -> None:
     roofline = measure(threads)
     group = init_group("cpu", _TIMEOUT)
     model_path = options.model or str(ensure_embedded_model())
-    narrow = bool(options.quantize) or options.matmul_precision != "highest"
-    stored = Stored(
-        options.dtype,
-        options.quantize,
-        options.matmul_precision,
-        options.kv_cache_dtype or ("float16" if narrow else "float32"),
-    )
-    profiler = Profiler(model_path, stored, roofline, group)
+    where = f", shard {group.rank} of {group.world_size}" if group.world_size > 1 else ""
     print(
-        f"{threads} threads, keys and values in {stored.kv_cache_dtype}; at best "
-        f"{roofline.fma_gflops:.0f} GFLOP/s, {roofline.bf16_gflops:.0f} with pairs of bfloat16, "
-        f"{roofline.vnni_gops:.0f} int8 GOP/s, {roofline.memory_gb_s:.1f} GB/s from memory.\n"
+        f"{threads} threads{where}; at best {roofline.fma_gflops:.0f} GFLOP/s, "
+        f"{roofline.bf16_gflops:.0f} with pairs of bfloat16, {roofline.vnni_gops:.0f} int8 GOP/s, "
+        f"{roofline.memory_gb_s:.1f} GB/s from memory.\n"
     )
-    for case in CASES:
-        repeats = options.repeats if case.count == 1 else max(1, options.repeats // 4)
-        print("\n".join(table(case, *profiler.measure(case, repeats))), flush=True)
+    found: dict[str, dict[Case, Step]] = {}
+    for kind in options.kinds:
+        stored = KINDS[kind]
+        if options.kv_cache_dtype:
+            stored = replace(stored, kv_cache_dtype=options.kv_cache_dtype)
+        print(f"## {kind} weights, keys and values in {stored.kv_cache_dtype}{where}\n")
+        profiler = Profiler(model_path, stored, roofline, group)
+        found[kind] = {}
+        for text in _tables(profiler, options, found[kind]):
+            print(text, flush=True)
+        del profiler  # its model, before the next one
+    if len(found) > 1:
+        print("\n".join(kinds_table(found)))
     group.close()
+
+
+def _tables(
+    profiler: Profiler, options: argparse.Namespace, found: dict[Case, Step]
+) -> Iterator[str]:
+    """Of one kind of weights, as they are measured; the steps go into `found`."""
+
+    def measured(case: Case) -> Step:
+        if case not in found:
+            few = case.count > 1 or case.rows > 32
+            repeats = max(1, options.repeats // 4) if few else options.repeats
+            found[case] = profiler.measure(case, repeats)
+        return found[case]
+
+    if "calls" in options.tables:
+        for case in CASES:
+            yield "\n".join(calls_table(case, measured(case)))
+    if "growth" in options.tables:
+        for title, cases in GROWTH.items():
+            yield "\n".join(growth_table(title, [(case, measured(case)) for case in cases]))
 
 
 if __name__ == "__main__":
