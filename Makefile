@@ -18,7 +18,7 @@
 #                                   OPENVINO_PYTHON and OPENVINO_MODELS, LLAMA_SERVER and LLAMA_MODELS,
 #                                   VLLM_PYTHON, TRANSFORMERS_PYTHON and TRANSFORMERS_MODEL
 #   make bench-host                 what gateway and router cost per token, without a model
-#   make bench-steps                where a CPU step's time goes, call by call (docs/performance.md)
+#   make bench-steps [BENCH_ARGS="--kinds bf16,int8,int4 --num-shard 2"]   a CPU step, call by call (docs/performance.md)
 #   make test-fresh                 the image's steps and the README's commands on a bare Debian (root)
 #   make clean                      removes the environments and everything generated
 
