@@ -85,6 +85,9 @@ class InputBatch:
         self.params = np.zeros(capacity, PARAMS_DTYPE)
         self.ended = np.zeros(capacity, np.bool_)  # by this shard: dead in later plans
         self.constrained = np.zeros(capacity, np.bool_)  # the row has a grammar
+        self.plain = np.zeros(capacity, np.bool_)  # it asks for the likeliest tokens and no more
+        self.most_tokens = np.zeros(capacity, np.int64)  # known when its length ends it
+        self.heeds_eos = np.zeros(capacity, np.bool_)
         self.stop_ids: list[frozenset[int]] = [frozenset()] * capacity
         self.grammars: list[RowGrammar | None] = [None] * capacity
         self.biases: list[TokenBias | None] = [None] * capacity
@@ -175,7 +178,21 @@ class InputBatch:
         self.constrained[slot] = bool(sampling.grammar)
         self.grammars[slot] = RowGrammar(sampling.grammar) if sampling.grammar else None
         self.biases[slot] = TokenBias.of(sampling, self.limits.vocab_size)
+        self.plain[slot] = self._is_plain(slot)
+        self.most_tokens[slot] = len(row.prompt_ids) + sampling.max_new_tokens
+        self.heeds_eos[slot] = bool(sampling.grammar) or not sampling.ignore_eos
         self._append_blocks(slot, row.block_ids)
+
+    def _is_plain(self, slot: int) -> bool:
+        wishes = self.params[slot : slot + 1]
+        asked = ("logprobs", "top_n_tokens", "prompt_logprobs", "min_new_tokens", "temperature")
+        return not (
+            self.constrained[slot]
+            or self.biases[slot] is not None
+            or needs_history(wishes).any()
+            or any(wishes[name][0] for name in asked)
+            or wishes["pooling"][0] != Pooling.NONE
+        )
 
     def _check_new_row(self, row: NewRow, known: int) -> None:
         limits, sampling = self.limits, row.sampling
@@ -212,6 +229,9 @@ class InputBatch:
         self.params[child]["sample_index"] = fork.sample_index
         self.stop_ids[child] = self.stop_ids[parent]
         self.biases[child] = self.biases[parent]
+        self.plain[child] = self.plain[parent]
+        self.most_tokens[child] = self.most_tokens[parent]
+        self.heeds_eos[child] = self.heeds_eos[parent]
         grammar = self.grammars[parent]
         num_output = shared - int(self.num_prompt[parent])
         self.grammars[child] = grammar.fork(max(num_output, 0)) if grammar is not None else None
@@ -295,19 +315,22 @@ class InputBatch:
         self.num_computed[scheduled.slots] += scheduled.counts
         slots = scheduled.slots[scheduled.samples]
         failed = tokens == NO_TOKEN
-        tokens = np.where(failed, 0, tokens)
-        self.token_ids[slots, self.num_tokens[slots]] = tokens
-        self.num_tokens[slots] += 1
-        params = self.params[slots]
-        full = self.num_tokens[slots] - self.num_prompt[slots] >= params["max_new_tokens"]
-        ends = np.where(full, np.uint8(RowEnd.LENGTH), np.uint8(RowEnd.NONE))
+        tokens = np.maximum(tokens, 0)
+        places = self.num_tokens[slots]
+        self.token_ids[slots, places] = tokens
+        places += 1
+        self.num_tokens[slots] = places
+        ends = np.zeros(len(slots), np.uint8)
+        ends[places >= self.most_tokens[slots]] = RowEnd.LENGTH
         for index, slot in enumerate(slots.tolist()):
             if self.stop_ids[slot] and int(tokens[index]) in self.stop_ids[slot]:
                 ends[index] = RowEnd.STOP_TOKEN
-        heeds_eos = self.constrained[slots] | ~params["ignore_eos"]
-        ends[np.isin(tokens, self._eos) & heeds_eos] = RowEnd.EOS
+        # Faster than isin, for there are few.
+        is_eos = (tokens[:, None] == self._eos).any(axis=1)
+        ends[is_eos & self.heeds_eos[slots]] = RowEnd.EOS
         ends[failed] = RowEnd.FAILED
-        ends[params["pooling"] != Pooling.NONE] = RowEnd.POOLED
+        if not self.plain[slots].all():
+            ends[self.params["pooling"][slots] != Pooling.NONE] = RowEnd.POOLED
         self.ended[slots] = ends != RowEnd.NONE
         return ends
 

@@ -37,7 +37,7 @@ from headgate.shard.runner import Heartbeat, RunnerFacts
 from headgate.shard.sampling.grammar import NO_MASKS, GrammarMasks, Masks
 from headgate.shard.sampling.logprobs import NO_TOP, token_logprobs
 from headgate.shard.sampling.params import NO_TOKEN, IntArray
-from headgate.shard.sampling.sampler import sample
+from headgate.shard.sampling.sampler import argmax, sample
 from headgate.shard.step_inputs import PooledChunk, PromptChunk, StepInputs, build_inputs
 from headgate.shard.vote import plan_tag, vote
 from headgate.shard.warmup import warm_up
@@ -310,7 +310,10 @@ class ModelRunner:
         tokens = np.zeros(len(slots), np.int64)
         logprobs = [0.0] * len(slots)
         top: list[TopTokens] = []
-        drawn = np.flatnonzero(self._batch.params["pooling"][slots] == Pooling.NONE)
+        plain = self._batch.plain[slots].all()
+        drawn = np.arange(len(slots))
+        if not plain:
+            drawn = np.flatnonzero(self._batch.params["pooling"][slots] == Pooling.NONE)
         for start in range(0, len(drawn), _LOGITS_ROWS):
             part = drawn[start : start + _LOGITS_ROWS]
             if isinstance(self.recorded, RecordedModel):
@@ -322,6 +325,9 @@ class ModelRunner:
                 logits = self.model.logits(ops.take_rows(hidden, rows))
             self.heartbeat.beat()
             if logits is None:
+                continue
+            if plain:
+                tokens[part] = argmax(logits)
                 continue
             tokens[part] = sample(logits, self._batch.sampled_rows(slots[part], masks))
             self._add_logprobs(logits, tokens[part], slots[part], (part, logprobs, top))

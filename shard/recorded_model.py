@@ -77,13 +77,14 @@ class RecordedModel:
     def logits(self, first: int) -> torch.Tensor | None:
         """Of the last step's sample_tokens from place `first` on, StepLimits.logits_rows of them or
         all that are left: like the model's; valid until the next call."""
-        rows = self._sample_tokens[first : first + self.most_logits]
+        count = min(len(self._sample_tokens) - first, self.most_logits)
         found = self._step.outputs[1:]
         if first:  # those before came with the step
-            self._inputs.sample_tokens[: len(rows)] = rows
-            self._head.run((len(rows),), self._beats)
+            rows = self._sample_tokens[first : first + count]
+            self._inputs.sample_tokens[:count] = rows
+            self._head.run((count,), self._beats)
             found = self._head.outputs
-        return found[0][: len(rows)] if found else None  # rank 0 alone has them
+        return found[0][:count] if found else None  # rank 0 alone has them
 
     @property
     def programs(self) -> tuple[Program, Program]:
@@ -109,25 +110,51 @@ class _StepBuffers:
         self.context_lens = torch.zeros(tokens, dtype=torch.int32)
         self.block_tables = torch.zeros(tokens, blocks, dtype=torch.int32)
         self.sample_tokens = torch.zeros(limits.logits_rows, dtype=torch.int64)
+        # NumPy's copies of a few numbers cost less than torch's.
+        self._arrays = tuple(
+            tensor.numpy()
+            for tensor in (
+                self.block_tables,
+                self.input_ids,
+                self.positions,
+                self.slot_mapping,
+                self.cu_query_lens,
+                self.context_lens,
+                self.sample_tokens,
+            )
+        )
 
-    def fill(self, inputs: StepInputs) -> StepInputs:
-        """Copies a step's inputs to here; returns them as they are here."""
-        tokens, attention = len(inputs.input_ids), inputs.attention
+    def fill(self, inputs: StepInputs) -> None:
+        """Copies a step's inputs to here, of its sample_tokens those that there is room for."""
+        attention = inputs.attention
         rows, blocks = attention.block_tables.shape
-        tables = self.block_tables[:rows]
-        tables[:, :blocks] = attention.block_tables
+        self._arrays[0][:rows, :blocks] = attention.block_tables.numpy()
         sampled = inputs.sample_tokens[: len(self.sample_tokens)]
-        self.sample_tokens[: len(sampled)] = sampled
+        sources = (
+            inputs.input_ids,
+            inputs.positions,
+            attention.slot_mapping,
+            attention.cu_query_lens,
+            attention.context_lens,
+            sampled,
+        )
+        for array, source in zip(self._arrays[1:], sources, strict=True):
+            array[: len(source)] = source.numpy()
+
+    def placed(self, inputs: StepInputs) -> StepInputs:
+        """The step's inputs as they are here once they are filled in."""
+        tokens, attention = len(inputs.input_ids), inputs.attention
+        rows = len(attention.context_lens)
         return replace(
             inputs,
-            input_ids=self.input_ids[:tokens].copy_(inputs.input_ids),
-            positions=self.positions[:tokens].copy_(inputs.positions),
+            input_ids=self.input_ids[:tokens],
+            positions=self.positions[:tokens],
             attention=replace(
                 attention,
-                cu_query_lens=self.cu_query_lens[: rows + 1].copy_(attention.cu_query_lens),
-                context_lens=self.context_lens[:rows].copy_(attention.context_lens),
-                block_tables=tables,
-                slot_mapping=self.slot_mapping[:tokens].copy_(attention.slot_mapping),
+                cu_query_lens=self.cu_query_lens[: rows + 1],
+                context_lens=self.context_lens[:rows],
+                block_tables=self.block_tables[:rows],
+                slot_mapping=self.slot_mapping[:tokens],
             ),
         )
 
@@ -175,7 +202,9 @@ class _Attempt:
         buffers = _StepBuffers(self._limits, self._layout.block_size)
         recordings, results = [], []
         for counts, sampled in _RECORDED_STEPS:
-            step = buffers.fill(self._trial().step(counts))
+            step = self._trial().step(counts)
+            buffers.fill(step)
+            step = buffers.placed(step)
             sizes = (sum(counts.values()), len(counts), sampled)
             with Recording(sizes, _tensors(cache)) as recording:
                 hidden = self._model.forward(step.input_ids, step.positions, cache, step.attention)

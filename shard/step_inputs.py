@@ -54,17 +54,22 @@ def build_inputs(
     slots, counts = scheduled.slots, scheduled.counts
     computed = batch.num_computed[slots]
     ends = np.cumsum(counts)
+    plain = batch.plain[slots].all()
     # For every token of the step: its row's slot, and its position there.
-    token_slots = np.repeat(slots, counts)
-    positions = np.arange(ends[-1]) + np.repeat(computed - (ends - counts), counts)
-    drawing = scheduled.samples & (batch.params["pooling"][slots] == Pooling.NONE)
+    token_slots, positions = slots, computed
+    if ends[-1] > len(slots):
+        token_slots = np.repeat(slots, counts)
+        positions = np.arange(ends[-1]) + np.repeat(computed - (ends - counts), counts)
+    draws = scheduled.samples
+    if not plain:
+        draws = draws & (batch.params["pooling"][slots] == Pooling.NONE)
     return StepInputs(
         input_ids=_tensor(batch.token_ids[token_slots, positions].astype(np.int64), device),
         positions=_tensor(positions, device),
         attention=_attention(batch, scheduled, token_slots, positions, device),
-        sample_tokens=_tensor(ends[drawing] - 1, device),
-        prompt_chunks=_prompt_chunks(batch, scheduled, ends - counts),
-        pooled_chunks=_pooled_chunks(batch, scheduled, ends),
+        sample_tokens=_tensor(ends[draws] - 1, device),
+        prompt_chunks=() if plain else _prompt_chunks(batch, scheduled, ends - counts),
+        pooled_chunks=() if plain else _pooled_chunks(batch, scheduled, ends),
     )
 
 
@@ -142,4 +147,5 @@ def _pooled_chunks(
 
 
 def _tensor(values: npt.NDArray[np.generic], device: torch.device | str) -> torch.Tensor:
-    return torch.from_numpy(values).to(device, non_blocking=True)
+    tensor = torch.from_numpy(values)
+    return tensor if device == "cpu" else tensor.to(device, non_blocking=True)
