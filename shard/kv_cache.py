@@ -5,11 +5,12 @@ Which block belongs to whom is the router's knowledge; this file only holds memo
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+
+from headgate.kernels.huge_pages import map_zeros
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +92,7 @@ def _untouched_zeros(num_bytes: int) -> torch.Tensor:
     torch.zeros writes them. Raises MemoryError.
     """
     try:
-        memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory = map_zeros(num_bytes)
     except (OSError, OverflowError) as error:
         raise MemoryError(f"no {num_bytes} bytes of memory: {error}") from error
     return torch.frombuffer(memory, dtype=torch.uint8)

@@ -2,16 +2,18 @@
 //
 // The order of every sum is fixed by absolute key positions, so that a token's result has the same
 // bits in any batch and however its prompt was chunked:
-//  - a score is one chain of fused multiply-adds over the head dimension;
+//  - a score is the sum of kLanes chains of fused multiply-adds, of every kLanes-th dimension each,
+//    folded by halves;
 //  - within a partition of kPartition keys an online softmax goes block by block (kKeyBlock keys),
-//    the sum of weights kept in VL partial sums by (key position mod VL), the weighted values as one
-//    chain over ascending keys;
+//    the sum of weights kept in kSums partial sums by (key position mod kSums), the weighted values
+//    as one chain over ascending keys;
 //  - partitions are merged in ascending order.
 // Keys a token may not see weigh exactly zero, and blocks without any leave the state as it is.
 //
-// Two ways lead to the same numbers. Few query rows (decode): vectors run over keys, which are
-// transposed four dimensions at a time as they are read. Many: vectors run over query rows, and keys
-// are broadcast. In both, all query heads of a group share one reading of its keys and values.
+// Two ways lead to the same numbers, on every instruction set with fused multiply-adds. Few query
+// rows (decode): vectors hold the chains of a score, and keys and values are widened as they are
+// read. Many: vectors run over query rows, and keys, a block of which is widened first, are
+// broadcast. In both, all query heads of a group share one reading of its keys and values.
 #pragma once
 
 #include "attention_scores.h"
@@ -20,9 +22,23 @@ namespace {
 
 using namespace headgate;
 
+template <int DTYPE>
+HG_INLINE vf load_value(const void* value, int at) {
+  if constexpr (DTYPE == kBFloat16) return load_bf16((const uint16_t*)value + at);
+  else if constexpr (DTYPE == kFloat16) return load_f16((const uint16_t*)value + at);
+  else return load((const float*)value + at);
+}
+
+template <int DTYPE>
+HG_INLINE vf load_value_n(const void* value, int at, int n) {
+  if constexpr (DTYPE == kBFloat16) return load_bf16_n((const uint16_t*)value + at, n);
+  else if constexpr (DTYPE == kFloat16) return load_f16_n((const uint16_t*)value + at, n);
+  else return load_n((const float*)value + at, n);
+}
+
 // values[R][V vectors] = values * decay + sum over keys of weight * value, the last vector of `tail`
 // lanes where that is not 0. Of the queries from `query`, and the dimensions from `dim_at`.
-template <int R, int V>
+template <int DTYPE, int R, int V>
 void weigh_tile(Tile& t, int query, int dim_at, int first, int last, int query_step, int key_step,
                 int tail) {
   const float* weights = t.weights + query * query_step;
@@ -38,12 +54,12 @@ void weigh_tile(Tile& t, int query, int dim_at, int first, int last, int query_s
     for (int v = 0; v < V; ++v) sums[r][v] = load(values + r * padded_dim + v * VL) * scale;
   }
   for (int k = first; k < last; ++k) {
-    const float* value = t.vals[k] + dim_at;
     if (k < ahead) fetch_ahead(t, t.job->v_cache, k);
     vf x[V];
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v)
-      x[v] = v == V - 1 && tail ? load_n(value + v * VL, tail) : load(value + v * VL);
+      x[v] = v == V - 1 && tail ? load_value_n<DTYPE>(t.vals[k], dim_at + v * VL, tail)
+                                : load_value<DTYPE>(t.vals[k], dim_at + v * VL);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const vf p = set1(weights[r * query_step + k * key_step]);
@@ -57,30 +73,34 @@ void weigh_tile(Tile& t, int query, int dim_at, int first, int last, int query_s
     for (int v = 0; v < V; ++v) store(values + r * padded_dim + v * VL, sums[r][v]);
 }
 
-template <int V>
+template <int DTYPE, int V>
 void weigh_columns(Tile& t, int dim_at, int first, int last, int query_step, int key_step, int tail) {
+  const auto weigh = [&](auto tile, int r) {
+    tile(t, r, dim_at, first, last, query_step, key_step, tail);
+  };
   int r = 0;
-  for (; r + kRows <= t.queries; r += kRows)
-    weigh_tile<kRows, V>(t, r, dim_at, first, last, query_step, key_step, tail);
+  for (; r + kRows <= t.queries; r += kRows) weigh(weigh_tile<DTYPE, kRows, V>, r);
   switch (t.queries - r) {
-    case 1: weigh_tile<1, V>(t, r, dim_at, first, last, query_step, key_step, tail); break;
-    case 2: weigh_tile<2, V>(t, r, dim_at, first, last, query_step, key_step, tail); break;
-    case 3: weigh_tile<3, V>(t, r, dim_at, first, last, query_step, key_step, tail); break;
-    case 4: weigh_tile<4, V>(t, r, dim_at, first, last, query_step, key_step, tail); break;
-    case 5: weigh_tile<5, V>(t, r, dim_at, first, last, query_step, key_step, tail); break;
+    case 1: weigh(weigh_tile<DTYPE, 1, V>, r); break;
+    case 2: weigh(weigh_tile<DTYPE, 2, V>, r); break;
+    case 3: weigh(weigh_tile<DTYPE, 3, V>, r); break;
+    case 4: weigh(weigh_tile<DTYPE, 4, V>, r); break;
+    case 5: weigh(weigh_tile<DTYPE, 5, V>, r); break;
   }
 }
 
+// DTYPE: of what `vals` points at.
+template <int DTYPE>
 void weigh(Tile& t, int first, int last, int query_step, int key_step) {
   const int tail = t.dim % VL;
   int d = 0;
   for (; d + kVectors * VL <= t.dim; d += kVectors * VL)
-    weigh_columns<kVectors>(t, d, first, last, query_step, key_step, 0);
+    weigh_columns<DTYPE, kVectors>(t, d, first, last, query_step, key_step, 0);
   switch ((t.dim - d + VL - 1) / VL) {
-    case 1: weigh_columns<1>(t, d, first, last, query_step, key_step, tail); break;
-    case 2: weigh_columns<2>(t, d, first, last, query_step, key_step, tail); break;
-    case 3: weigh_columns<3>(t, d, first, last, query_step, key_step, tail); break;
-    case 4: weigh_columns<4>(t, d, first, last, query_step, key_step, tail); break;
+    case 1: weigh_columns<DTYPE, 1>(t, d, first, last, query_step, key_step, tail); break;
+    case 2: weigh_columns<DTYPE, 2>(t, d, first, last, query_step, key_step, tail); break;
+    case 3: weigh_columns<DTYPE, 3>(t, d, first, last, query_step, key_step, tail); break;
+    case 4: weigh_columns<DTYPE, 4>(t, d, first, last, query_step, key_step, tail); break;
   }
 }
 
@@ -92,21 +112,40 @@ void clear_state(Tile& t, State& state) {
   memset(state.values, 0, sizeof(float) * t.queries * t.padded_dim);
 }
 
-using ScoreFew = void (*)(Tile&, int, int);
+// What few query rows do with a block, by their number and the cache's dtype.
+struct Few {
+  void (*score)(Tile&, int group_first, int group_last);  // null: there are many
+  void (*weigh)(Tile&, int first, int last, int query_step, int key_step);
+};
 
-// Keys [first, last) of the block at `base`, whose places are known; finds the next block's.
-void attend_block(Tile& t, int32_t base, int32_t first, int32_t last, ScoreFew score) {
-  const int32_t next = base + kKeyBlock;
-  const int32_t next_last = next + kKeyBlock < t.last_key ? next + kKeyBlock : t.last_key;
-  t.ahead = next_last > next ? next_last - next : 0;
-  find_places(t, next, next, next_last, t.places[!t.current]);
-  open_block(t, base, first, last);
+template <int DTYPE>
+Few few_of(int queries) {
+  static void (*const score[kFewQueries])(Tile&, int, int) = {
+      score_few<1, DTYPE>, score_few<2, DTYPE>, score_few<3, DTYPE>, score_few<4, DTYPE>,
+      score_few<5, DTYPE>, score_few<6, DTYPE>, score_few<7, DTYPE>, score_few<8, DTYPE>};
+  return {score[queries - 1], weigh<DTYPE>};
+}
+
+Few choose_few(const Tile& t) {
+  if (!is_few(t.queries, t.dim)) return {nullptr, nullptr};
+  if (t.job->cache_dtype == kBFloat16) return few_of<kBFloat16>(t.queries);
+  if (t.job->cache_dtype == kFloat16) return few_of<kFloat16>(t.queries);
+  return few_of<kFloat32>(t.queries);
+}
+
+// Keys [first, last) of the block at `base`, whose places are known; asks for those to come.
+void attend_block(Tile& t, int32_t base, int32_t first, int32_t last, const Few& few) {
+  look_ahead(t, base);
+  open_block(t, base, first, last, !few.score);
   const int a = first - base, b = last - base;
-  if (score) {
+  if (few.score) {
     const int group_first = a / VL, group_last = (b + VL - 1) / VL;
-    score(t, group_first, group_last);
+    few.score(t, group_first, group_last);
     soften_few(t, base, group_first, group_last);
-    weigh(t, a, b, kKeyBlock, 1);
+    few.weigh(t, a, b, kKeyBlock, 1);
+    // What a short block left over.
+    for (int i = group_last * VL; i < t.ahead; ++i) fetch_ahead(t, t.job->k_cache, i);
+    for (int i = b; i < t.ahead; ++i) fetch_ahead(t, t.job->v_cache, i);
     return;
   }
   for (int i = 0; i < t.ahead; ++i) fetch_ahead(t, t.job->k_cache, i);
@@ -114,39 +153,29 @@ void attend_block(Tile& t, int32_t base, int32_t first, int32_t last, ScoreFew s
   for (int i = 0; i < t.padded_queries; ++i) edge |= t.low[i] > first || t.high[i] < last - 1;
   score_many(t, a, b);
   soften_many(t, base, a, b, edge);
-  weigh(t, a, b, 1, t.padded_queries);
+  weigh<kFloat32>(t, a, b, 1, t.padded_queries);
 }
 
-ScoreFew score_function(const Tile& t) {
-  static const ScoreFew table[kFewQueries] = {score_few<1>, score_few<2>, score_few<3>,
-                                              score_few<4>, score_few<5>, score_few<6>,
-                                              score_few<7>, score_few<8>};
-  return is_few(t.queries, t.dim) ? table[t.queries - 1] : nullptr;
-}
-
-void attend_partition(Tile& t, int32_t partition, ScoreFew score) {
+void attend_partition(Tile& t, int32_t partition, const Few& few) {
   clear_state(t, t.part);
-  memset(t.part_sums, 0, sizeof(float) * t.padded_queries * VL);
+  memset(t.part_sums, 0, sizeof(float) * t.padded_queries * kSums);
   const int32_t start = partition * kPartition;
   for (int32_t base = start; base < start + kPartition; base += kKeyBlock) {
-    const int32_t first = base > t.first_key ? base : t.first_key;
-    const int32_t last = base + kKeyBlock < t.last_key ? base + kKeyBlock : t.last_key;
+    const int32_t first = base > t.seen.first ? base : t.seen.first;
+    const int32_t last = block_end(base, t.seen);
     if (first >= last) continue;
-    if (!t.placed) find_places(t, base, first, last, t.places[t.current]);
-    attend_block(t, base, first, last, score);
+    if (!t.placed) find_places(*t.job, *t.item, base, first, last, t.places[t.current]);
+    attend_block(t, base, first, last, few);
     t.placed = true;
     t.current = !t.current;
   }
-  if (score) {
-    for (int i = 0; i < t.queries; ++i) t.part.sum[i] = sum_lanes(load(t.part_sums + i * VL));
-    return;
-  }
-  for (int width = VL / 2; width; width /= 2)
-    for (int i = 0; i < width * t.padded_queries; i += VL) {
-      float* sum = t.part_sums + i;
-      store(sum, load(sum) + load(sum + width * t.padded_queries));
-    }
-  memcpy(t.part.sum, t.part_sums, sizeof(float) * t.padded_queries);
+  // Halves are folded onto each other. Of few, a query's sums are side by side; of many, queries'.
+  const int step = few.score ? 1 : t.padded_queries, row = few.score ? kSums : 1;
+  for (int width = kSums / 2; width; width /= 2)
+    for (int n = 0; n < width; ++n)
+      for (int i = 0; i < t.queries; ++i)
+        t.part_sums[i * row + n * step] += t.part_sums[i * row + (n + width) * step];
+  for (int i = 0; i < t.queries; ++i) t.part.sum[i] = t.part_sums[i * row];
 }
 
 // total += part
@@ -190,7 +219,6 @@ void write_out(Tile& t) {
 void prepare_tile(Tile& t, const AttentionJob& job, const AttentionItem& item) {
   t.job = &job;
   t.item = &item;
-  t.table = job.block_tables + item.row * job.table_stride;
   t.dim = job.head_dim;
   t.padded_dim = round_up(t.dim, VL);
   t.queries = item.query_count;
@@ -219,15 +247,17 @@ void attention_tile(const void* data, int64_t index) {
   const AttentionJob& job = *(const AttentionJob*)data;
   Tile t;
   prepare_tile(t, job, job.items[index]);
+  t.seen = keys_of(job, *t.item);
   load_queries(t);
-  const ScoreFew score = score_function(t);
+  const Few few = choose_few(t);
   t.current = 0;
   t.placed = false;
   if (t.item->partial < 0) clear_state(t, t.total);
+  const int64_t size = partial_size(t.queries, t.dim);
   for (int32_t p = t.item->partition_first; p < t.item->partition_last; ++p) {
-    attend_partition(t, p, score);
+    attend_partition(t, p, few);
     if (t.item->partial < 0) merge_partition(t);
-    else save_partial(t, job.partials + t.item->partial);
+    else save_partial(t, job.partials + t.item->partial + (p - t.item->partition_first) * size);
   }
   if (t.item->partial < 0) write_out(t);
 }
@@ -236,7 +266,7 @@ void attention_tile(const void* data, int64_t index) {
 void attention_merge_tile(const void* data, int64_t index) {
   const MergeJob& merge = *(const MergeJob*)data;
   const MergeItem& from = merge.items[index];
-  const AttentionItem item = {from.row, from.kv_head, from.query_first, from.query_count, 0, 0, -1};
+  const AttentionItem item = {from.row, from.kv_head, from.query_first, from.query_count, 0, 0, -1, 0};
   Tile t;
   prepare_tile(t, *merge.attention, item);
   clear_state(t, t.total);

@@ -13,25 +13,52 @@ HG_INLINE vf cap_scores(vf s, float cap) {
 
 // ---- few query rows: vectors over keys ----
 
-template <int Q>
+// Eight lanes of each of VL keys: vector i of eight (see load_lanes in simd.h).
+template <int DTYPE>
+HG_INLINE vf load_keys(const void* const* keys, int i, int at) {
+  if constexpr (DTYPE == kBFloat16) return load_lanes_bf16((const uint16_t* const*)keys, i, at);
+  else if constexpr (DTYPE == kFloat16) return load_lanes_f16((const uint16_t* const*)keys, i, at);
+  else return load_lanes((const float* const*)keys, i, at);
+}
+
+template <int Q, int DTYPE>
 void score_few(Tile& t, int group_first, int group_last) {
+  constexpr int kPairs = VL == 16 && Q <= 6 ? 2 : 1;  // of vectors of keys, sums in registers
   const float cap = t.job->soft_cap;
+  const int dim = t.dim;
   for (int g = group_first; g < group_last; ++g) {
+    const void* const* keys = t.keys + g * VL;
     int fetch = g * VL, fetch_due = 0;
-    vf s[Q];
-#pragma GCC unroll 8
-    for (int i = 0; i < Q; ++i) s[i] = set1(0.0f);
-    for (int d = 0; d < t.dim; d += 4) {
-      vf k[4];
-      load_columns4(t.keys + g * VL, d, k);
-      for (fetch_due += 4 * VL; fetch_due >= t.dim; fetch_due -= t.dim, ++fetch)
-        if (fetch < t.ahead) fetch_ahead(t, t.job->k_cache, fetch);
+    vf folded[4][Q];
 #pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j)
+    for (int j = 0; j < 4; j += kPairs) {
+      vf s[2 * kPairs][Q];
+#pragma GCC unroll 4
+      for (int i = 0; i < 2 * kPairs; ++i)
 #pragma GCC unroll 8
-        for (int i = 0; i < Q; ++i) s[i] = fma(set1(t.q[i * t.dim + d + j]), k[j], s[i]);
+        for (int r = 0; r < Q; ++r) s[i][r] = set1(0.0f);
+      for (int d = 0; d < dim; d += kLanes) {
+        for (fetch_due += 2 * kPairs * VL; fetch_due >= dim; fetch_due -= dim, ++fetch)
+          if (fetch < t.ahead) fetch_ahead(t, t.job->k_cache, fetch);
+#pragma GCC unroll 4
+        for (int i = 0; i < 2 * kPairs; ++i) {
+          const vf k = load_keys<DTYPE>(keys, 2 * j + i, d);
+#pragma GCC unroll 8
+          for (int r = 0; r < Q; ++r)
+            s[i][r] = fma(repeat_lanes(t.q + r * dim + d, i), k, s[i][r]);
+        }
+      }
+#pragma GCC unroll 2
+      for (int pair = 0; pair < kPairs; ++pair)
+#pragma GCC unroll 8
+        for (int r = 0; r < Q; ++r)
+          folded[j + pair][r] = fold_halves(s[2 * pair][r], s[2 * pair + 1][r]);
     }
-    for (int i = 0; i < Q; ++i) store(t.weights + i * kKeyBlock + g * VL, cap_scores(s[i], cap));
+    for (int r = 0; r < Q; ++r) {
+      const vf score = fold_last(fold_pairs(folded[0][r], folded[1][r]),
+                                 fold_pairs(folded[2][r], folded[3][r]));
+      store(t.weights + r * kKeyBlock + g * VL, cap_scores(score, cap));
+    }
   }
 }
 
@@ -56,42 +83,61 @@ void soften_few(Tile& t, int32_t base, int group_first, int group_last) {
   }
   for (int i = 0; i < t.queries; ++i) {
     float* weights = t.weights + i * kKeyBlock;
-    const vf maximum = set1(t.part.maximum[i]);
-    vf sum = load(t.part_sums + i * VL) * set1(t.decay[i]);
+    const vf maximum = set1(t.part.maximum[i]), decay = set1(t.decay[i]);
+    float* sums = t.part_sums + i * kSums;
+    for (int n = 0; n < kSums; n += VL) store(sums + n, load(sums + n) * decay);
     for (int g = group_first; g < group_last; ++g) {
       const vf p = exp_v(load(weights + g * VL) - maximum);
       store(weights + g * VL, p);
-      sum = sum + p;
+      float* sum = sums + g * VL % kSums;
+      store(sum, load(sum) + p);
     }
-    store(t.part_sums + i * VL, sum);
   }
 }
 
 // ---- many query rows: vectors over query rows ----
 
-// Scores of K keys for V vectors of query rows.
-template <int K, int V>
-void score_many_tile(const float* const* keys, const float* q, int padded, int dim, float* out,
-                     float cap) {
-  vf s[K][V];
+// s = products of K keys and V vectors of query rows, over dimensions `LANE`, `LANE` + `STEP`, ...;
+// the chains of fewer than kLanes such steps are folded by halves, as score_few does.
+template <int LANE, int STEP, int K, int V>
+HG_INLINE void score_lanes(const float* const* keys, const float* q, int padded, int dim,
+                           vf (&s)[K][V]) {
+  if constexpr (STEP < kLanes) {
+    vf first[K][V];
+    score_lanes<LANE, 2 * STEP>(keys, q, padded, dim, first);
+    score_lanes<LANE + STEP, 2 * STEP>(keys, q, padded, dim, s);
+#pragma GCC unroll 8
+    for (int k = 0; k < K; ++k)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) s[k][v] = first[k][v] + s[k][v];
+    return;
+  }
 #pragma GCC unroll 8
   for (int k = 0; k < K; ++k)
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) s[k][v] = set1(0.0f);
-  const float* row[K];
-#pragma GCC unroll 8
-  for (int k = 0; k < K; ++k) row[k] = keys[k];
-  for (int d = 0; d < dim; ++d) {
+  for (int d = LANE; d < dim; d += kLanes) {
     vf x[V];
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) x[v] = load(q + d * padded + v * VL);
 #pragma GCC unroll 8
     for (int k = 0; k < K; ++k) {
-      const vf y = set1(row[k][d]);
+      const vf y = set1(keys[k][d]);
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) s[k][v] = fma(y, x[v], s[k][v]);
     }
   }
+}
+
+// Scores of K keys for V vectors of query rows.
+template <int K, int V>
+void score_many_tile(const void* const* keys, const float* q, int padded, int dim, float* out,
+                     float cap) {
+  const float* row[K];
+#pragma GCC unroll 8
+  for (int k = 0; k < K; ++k) row[k] = (const float*)keys[k];
+  vf s[K][V];
+  score_lanes<0, 1>(row, q, padded, dim, s);
   for (int k = 0; k < K; ++k)
     for (int v = 0; v < V; ++v) store(out + k * padded + v * VL, cap_scores(s[k][v], cap));
 }
@@ -142,14 +188,14 @@ void soften_many(Tile& t, int32_t base, int first, int last, bool edge) {
     const vf decay = exp_v(before - top);
     store(t.part.maximum + c, top);
     store(t.decay + c, decay);
-    for (int lane = 0; lane < VL; ++lane) {
-      float* sum = t.part_sums + lane * padded + c;
+    for (int n = 0; n < kSums; ++n) {
+      float* sum = t.part_sums + n * padded + c;
       store(sum, load(sum) * decay);
     }
     for (int k = first; k < last; ++k) {
       const vf p = exp_v(load(weights + k * padded) - top);
       store(weights + k * padded, p);
-      float* sum = t.part_sums + k % VL * padded + c;
+      float* sum = t.part_sums + k % kSums * padded + c;
       store(sum, load(sum) + p);
     }
   }

@@ -10,6 +10,8 @@ using namespace headgate;
 
 constexpr float kNoScore = -1e38f;  // below every score, yet far from overflow when subtracted
 constexpr int kFewQueries = 8;      // up to here vectors run over keys
+constexpr int kLanes = 8;           // chains that a score is the sum of, whatever VL
+constexpr int kSums = 16;           // partial sums of weights, whatever VL
 constexpr int kRows = 6;            // rows and vectors of the inner products: sums in registers
 constexpr int kVectors = VL == 16 ? 4 : 2;
 
@@ -22,43 +24,64 @@ struct State {
   alignas(64) float values[kQueryTile * kMaxHeadDim];  // [query][dim padded to VL]
 };
 
+// Positions [first, last) that some query row of an item sees.
+struct Keys {
+  int32_t first, last;
+};
+
 struct Tile {
   const AttentionJob* job;
   const AttentionItem* item;
-  const int32_t* table;
   int dim, padded_dim, queries, padded_queries;
-  int32_t first_key, last_key;          // keys any of its queries sees: [first, last)
+  Keys seen;                            // of the item
   alignas(64) int32_t low[kQueryTile];  // keys each query sees: [low, high]
   alignas(64) int32_t high[kQueryTile];
   alignas(64) float q[kQueryTile * kMaxHeadDim];  // scaled; few: [query][dim], many: [dim][query]
   State total, part;
-  alignas(64) float part_sums[kQueryTile * VL];    // few: [query][lane], many: [lane][query]
+  alignas(64) float part_sums[kQueryTile * kSums];    // few: [query][sum], many: [sum][query]
   alignas(64) float weights[kQueryTile * kKeyBlock];  // few: [query][key], many: [key][query]
   alignas(64) float decay[kQueryTile];             // what the block's new maximum makes of old sums
   alignas(64) float merge[2][kQueryTile];
-  const float* keys[kKeyBlock];
-  const float* vals[kKeyBlock];
-  // Where the cache has this block's keys and values, and the next one's, in elements.
+  const void* keys[kKeyBlock];  // many: float32; few: as the cache has them
+  const void* vals[kKeyBlock];
+  // Where the cache has this block's keys and values, and those to come, in elements.
   int64_t places[2][kKeyBlock];
   int current;  // which of the two is this block's
   bool placed;  // whether this block's are known
-  int ahead;    // number of the next block's
+  int ahead;    // number of those to come
   // Blocks of a narrower cache, widened.
   alignas(64) float wide_keys[kKeyBlock * kMaxHeadDim];
   alignas(64) float wide_vals[kKeyBlock * kMaxHeadDim];
 };
 
-HG_INLINE bool is_few(int queries, int dim) { return queries <= kFewQueries && dim % 4 == 0; }
+HG_INLINE bool is_few(int queries, int dim) {
+  return queries <= kFewQueries && dim % kLanes == 0;
+}
+
+HG_INLINE int32_t position_of(const AttentionJob& job, const AttentionItem& item, int query) {
+  const int32_t row = item.row, end = job.cu_query_lens[row + 1];
+  return job.context_lens[row] - (end - job.cu_query_lens[row]) +
+         (item.query_first + query) / (job.heads / job.kv_heads);
+}
+
+HG_INLINE int32_t first_seen(const AttentionJob& job, int32_t position) {
+  return job.window && position >= job.window ? position - job.window + 1 : 0;
+}
+
+// Those within the item's partitions.
+Keys keys_of(const AttentionJob& job, const AttentionItem& item) {
+  const int32_t seen = first_seen(job, position_of(job, item, 0));
+  const int32_t end = position_of(job, item, item.query_count - 1) + 1;
+  const int32_t low = item.partition_first * kPartition, high = item.partition_last * kPartition;
+  return {seen > low ? seen : low, end < high ? end : high};
+}
 
 void load_queries(Tile& t) {
   const AttentionJob& job = *t.job;
   const AttentionItem& item = *t.item;
   const int group = job.heads / job.kv_heads;
   const int32_t start = job.cu_query_lens[item.row];
-  const int32_t context = job.context_lens[item.row];
-  const int32_t position = context - (job.cu_query_lens[item.row + 1] - start);
   const bool few = is_few(t.queries, t.dim);
-  int32_t first = INT32_MAX, last = -1;
   for (int i = 0; i < t.padded_queries; ++i) {
     if (i >= t.queries) {  // lanes that pad a vector see nothing
       t.low[i] = 1;
@@ -70,28 +93,48 @@ void load_queries(Tile& t) {
     const int row = item.query_first + i, token = row / group;
     const float* q = job.q + (start + token) * job.q_token_stride +
                      (item.kv_head * group + row % group) * job.q_head_stride;
-    t.high[i] = position + token;
-    t.low[i] = job.window && t.high[i] >= job.window ? t.high[i] - job.window + 1 : 0;
-    first = t.low[i] < first ? t.low[i] : first;
-    last = t.high[i] > last ? t.high[i] : last;
+    t.high[i] = position_of(job, item, i);
+    t.low[i] = first_seen(job, t.high[i]);
     for (int d = 0; d < t.dim; ++d)
       t.q[few ? i * t.dim + d : d * t.padded_queries + i] = q[d] * job.scale;
   }
-  t.first_key = first;
-  t.last_key = last + 1;
 }
 
-// Finds the places of positions [first, last) of the block that starts at `base`.
-void find_places(const Tile& t, int32_t base, int32_t first, int32_t last, int64_t* places) {
-  const int64_t size = t.job->block_size, step = int64_t(t.job->kv_heads) * t.dim;
+// Finds the places of positions [first, last) of the block that starts at `base`, for an item.
+void find_places(const AttentionJob& job, const AttentionItem& item, int32_t base, int32_t first,
+                 int32_t last, int64_t* places) {
+  const int64_t size = job.block_size, step = int64_t(job.kv_heads) * job.head_dim;
+  const int32_t* table = job.block_tables + item.row * job.table_stride;
   int64_t block = first / size, offset = first % size;
   for (int32_t key = first; key < last; ++block, offset = 0) {
-    const int64_t start = t.table[block] * size * step + t.item->kv_head * t.dim;
+    const int64_t start = table[block] * size * step + item.kv_head * job.head_dim;
     for (; offset < size && key < last; ++offset, ++key) places[key - base] = start + offset * step;
   }
 }
 
-// Asks for one key or value of the next block. Calls are spread over the work on this block: a burst
+HG_INLINE int32_t block_end(int32_t base, const Keys& keys) {
+  return base + kKeyBlock < keys.last ? base + kKeyBlock : keys.last;
+}
+
+// Finds the places of what comes after the block at `base`: the item's next block, or the first one
+// of the thread's next item.
+void look_ahead(Tile& t, int32_t base) {
+  const AttentionItem* item = t.item;
+  Keys keys = t.seen;
+  int32_t first = base + kKeyBlock;
+  if (first >= keys.last) {
+    item += t.job->item_stride;
+    t.ahead = 0;
+    if (item >= t.job->items + t.job->item_count) return;
+    keys = keys_of(*t.job, *item);
+    first = keys.first;
+  }
+  const int32_t last = block_end(first / kKeyBlock * kKeyBlock, keys);
+  t.ahead = last - first;
+  find_places(*t.job, *item, first, first, last, t.places[!t.current]);
+}
+
+// Asks for one key or value of those to come. Calls are spread over the work on this block: a burst
 // would fill the core's few slots for misses, and then stall it while memory has nothing to do.
 HG_INLINE void fetch_ahead(const Tile& t, const void* cache, int i) {
   const int size = t.job->cache_dtype == kFloat32 ? 4 : 2;
@@ -99,30 +142,25 @@ HG_INLINE void fetch_ahead(const Tile& t, const void* cache, int i) {
   for (int byte = 0; byte < t.dim * size; byte += 64) __builtin_prefetch(p + byte, 0, 2);
 }
 
-// Points `keys` and `vals` at positions [first, last) of the block at `base`; the block's other
-// entries point at one of them, so that they can be read (their weights are zero).
-void open_block(Tile& t, int32_t base, int32_t first, int32_t last) {
+const float* widen_to(float* to, const void* from, int dtype, int dim) {
+  if (dtype == kBFloat16) widen_row<true>((const uint16_t*)from, to, dim);
+  else widen_row<false>((const uint16_t*)from, to, dim);
+  return to;
+}
+
+// Points `keys` and `vals` at positions [first, last) of the block at `base`, `widen`ed to float32
+// where the cache is narrower; the block's other entries point at one of them, so that they can be
+// read (their weights are zero).
+void open_block(Tile& t, int32_t base, int32_t first, int32_t last, bool widen) {
   const AttentionJob& job = *t.job;
+  const int size = job.cache_dtype == kFloat32 ? 4 : 2;
   for (int i = first - base; i < last - base; ++i) {
     const int64_t at = t.places[t.current][i];
-    if (job.cache_dtype == kFloat32) {
-      t.keys[i] = (const float*)job.k_cache + at;
-      t.vals[i] = (const float*)job.v_cache + at;
-      continue;
-    }
-    float* k = t.wide_keys + i * t.dim;
-    float* v = t.wide_vals + i * t.dim;
-    const uint16_t* narrow_k = (const uint16_t*)job.k_cache + at;
-    const uint16_t* narrow_v = (const uint16_t*)job.v_cache + at;
-    if (job.cache_dtype == kBFloat16) {
-      widen_row<true>(narrow_k, k, t.dim);
-      widen_row<true>(narrow_v, v, t.dim);
-    } else {
-      widen_row<false>(narrow_k, k, t.dim);
-      widen_row<false>(narrow_v, v, t.dim);
-    }
-    t.keys[i] = k;
-    t.vals[i] = v;
+    t.keys[i] = (const char*)job.k_cache + at * size;
+    t.vals[i] = (const char*)job.v_cache + at * size;
+    if (!widen || job.cache_dtype == kFloat32) continue;
+    t.keys[i] = widen_to(t.wide_keys + i * t.dim, t.keys[i], job.cache_dtype, t.dim);
+    t.vals[i] = widen_to(t.wide_vals + i * t.dim, t.vals[i], job.cache_dtype, t.dim);
   }
   for (int i = 0; i < first - base; ++i) t.keys[i] = t.keys[first - base];
   for (int i = last - base; i < kKeyBlock; ++i) t.keys[i] = t.keys[last - 1 - base];

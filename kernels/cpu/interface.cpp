@@ -8,6 +8,7 @@
 #include <memory>
 #include <vector>
 
+#include "attention_plan.h"
 #include "dispatch.h"
 
 namespace headgate {
@@ -65,55 +66,6 @@ int64_t rows_per_tile(int64_t rows, int64_t cost) {
   const int64_t least = divide_up(kWorthSharing / 2, cost < 1 ? 1 : cost);
   const int64_t even = divide_up(rows, int64_t(num_threads()) * 4);
   return least > even ? least : even;
-}
-
-// What attention on one call is cut into.
-struct Items {
-  std::vector<AttentionItem> attend;
-  std::vector<MergeItem> merge;
-  int64_t partials = 0;
-  int64_t cost = 0;  // nanoseconds, roughly
-};
-
-constexpr int64_t kMergedPerNanosecond = 2;
-
-// Prompt chunks in query tiles, the longest contexts first; then decode rows. A row with a single
-// query tile is cut along its keys where there would be too few items to keep all threads busy.
-void plan_attention(const AttentionJob& job, Items& items) {
-  const int group = job.heads / job.kv_heads;
-  int64_t tiles = 0;
-  for (int r = 0; r < job.rows; ++r)
-    tiles += divide_up(int64_t(job.cu_query_lens[r + 1] - job.cu_query_lens[r]) * group, kQueryTile);
-  const int threads = num_threads();
-  const bool cut = threads > 1 && tiles * job.kv_heads < 4 * threads;
-  for (const bool single : {false, true}) {
-    for (int r = 0; r < job.rows; ++r) {
-      const int32_t tokens = job.cu_query_lens[r + 1] - job.cu_query_lens[r];
-      const int64_t queries = int64_t(tokens) * group;
-      if (!tokens || (queries <= kQueryTile) != single) continue;
-      const int32_t position = job.context_lens[r] - tokens;
-      for (int64_t tile = divide_up(queries, kQueryTile); tile-- > 0;) {
-        const int first = int(tile * kQueryTile);
-        const int count = int(queries - first < kQueryTile ? queries - first : kQueryTile);
-        const int32_t low = position + first / group, high = position + (first + count - 1) / group;
-        const int32_t start = job.window && low >= job.window ? low - job.window + 1 : 0;
-        const int32_t begin = start / kPartition, end = high / kPartition + 1;
-        // A key and value of 64 dimensions take about 20 ns to read and 1 ns for each query.
-        items.cost += int64_t(high + 1 - start) * (20 + count) * job.head_dim / 64 * job.kv_heads;
-        for (int h = 0; h < job.kv_heads; ++h) {
-          if (!cut || !single || end - begin == 1) {
-            items.attend.push_back({r, h, first, count, begin, end, -1});
-            continue;
-          }
-          items.merge.push_back({r, h, first, count, end - begin, items.partials});
-          for (int32_t p = begin; p < end; ++p) {
-            items.attend.push_back({r, h, first, count, p, p + 1, items.partials});
-            items.partials += partial_size(count, job.head_dim);
-          }
-        }
-      }
-    }
-  }
 }
 
 }  // namespace
@@ -222,14 +174,13 @@ HG_API int32_t hg_paged_attention(const float* q, int64_t q_token_stride, int64_
   job.window = window;
   job.scale = scale;
   job.soft_cap = soft_cap;
-  thread_local Items items;
-  items.attend.clear();
-  items.merge.clear();
-  items.partials = items.cost = 0;
-  plan_attention(job, items);
+  thread_local AttentionItems items;
+  plan_attention(job, num_threads(), items);
   if (items.partials && !(job.partials = scratch(1, items.partials))) return -1;
   job.items = items.attend.data();
-  run(kernels->attention, job, int64_t(items.attend.size()), items.cost);
+  job.item_count = int64_t(items.attend.size());
+  job.item_stride = num_threads();
+  run(kernels->attention, job, job.item_count, items.cost);
   if (!items.merge.empty()) {
     const MergeJob merge = {&job, items.merge.data()};
     run(kernels->attention_merge, merge, int64_t(items.merge.size()),

@@ -65,6 +65,7 @@ struct AttentionItem {
   int32_t query_first, query_count;          // query rows, token-major over the heads of the group
   int32_t partition_first, partition_last;   // partitions of keys [first, last)
   int64_t partial;                           // where to leave results in `partials`; -1: in `out`
+  int64_t cost;                              // nanoseconds, roughly
 };
 
 struct AttentionJob {
@@ -76,6 +77,7 @@ struct AttentionJob {
   const int32_t* context_lens;
   const int32_t* block_tables;
   const AttentionItem* items;
+  int64_t item_count, item_stride;           // a thread's next item, probably: the one so much later
   float* partials;
   int64_t q_token_stride, q_head_stride, table_stride;
   int32_t rows, heads, kv_heads, head_dim, block_size, cache_dtype;

@@ -75,23 +75,39 @@ HG_INLINE void store_f16_unlimited(uint16_t* p, vf x) {
 HG_INLINE void store_low_halves(uint16_t* p, vi x) {
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(x));
 }
-// out[j] = {rows[0][j], rows[1][j], ...} for the four floats at each of VL rows.
-HG_INLINE void load_columns4(const float* const* rows, ptrdiff_t at, vf out[4]) {
-  vf t[4];
-  for (int j = 0; j < 4; ++j) {
-    vf v = _mm512_castps128_ps512(_mm_loadu_ps(rows[j] + at));
-    v = _mm512_insertf32x4(v, _mm_loadu_ps(rows[4 + j] + at), 1);
-    v = _mm512_insertf32x4(v, _mm_loadu_ps(rows[8 + j] + at), 2);
-    t[j] = _mm512_insertf32x4(v, _mm_loadu_ps(rows[12 + j] + at), 3);
-  }
-  __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(t[0], t[1]));
-  __m512d b = _mm512_castps_pd(_mm512_unpacklo_ps(t[2], t[3]));
-  __m512d c = _mm512_castps_pd(_mm512_unpackhi_ps(t[0], t[1]));
-  __m512d d = _mm512_castps_pd(_mm512_unpackhi_ps(t[2], t[3]));
-  out[0] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
-  out[1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
-  out[2] = _mm512_castpd_ps(_mm512_unpacklo_pd(c, d));
-  out[3] = _mm512_castpd_ps(_mm512_unpackhi_pd(c, d));
+// Eight lanes of each of VL rows, in eight vectors, which the folds below take: vector 2j + h holds
+// rows j + 8h and j + 8h + 4.
+HG_INLINE vf load_lanes(const float* const* rows, int i, ptrdiff_t at) {
+  const float* const* row = rows + i / 2 + i % 2 * 8;
+  return _mm512_insertf32x8(_mm512_castps256_ps512(_mm256_loadu_ps(row[0] + at)),
+                            _mm256_loadu_ps(row[4] + at), 1);
+}
+HG_INLINE __m256i load_half_lanes(const uint16_t* const* rows, int i, ptrdiff_t at) {
+  const uint16_t* const* row = rows + i / 2 + i % 2 * 8;
+  const __m128i low = _mm_loadu_si128((const __m128i*)(row[0] + at));
+  return _mm256_inserti128_si256(_mm256_castsi128_si256(low),
+                                 _mm_loadu_si128((const __m128i*)(row[4] + at)), 1);
+}
+HG_INLINE vf load_lanes_bf16(const uint16_t* const* rows, int i, ptrdiff_t at) {
+  return as_float(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load_half_lanes(rows, i, at)), 16));
+}
+HG_INLINE vf load_lanes_f16(const uint16_t* const* rows, int i, ptrdiff_t at) {
+  return _mm512_cvtph_ps(load_half_lanes(rows, i, at));
+}
+// What is multiplied with vector i.
+HG_INLINE vf repeat_lanes(const float* p, int) { return _mm512_broadcast_f32x8(_mm256_loadu_ps(p)); }
+// Lanes n and n + 4 of vectors 2j and 2j + 1 added up; then of two such n and n + 2; then of two
+// such n and n + 1, which leaves one lane for each of the VL rows, in order.
+HG_INLINE vf fold_halves(vf a, vf b) {
+  return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+}
+HG_INLINE vf fold_pairs(vf a, vf b) {
+  const __m512d x = _mm512_castps_pd(a), y = _mm512_castps_pd(b);
+  return _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)),
+                       _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
+}
+HG_INLINE vf fold_last(vf a, vf b) {
+  return _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x88), _mm512_shuffle_ps(a, b, 0xdd));
 }
 
 #elif defined(__AVX2__)
@@ -144,20 +160,27 @@ HG_INLINE void store_low_halves(uint16_t* p, vi x) {
   const __m128i low = _mm256_castsi256_si128(x), high = _mm256_extracti128_si256(x, 1);
   _mm_storeu_si128((__m128i*)p, _mm_packus_epi32(low, high));
 }
-HG_INLINE void load_columns4(const float* const* rows, ptrdiff_t at, vf out[4]) {
-  vf t[4];
-  for (int j = 0; j < 4; ++j) {
-    vf v = _mm256_castps128_ps256(_mm_loadu_ps(rows[j] + at));
-    t[j] = _mm256_insertf128_ps(v, _mm_loadu_ps(rows[4 + j] + at), 1);
-  }
-  __m256d a = _mm256_castps_pd(_mm256_unpacklo_ps(t[0], t[1]));
-  __m256d b = _mm256_castps_pd(_mm256_unpacklo_ps(t[2], t[3]));
-  __m256d c = _mm256_castps_pd(_mm256_unpackhi_ps(t[0], t[1]));
-  __m256d d = _mm256_castps_pd(_mm256_unpackhi_ps(t[2], t[3]));
-  out[0] = _mm256_castpd_ps(_mm256_unpacklo_pd(a, b));
-  out[1] = _mm256_castpd_ps(_mm256_unpackhi_pd(a, b));
-  out[2] = _mm256_castpd_ps(_mm256_unpacklo_pd(c, d));
-  out[3] = _mm256_castpd_ps(_mm256_unpackhi_pd(c, d));
+// Vector 2j + h holds row j + 4h.
+HG_INLINE vf load_lanes(const float* const* rows, int i, ptrdiff_t at) {
+  return load(rows[i / 2 + i % 2 * 4] + at);
+}
+HG_INLINE vf load_lanes_bf16(const uint16_t* const* rows, int i, ptrdiff_t at) {
+  return load_bf16(rows[i / 2 + i % 2 * 4] + at);
+}
+HG_INLINE vf load_lanes_f16(const uint16_t* const* rows, int i, ptrdiff_t at) {
+  return load_f16(rows[i / 2 + i % 2 * 4] + at);
+}
+HG_INLINE vf repeat_lanes(const float* p, int) { return load(p); }
+HG_INLINE vf fold_halves(vf a, vf b) {
+  return _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+}
+HG_INLINE vf fold_pairs(vf a, vf b) {
+  const __m256d x = _mm256_castps_pd(a), y = _mm256_castps_pd(b);
+  return _mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(x, y)),
+                       _mm256_castpd_ps(_mm256_unpackhi_pd(x, y)));
+}
+HG_INLINE vf fold_last(vf a, vf b) {
+  return _mm256_add_ps(_mm256_shuffle_ps(a, b, 0x88), _mm256_shuffle_ps(a, b, 0xdd));
 }
 
 #else  // any machine: the compiler's own vectors of four (SSE2 or NEON where there is one)
@@ -230,24 +253,28 @@ HG_INLINE void store_f16_unlimited(uint16_t* p, vf x) {
   half = magnitude > 0x7f800000 ? vi{} + 0x7e00 : half;
   store_low_halves(p, sign | half);
 }
-HG_INLINE void load_columns4(const float* const* rows, ptrdiff_t at, vf out[4]) {
-  vf a = load(rows[0] + at), b = load(rows[1] + at), c = load(rows[2] + at), d = load(rows[3] + at);
-  for (int j = 0; j < 4; ++j) out[j] = vf{a[j], b[j], c[j], d[j]};
+// Vectors 2j and 2j + 1 are the halves of row j.
+HG_INLINE vf load_lanes(const float* const* rows, int i, ptrdiff_t at) {
+  return load(rows[i / 2] + at + i % 2 * 4);
+}
+HG_INLINE vf load_lanes_bf16(const uint16_t* const* rows, int i, ptrdiff_t at) {
+  return load_bf16(rows[i / 2] + at + i % 2 * 4);
+}
+HG_INLINE vf load_lanes_f16(const uint16_t* const* rows, int i, ptrdiff_t at) {
+  return load_f16(rows[i / 2] + at + i % 2 * 4);
+}
+HG_INLINE vf repeat_lanes(const float* p, int i) { return load(p + i % 2 * 4); }
+HG_INLINE vf fold_halves(vf a, vf b) { return a + b; }
+HG_INLINE vf fold_pairs(vf a, vf b) {
+  return vf{a[0] + a[2], a[1] + a[3], b[0] + b[2], b[1] + b[3]};
+}
+HG_INLINE vf fold_last(vf a, vf b) {
+  return vf{a[0] + a[1], a[2] + a[3], b[0] + b[1], b[2] + b[3]};
 }
 
 #endif
 
-// Rounded to nearest, ties to even; NaN stays NaN.
-HG_INLINE void store_bf16(uint16_t* p, vf x) {
-  const vi bits = as_int(x), magnitude = and_int(bits, set1i(0x7fffffff));
-  const vi odd = and_int(shift_right(bits, 16), set1i(1));
-  const vi rounded = shift_right(add_int(bits, add_int(odd, set1i(0x7fff))), 16);
-  const vi nan = add_int(and_int(shift_right(bits, 16), set1i(~0x40)), set1i(0x40));
-  const vf chosen = if_within(magnitude, set1i(0), set1i(0x7f800000), as_float(rounded),
-                              as_float(nan));
-  store_low_halves(p, as_int(chosen));
-}
-// The same, and what a half cannot hold becomes the largest that it can.
+// Rounded to the nearest half, ties to even; what a half cannot hold becomes the largest that it can.
 HG_INLINE void store_f16(uint16_t* p, vf x) {
   // The smaller of a NaN and a number is the second argument, on every instruction set.
   store_f16_unlimited(p, vmax(set1(-65504.0f), vmin(set1(65504.0f), x)));
@@ -287,6 +314,9 @@ HG_INLINE vf round_bf16(vf x) {
   // The sum could overflow for a NaN; doubling makes it a quiet one, whose mark is in the upper bits.
   return if_within(and_int(bits, set1i(0x7fffffff)), set1i(0x7f800001), set1i(0x7fffffff),
                    as_float(and_int(as_int(x + x), upper)), as_float(rounded));
+}
+HG_INLINE void store_bf16(uint16_t* p, vf x) {
+  store_low_halves(p, shift_right(as_int(round_bf16(x)), 16));
 }
 
 // Sums in the one order that all kernels use: halves folded onto each other.

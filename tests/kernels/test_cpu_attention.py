@@ -6,22 +6,32 @@ import pytest
 import torch
 
 from headgate.kernels import reference
-from headgate.kernels.cpu import operations, set_num_threads
+from headgate.kernels.cpu import library, operations, set_num_threads
 from tests.kernels.paged_rows import Chunk, Row, make_step
 
 pytestmark = pytest.mark.usefixtures("cpu_kernels")
 
 # Heads, key/value heads, head dim: the embedded model's, MHA, MQA, a group of many, odd dims.
 SHAPES = [(9, 3, 64), (4, 4, 72), (3, 1, 128), (20, 2, 16), (4, 2, 30), (2, 1, 256), (5, 5, 8)]
-# Window and soft cap.
-KINDS = [(0, 0.0), (37, 0.0), (1, 0.0), (300, 4.0)]
+# Window, soft cap and the caches' dtype.
+KINDS = [
+    (0, 0.0, torch.float32),
+    (37, 0.0, torch.bfloat16),
+    (1, 0.0, torch.float16),
+    (300, 4.0, torch.float16),
+]
 
 
 def attend(
-    chunks: list[Chunk], window: int = 0, cap: float = 0.0, seed: int = 0, block_size: int = 16
+    chunks: list[Chunk],
+    window: int = 0,
+    cap: float = 0.0,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    block_size: int = 16,
 ) -> list[torch.Tensor]:
     """Each chunk's result."""
-    q, k_cache, v_cache, step = make_step(chunks, block_size, seed=seed)
+    q, k_cache, v_cache, step = make_step(chunks, block_size, dtype, seed)
     out = operations.paged_attention(q, k_cache, v_cache, step, 0.3, window, cap)
     return list(out.split([chunk.last - chunk.first for chunk in chunks]))
 
@@ -33,7 +43,7 @@ def rows(lengths: list[int], heads: int, kv_heads: int, dim: int) -> list[Row]:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_ragged_rows_give_what_the_reference_gives(
-    shape: tuple[int, int, int], kind: tuple[int, float]
+    shape: tuple[int, int, int], kind: tuple[int, float, torch.dtype]
 ) -> None:
     ends = [1, 16, 17, 64, 65, 300, 520, 90, 5]
     counts = [1, 1, 17, 1, 2, 3, 1, 70, 5]
@@ -42,21 +52,10 @@ def test_ragged_rows_give_what_the_reference_gives(
         for row, end, count in zip(rows(ends, *shape), ends, counts, strict=True)
     ]
     for block_size in (16, 7):
-        q, k_cache, v_cache, step = make_step(chunks, block_size)
-        out = operations.paged_attention(q, k_cache, v_cache, step, 0.3, *kind)
-        expected = reference.paged_attention(q, k_cache, v_cache, step, 0.3, *kind)
+        q, k_cache, v_cache, step = make_step(chunks, block_size, kind[2])
+        out = operations.paged_attention(q, k_cache, v_cache, step, 0.3, *kind[:2])
+        expected = reference.paged_attention(q, k_cache, v_cache, step, 0.3, *kind[:2])
         torch.testing.assert_close(out, expected, rtol=2e-5, atol=2e-5)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("dim", [64, 20])
-def test_narrow_caches(dtype: torch.dtype, dim: int) -> None:
-    one, other = rows([80] * 2, 6, 2, dim)
-    chunks = [Chunk(one, 79, 80), Chunk(other, 50, 80)]
-    q, k_cache, v_cache, step = make_step(chunks, 16, dtype)
-    out = operations.paged_attention(q, k_cache, v_cache, step, 0.3, 0, 0.0)
-    expected = reference.paged_attention(q, k_cache, v_cache, step, 0.3, 0, 0.0)
-    torch.testing.assert_close(out, expected, rtol=2e-5, atol=2e-5)
 
 
 def test_queries_may_be_a_view_with_strides() -> None:
@@ -84,7 +83,7 @@ def test_large_scores_neither_overflow_nor_vanish() -> None:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_bits_depend_on_nothing_but_the_sequence(
-    shape: tuple[int, int, int], kind: tuple[int, float]
+    shape: tuple[int, int, int], kind: tuple[int, float, torch.dtype]
 ) -> None:
     """Whole, in chunks of 7, token by token; alone and among others; other blocks, other sizes."""
     length = 290  # past a partition's end
@@ -100,17 +99,33 @@ def test_bits_depend_on_nothing_but_the_sequence(
         assert torch.equal(one[1][0], whole[position])
 
 
-def test_bits_do_not_depend_on_the_number_of_threads() -> None:
-    lengths = [700, 1, 520, 300]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_bits_do_not_depend_on_the_number_of_threads(dtype: torch.dtype) -> None:
+    """Rows that are long for their step are cut along their keys, and their parts merged."""
+    lengths = [700, 1, 520, 300, 1700]
     chunks = [Chunk(row, len(row.q) - 1, len(row.q)) for row in rows(lengths, 6, 2, 64)]
-    few, many = chunks[:1], [*chunks, Chunk(chunks[0].row, 100, 400)]
+    steps = [chunks[:1], chunks[:4], [*chunks, Chunk(chunks[0].row, 100, 400)]]
     set_num_threads(1)
-    expected = attend(few), attend(many)
-    for threads in (2, 5):  # a few rows' keys are then cut into parts, whose results are merged
+    expected = [attend(step, dtype=dtype) for step in steps]
+    for threads in (2, 5):
         set_num_threads(threads)
         for _ in range(5):
-            for got, want in zip((attend(few), attend(many)), expected, strict=True):
-                assert all(map(torch.equal, got, want))
+            for step, want in zip(steps, expected, strict=True):
+                assert all(map(torch.equal, attend(step, dtype=dtype), want))
+
+
+def test_bits_do_not_depend_on_the_instruction_set(cpu_kernels: str) -> None:
+    """Where it has fused multiply-adds."""
+    loaded = library.load()
+    if cpu_kernels != "avx512" or loaded is None or loaded.hg_init(b"avx2") is None:
+        pytest.skip("two such sets are compared in one go")
+    row = rows([290], 9, 3, 72)[0]
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        results = []
+        for name in (b"avx2", b"avx512"):
+            loaded.hg_init(name)
+            results.append(attend([Chunk(row, 0, 250), Chunk(row, 289, 290)], dtype=dtype))
+        assert all(map(torch.equal, *results))
 
 
 def test_rows_without_tokens_are_left_out() -> None:

@@ -7,6 +7,7 @@ import gc
 import pytest
 import torch
 
+from headgate.kernels import huge_pages
 from headgate.kernels.cpu import weight_memory
 
 
@@ -29,5 +30,5 @@ def test_pieces_are_aligned_keep_apart_and_outlive_their_mapping(
 
 
 def test_a_system_without_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(weight_memory.mmap, "MADV_HUGEPAGE", raising=False)
-    assert len(weight_memory._map(5000)) == 5000
+    monkeypatch.delattr(huge_pages.mmap, "MADV_HUGEPAGE", raising=False)
+    assert len(huge_pages.map_zeros(5000)) == 5000
