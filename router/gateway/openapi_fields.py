@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from headgate.proto import router_pb2
+from headgate.router.sampling_params import MAX_BAD_WORDS
 
 _TWO = {"minimum": -2, "maximum": 2}
 _SHARE = {"exclusiveMinimum": 0, "maximum": 1}
@@ -39,6 +40,8 @@ PHRASES: Mapping[str, str] = {
     "seed": "The same seed gives the same answer.",
     "stop": "Texts that end the answer.",
     "stop_token_ids": "Tokens that end the answer.",
+    "allowed_token_ids": "No other tokens are chosen.",
+    "bad_words": "Texts that the answer may not hold.",
     "ignore_eos": "Go on to the greatest length.",
     "ignore_eos_token": "Go on to the greatest length.",
     "truncate": "Keep only the last tokens of the prompt.",
@@ -294,6 +297,7 @@ def ranges(info: router_pb2.InfoResponse) -> dict[str, dict[str, Any]]:
         "truncate": {"minimum": 1, "maximum": info.max_input_tokens},
         "truncate_prompt_tokens": {"minimum": 1, "maximum": info.max_input_tokens},
         "stop": {"maxItems": info.max_stop_sequences, "items": {"type": "string", "minLength": 1}},
+        "bad_words": {"maxItems": MAX_BAD_WORDS, "items": {"type": "string", "minLength": 1}},
         "n": {"minimum": 1, "maximum": info.max_concurrent_requests},
         "best_of": {"minimum": 1, "maximum": info.max_best_of},
         "top_n_tokens": alternatives,
