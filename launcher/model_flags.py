@@ -54,7 +54,7 @@ MODEL = (
         "tool-call-parser",
         Kind.TEXT,
         "The format of the model's tool calls.",
-        choices=("auto", "hermes", "llama3_json", "mistral"),
+        choices=("auto", "hermes", "llama3_json", "pythonic", "mistral"),
         default="auto",
         default_text="auto: by the chat template",
         own=True,

@@ -40,6 +40,7 @@ class Row:
     config: dict[str, Any] = field(default_factory=dict)
     headers: dict[str, str] = field(default_factory=dict)
     method: str = "POST"
+    template: str = ""
 
 
 GENERATION = "Request failed during generation: Server error: it broke"
@@ -58,8 +59,15 @@ ROWS = [
         script=failing("incomplete_generation", 500, "Incomplete generation")),
     Row("validation", "/generate", 422, "validation", "Input validation error: `top_k` must be",
         {**HI, "parameters": {"top_k": 0}}),
-    Row("template", "/v1/chat/completions", 422, "template_error", "Template error: ",
-        {**CHAT, "messages": [{"role": "assistant", "content": "raise"}, CHAT["messages"][0]]}),
+    Row("incomplete, stream", "/generate_stream", 500, "incomplete_generation",
+        "Incomplete generation",
+        script=failing("incomplete_generation", 500, "Incomplete generation")),
+    Row("template", "/v1/chat/completions", 422, "template_error", "Template error: ", CHAT,
+        template="{{ raise_exception('no') }}"),
+    Row("variable", "/v1/chat/completions", 422, "missing_template_variable",
+        "Missing template variable: 'wings'", CHAT, template="{{ wings.length }}"),
+    Row("tool", "/v1/chat/completions", 422, "validation", "`tool_choice` names `g`",
+        {**CHAT, "tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "g"}),
     Row("suffix", "/v1/completions", 422, "validation", "`suffix` is not supported",
         {"prompt": "Hi", "suffix": "!"}),
     Row("prompts", "/v1/completions", 422, "validation", "more than the allowed batch of 4",
@@ -77,15 +85,14 @@ ROWS = [
     Row("method", "/generate", 405, "method_not_allowed", "GET is not a method", method="GET"),
     Row("key", "/generate", 401, "unauthorized", "API key", config={"api_key": "k"}),
 ]  # fmt: skip
-TEMPLATE = "{% for m in messages %}{% if m.content == 'raise' %}{{ raise_exception('no') }}{% endif %}{% endfor %}"  # noqa: E501
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 async def test_errors(row: Row, monkeypatch: pytest.MonkeyPatch) -> None:
-    if row.name == "template":
+    if row.template:
         info = pb.InfoResponse()
         info.CopyFrom(fake.INFO)
-        info.chat_template = TEMPLATE
+        info.chat_template = row.template
         monkeypatch.setattr(fake, "INFO", info)
     async with RunningGateway(row.script, **row.config) as running:
         content = row.body if isinstance(row.body, bytes) else json.dumps(row.body).encode()

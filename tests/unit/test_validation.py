@@ -354,6 +354,23 @@ def test_parameters_survive_the_wire() -> None:
     assert SamplingParams.from_proto(given.to_proto()) == given
 
 
+def test_what_the_tokenizer_cannot_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = Tokenizer(made.byte_level(), workers=1)
+
+    async def fails(text: str, *, add_special_tokens: bool = True) -> list[int]:
+        raise Exception("no such word")  # what the library raises
+
+    monkeypatch.setattr(tokenizer, "encode", fails)
+    with pytest.raises(ValidationError, match="tokenizer error no such word"):
+        validate(Validator(CONFIG, tokenizer))
+
+
+def test_a_server_may_allow_no_best_of() -> None:
+    single = Validator(replace(CONFIG, max_best_of=1), Tokenizer(made.byte_level(), workers=1))
+    with pytest.raises(ValidationError, match="`best_of` != 1 is not allowed for this endpoint"):
+        validate(single, best_of=2, do_sample=True)
+
+
 def test_bad_words_are_meant_with_and_without_a_space_before(validator: Validator) -> None:
     def ids(text: str) -> tuple[int, ...]:
         return tuple(asyncio.run(validator._tokenizer.encode(text, add_special_tokens=False)))

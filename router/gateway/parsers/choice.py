@@ -15,6 +15,7 @@ DEEPSEEK = "deepseek_r1"
 TOOL_PARSERS: dict[str, type[ToolParser]] = {
     "hermes": HermesParser,
     "llama3_json": Llama3Parser,
+    "pythonic": Llama3Parser,  # vLLM's name where a Llama writes calls as Python does
     "mistral": MistralParser,
 }
 
