@@ -21,6 +21,7 @@ _SMALLEST_INPUT = 1e-30
 # each; between two choices scale and minimum are fitted.
 _RANGES = (1.0, 0.85)
 _FITS = 2
+_LEAST_SPREAD = 1e-30
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +93,7 @@ def quantise(weight: torch.Tensor, kind: QuantKind) -> QuantisedTensor:
         part = slice(first, first + at_once)
         # Filled up with the last value, which changes no range; the inputs there are zeros.
         wide = F.pad(weight[part].float(), (0, groups * kind.group - inner), mode="replicate")
-        # One group a column: sums over groups are then sums of rows, which torch does fastest.
+        # One group a column: sums over groups are then sums of rows.
         by_group = wide.view(-1, kind.group).T.contiguous()
         found, scale, minimum = _fit_offset(by_group) if kind.offset else _fit_symmetric(by_group)
         values[part] = found.T.view(-1, groups, kind.group)
@@ -115,27 +116,43 @@ def _fit_offset(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
     From the whole range, and from a narrower one that cuts outliers off, the line through the
     values is fitted to x by linear regression and the values are chosen again.
     """
-    low, high = x.amin(0), x.amax(0)
+    low, high, mean = x.amin(0), x.amax(0), _sum(x) / len(x)
     best: tuple[torch.Tensor, ...] = ()
     for part in _RANGES:
         scale = (high - low) * (part / 15)
         minimum = (low + high) / 2 - 7.5 * scale
-        for _ in range(_FITS):
+        for fit in range(_FITS):
             scale, minimum = _stored(scale), _stored(minimum)
             scale = torch.where(scale > 0, scale, 1.0)
             values = ((x - minimum) / scale).round_().clamp_(0, 15)
-            error = (values * scale + minimum - x).square_().sum(0)
+            error = _sum((values * scale + minimum - x).square_())
             found = (error, values, scale, minimum)
             if best:
                 better = error < best[0]
                 best = tuple(torch.where(better, a, b) for a, b in zip(found, best, strict=True))
             else:
                 best = found
-            mean, target = values.mean(0), x.mean(0)
-            spread = (values - mean).square_().sum(0).clamp_(min=1e-30)
-            scale = (values * (x - target)).sum(0) / spread
-            minimum = target - scale * mean
+            if fit + 1 < _FITS:
+                scale, minimum = _fit_line(x, values, mean)
     return best[1], best[2], best[3]
+
+
+def _fit_line(
+    x: torch.Tensor, values: torch.Tensor, mean: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and minimum of the line through `values` that is nearest to x, whose mean is given."""
+    middle = _sum(values) / len(x)
+    spread = _sum((values - middle).square_()).clamp_(min=_LEAST_SPREAD)
+    scale = _sum(values * (x - mean)) / spread
+    return scale, mean - scale * middle
+
+
+def _sum(x: torch.Tensor) -> torch.Tensor:
+    """Over the first dimension, one after the other: in the order in which the C++ adds."""
+    total = x[0].clone()
+    for row in x[1:]:
+        total += row
+    return total
 
 
 def _stored(x: torch.Tensor) -> torch.Tensor:

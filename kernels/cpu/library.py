@@ -28,7 +28,7 @@ SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "hg_linear": (_I, (_P, _L, _L, _L, _P, _I, _L, _P, _P, _L)),
     "hg_quantised_group": (_I, (_I,)),
     "hg_quantised_bytes": (_L, (_L, _L, _I)),
-    "hg_pack_quantised": (None, (_P, _P, _P, _L, _L, _I, _P)),
+    "hg_quantise_weight": (None, (_P, _I, _L, _L, _I, _P)),
     "hg_linear_quantised": (_I, (_P, _L, _L, _L, _P, _I, _L, _P, _P, _L)),
     "hg_paged_attention": (
         _I,

@@ -1,6 +1,7 @@
 // Quantised linear layers for one instruction set. Built once per set; HG_TABLE names its table.
 #include "linear_int8.h"
 #include "linear_weight_only.h"
+#include "quantise_weight.h"
 
 namespace {
 
@@ -24,7 +25,8 @@ namespace headgate {
 #define HG_TEXT(x) HG_TEXT_OF(x)
 
 extern const QuantisedKernels HG_TABLE = {
-    HG_TEXT(HG_NAME), kQuantisedRows, kWeightOnlyRows, quantise_rows_tile, quantised_linear_tile,
+    HG_TEXT(HG_NAME), kQuantisedRows, kWeightOnlyRows,
+    quantise_weight_tile, quantise_rows_tile, quantised_linear_tile,
 };
 
 }  // namespace headgate

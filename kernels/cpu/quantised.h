@@ -2,8 +2,8 @@
 //
 // A weight matrix is cut into panels of kPanel output columns and, along K, into groups. A block is one
 // panel's part of one group: kPanel scales in bfloat16, for int4 kPanel minima in bfloat16, then the
-// values. Blocks of a panel follow one another, so a product reads one stream. The last group
-// is filled up with zeros, missing columns too.
+// values. Blocks of a panel follow one another, so a product reads one stream. Past the end of K a
+// block holds any values, since inputs there are zeros; so does it for columns that are missing.
 //
 //   int8              value + 128 as a byte, [group / 4][kPanel][4]: w = scale * value
 //   int8-weight-only  value as a signed byte, [group][kPanel]:       w = scale * value
@@ -42,6 +42,14 @@ static inline int64_t group_count(int64_t inner, int32_t kind) {
 // multiplied with the minimum.
 static inline int64_t row_group_bytes(int32_t kind) { return 8 + group_size(kind); }
 
+// weight[N, K] without gaps, to panels of blocks.
+struct QuantiseWeightJob {
+  const void* weight;
+  char* packed;
+  int64_t columns, inner;
+  int32_t dtype, kind;
+};
+
 struct QuantiseRowsJob {
   const float* x;
   char* out;
@@ -64,6 +72,7 @@ struct QuantisedKernels {
   const char* name;
   int tile_rows;     // tallest row tile of int8 and int4
   int widened_rows;  // and of weight-only
+  void (*quantise_weight)(const void* job, int64_t tile);
   void (*quantise_rows)(const void* job, int64_t tile);
   void (*linear)(const void* job, int64_t tile);
 };

@@ -5,18 +5,16 @@ from __future__ import annotations
 import torch
 
 from headgate.kernels.cpu import library, weight_memory
-from headgate.kernels.quantised import KINDS, quantise
+from headgate.kernels.cpu.packed import DTYPES
+from headgate.kernels.quantised import KINDS
 
 # Kinds, by their names in quantised.h.
 CODES = {"int8": 0, "int8-weight-only": 1, "int4": 2}
 
-_PANEL = 32  # columns; kPanel in kernels.h
-# Values quantised and packed at a time: the whole is never held twice.
-_CHUNK = 1 << 22
-
 
 class QuantisedWeight:
-    """weight[N, K] quantised, N padded to whole panels and K to whole groups."""
+    """weight[N, K] quantised as headgate.kernels.quantised does, N padded to whole panels and K to
+    whole groups."""
 
     __slots__ = ("_memory", "address", "code", "columns", "inner", "kind", "nbytes")
 
@@ -31,18 +29,15 @@ class QuantisedWeight:
         self.nbytes: int = loaded.hg_quantised_bytes(self.columns, self.inner, self.code)
         self._memory = weight_memory.allocate(self.nbytes)
         self.address = self._memory.data_ptr()
-        at_once = max(1, _CHUNK // self.inner // _PANEL) * _PANEL
-        for first in range(0, self.columns, at_once):
-            part = quantise(weight[first : first + at_once], self.kind)
-            loaded.hg_pack_quantised(
-                part.values.data_ptr(),
-                part.scales.data_ptr(),
-                None if part.minima is None else part.minima.data_ptr(),
-                part.shape[0],
-                self.inner,
-                self.code,
-                self.address + loaded.hg_quantised_bytes(first, self.inner, self.code),
-            )
+        source = (weight if weight.dtype in DTYPES else weight.float()).contiguous()
+        loaded.hg_quantise_weight(
+            source.data_ptr(),
+            DTYPES[source.dtype],
+            self.columns,
+            self.inner,
+            self.code,
+            self.address,
+        )
 
     @property
     def shape(self) -> tuple[int, int]:

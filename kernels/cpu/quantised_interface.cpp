@@ -75,29 +75,11 @@ HG_API int64_t hg_quantised_bytes(int64_t columns, int64_t inner, int32_t kind) 
   return divide_up(columns, kPanel) * group_count(inner, kind) * block_bytes(kind);
 }
 
-// values[columns, groups * group] (int8: -127..127, int4: 0..15), scales and, for int4, minima
-// [columns, groups] in bfloat16, to the blocks that hg_linear_quantised reads (see quantised.h).
-HG_API void hg_pack_quantised(const int8_t* values, const uint16_t* scales, const uint16_t* minima,
-                              int64_t columns, int64_t inner, int32_t kind, char* packed) {
-  const int64_t groups = group_count(inner, kind), bytes = block_bytes(kind);
-  const int group = group_size(kind);
-  memset(packed, 0, size_t(hg_quantised_bytes(columns, inner, kind)));
-  for (int64_t n = 0; n < columns; ++n) {
-    const int64_t lane = n % kPanel;
-    char* block = packed + n / kPanel * groups * bytes;
-    for (int64_t g = 0; g < groups; ++g, block += bytes) {
-      uint16_t* header = reinterpret_cast<uint16_t*>(block);
-      header[lane] = scales[n * groups + g];
-      if (kind == kInt4) header[kPanel + lane] = minima[n * groups + g];
-      char* to = block + kPanel * (kind == kInt4 ? 4 : 2);
-      const int8_t* from = values + (n * groups + g) * group;
-      for (int k = 0; k < group; ++k) {
-        if (kind == kInt8) to[(k / 4 * kPanel + lane) * 4 + k % 4] = char(from[k] + 128);
-        else if (kind == kInt8WeightOnly) to[k * kPanel + lane] = from[k];
-        else to[(k / 8 * kPanel + lane) * 4 + k % 4] |= char(from[k] << (k % 8 < 4 ? 0 : 4));
-      }
-    }
-  }
+// weight[columns, inner] in `dtype`, quantised to the blocks that hg_linear_quantised reads.
+HG_API void hg_quantise_weight(const void* weight, int32_t dtype, int64_t columns, int64_t inner,
+                               int32_t kind, void* packed) {
+  const QuantiseWeightJob job = {weight, static_cast<char*>(packed), columns, inner, dtype, kind};
+  run(quantised_kernels().quantise_weight, job, divide_up(columns, kPanel), columns * inner);
 }
 
 HG_API int32_t hg_linear_quantised(const float* x, int64_t rows, int64_t inner, int64_t x_stride,

@@ -36,6 +36,21 @@ def test_memory_is_what_the_launcher_counts(kind: str) -> None:
     assert pack(random(64, 128), kind).nbytes == 64 * 128 * _QUANTISED_BYTES[kind]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_are_quantised_as_by_the_reference(kind: str, dtype: torch.dtype) -> None:
+    """Seen by inputs with a single value each, whose products are exact."""
+    weight = random(70, 333) * random(70, 1, seed=1).exp() + random(70, 333, seed=2) ** 7
+    weight[3] = 0.0
+    weight[4, 32:64] = weight[4, 31]  # a group of equals
+    weight[5] = torch.linspace(-2e-38, 2e-38, 333)
+    given = weight.to(dtype)
+    x = 127 * torch.eye(333)
+    expected = reference.linear(x, reference.pack_linear(given, torch.float32, kind), None)
+    packed = operations.pack_linear(given, torch.float32, kind)
+    assert torch.equal(operations.linear(x, packed, None), expected)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_linear(kind: str, size: tuple[int, int]) -> None:

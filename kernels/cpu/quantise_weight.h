@@ -1,0 +1,165 @@
+// Quantises a weight matrix into blocks: to the bit what headgate/kernels/quantised.py does.
+//
+// Lanes are columns. Sums over a group's values are taken one value after the other, as there, and
+// products are rounded before they are added; so vectors of any width give the same bits.
+#pragma once
+
+#include "dot4.h"
+#include "quantised.h"
+
+namespace {
+
+using namespace headgate;
+
+// int4: the ranges to start from, as the scale's part of a group's whole range, and how often values
+// are chosen from each.
+constexpr float kScaleParts[] = {(float)(1.0 / 15), (float)(0.85 / 15)};
+constexpr int kFits = 2;
+constexpr float kLeastSpread = 1e-30f;
+
+typedef float GroupValues[kMaxGroup][kPanel];  // [k][column]
+
+struct Scaling {
+  vf scale, minimum;
+};
+
+// One group of a panel; what lies past the row's end is its last value, past the columns' zeros.
+void load_group(const QuantiseWeightJob& job, int64_t column, int64_t k, int group, GroupValues& x) {
+  for (int c = 0; c < kPanel; ++c) {
+    float row[kMaxGroup] = {};
+    if (column + c < job.columns) {
+      const int64_t at = (column + c) * job.inner + k, left = job.inner - k;
+      const int n = left < group ? (int)left : group;
+      const uint16_t* narrow = (const uint16_t*)job.weight + at;
+      if (job.dtype == kFloat32) memcpy(row, (const float*)job.weight + at, sizeof(float) * n);
+      else if (job.dtype == kBFloat16) widen_row<true>(narrow, row, n);
+      else widen_row<false>(narrow, row, n);
+      for (int i = n; i < group; ++i) row[i] = row[n - 1];
+    }
+    for (int i = 0; i < group; ++i) x[i][c] = row[i];
+  }
+}
+
+HG_INLINE vf positive_or_one(vf scale) {
+  return if_less(set1(0.0f), scale, scale, set1(1.0f));
+}
+
+HG_INLINE vf chosen_value(vf x, Scaling by, float low, float high) {
+  return round_even(vmin(vmax((x - by.minimum) / by.scale, set1(low)), set1(high)));
+}
+
+// By the largest.
+HG_INLINE Scaling fit_symmetric(const GroupValues& x, int first, int group) {
+  vf most = set1(0.0f);
+  for (int k = 0; k < group; ++k) most = vmax(most, vabs(load(x[k] + first)));
+  return {positive_or_one(round_bf16(most / set1(127.0f))), set1(0.0f)};
+}
+
+// The line through `values` fitted to x by linear regression, `mean` of x.
+HG_INLINE Scaling fit_line(const GroupValues& x, int first, const vf (&values)[kInt4Group], vf mean) {
+  vf total = values[0];
+  for (int k = 1; k < kInt4Group; ++k) total = total + values[k];
+  const vf middle = total / set1((float)kInt4Group);
+  vf spread = (values[0] - middle) * (values[0] - middle);
+  vf shared = values[0] * (load(x[0] + first) - mean);
+  for (int k = 1; k < kInt4Group; ++k) {
+    const vf apart = values[k] - middle;
+    spread = spread + apart * apart;
+    shared = shared + values[k] * (load(x[k] + first) - mean);
+  }
+  const vf scale = shared / vmax(spread, set1(kLeastSpread));
+  return {scale, mean - scale * middle};
+}
+
+// The least squared error found: from each range, by its values, then by the line through them.
+HG_INLINE Scaling fit_offset(const GroupValues& x, int first) {
+  vf low = load(x[0] + first), high = low, total = low;
+  for (int k = 1; k < kInt4Group; ++k) {
+    const vf value = load(x[k] + first);
+    low = vmin(low, value);
+    high = vmax(high, value);
+    total = total + value;
+  }
+  const vf mean = total / set1((float)kInt4Group);
+  Scaling best = {};
+  vf least = set1(__builtin_inff());
+  for (const float part : kScaleParts) {
+    Scaling now;
+    now.scale = (high - low) * set1(part);
+    now.minimum = (low + high) / set1(2.0f) - set1(7.5f) * now.scale;
+    for (int fit = 0; fit < kFits; ++fit) {
+      now = {positive_or_one(round_bf16(now.scale)), round_bf16(now.minimum)};
+      vf values[kInt4Group], error = set1(0.0f);
+      for (int k = 0; k < kInt4Group; ++k) {
+        const vf value = load(x[k] + first);
+        values[k] = chosen_value(value, now, 0.0f, 15.0f);
+        const vf off = values[k] * now.scale + now.minimum - value;
+        error = error + off * off;
+      }
+      best.scale = if_less(error, least, now.scale, best.scale);
+      best.minimum = if_less(error, least, now.minimum, best.minimum);
+      least = vmin(error, least);
+      if (fit + 1 < kFits) now = fit_line(x, first, values, mean);
+    }
+  }
+  return best;
+}
+
+HG_INLINE void store_scales(vf values, uint16_t* to) {
+  uint32_t bits[VL];
+  memcpy(bits, &values, sizeof bits);
+  for (int i = 0; i < VL; ++i) to[i] = (uint16_t)(bits[i] >> 16);
+}
+
+// One vector of columns of a block.
+template <int Q>
+HG_INLINE void quantise_columns(const GroupValues& x, int first, char* block) {
+  constexpr int kGroup = Q == kInt8 ? kInt8Group : Q == kInt4 ? kInt4Group : kWeightOnlyGroup;
+  const Scaling by = Q == kInt4 ? fit_offset(x, first) : fit_symmetric(x, first, kGroup);
+  const float low = Q == kInt4 ? 0.0f : -127.0f, high = Q == kInt4 ? 15.0f : 127.0f;
+  uint16_t* header = (uint16_t*)block;
+  store_scales(by.scale, header + first);
+  if (Q == kInt4) store_scales(by.minimum, header + kPanel + first);
+  char* values = block + kPanel * (Q == kInt4 ? 4 : 2);
+  if constexpr (Q == kInt8WeightOnly) {
+    for (int k = 0; k < kGroup; ++k) {
+      const vi value = to_int(chosen_value(load(x[k] + first), by, low, high));
+      int32_t lane[VL];
+      memcpy(lane, &value, sizeof lane);
+      for (int i = 0; i < VL; ++i) values[k * kPanel + first + i] = (char)lane[i];
+    }
+    return;
+  }
+  constexpr int kShared = Q == kInt4 ? 8 : 4;  // values in 32 bits
+  for (int k = 0; k < kGroup; k += kShared) {
+    vi word = set1i(Q == kInt4 ? 0 : (int)0x80808080u);
+    for (int i = 0; i < kShared; ++i) {
+      const vi value = to_int(chosen_value(load(x[k + i] + first), by, low, high));
+      // Bytes of int8 are value + 128, so adding to the word carries as it should.
+      word = add_int(word, shift_left(value, i % 4 * 8 + i / 4 * 4));
+    }
+    store((float*)values + k / kShared * kPanel + first, as_float(word));
+  }
+}
+
+template <int Q>
+void quantise_panel(const QuantiseWeightJob& job, int64_t panel) {
+  const int group = group_size(Q);
+  const int64_t groups = group_count(job.inner, Q);
+  char* block = job.packed + panel * groups * block_bytes(Q);
+  for (int64_t g = 0; g < groups; ++g, block += block_bytes(Q)) {
+    GroupValues x __attribute__((aligned(64)));
+    load_group(job, panel * kPanel, g * group, group, x);
+    for (int first = 0; first < kPanel; first += VL) quantise_columns<Q>(x, first, block);
+  }
+}
+
+// Tile: a panel.
+void quantise_weight_tile(const void* data, int64_t tile) {
+  const QuantiseWeightJob& job = *(const QuantiseWeightJob*)data;
+  if (job.kind == kInt4) quantise_panel<kInt4>(job, tile);
+  else if (job.kind == kInt8) quantise_panel<kInt8>(job, tile);
+  else quantise_panel<kInt8WeightOnly>(job, tile);
+}
+
+}  // namespace
