@@ -132,7 +132,7 @@ bool spin(SharedGroup& g, int rank, uint32_t count) {
       }
     }
   } while (now_ns() < end);
-  g.patience /= 2;
+  g.patience /= 4;
   return false;
 }
 
