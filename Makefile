@@ -4,6 +4,7 @@
 #   make test [WORKERS=2] [PYTEST_ARGS="..."]   all tests, by so many processes side by side
 #   make test-api [SECONDS=900]     requests made up from the server's own OpenAPI document
 #   make test-kernels               all tests of the kernels, those that `make test` leaves out too
+#   make test-neon                  the C++ kernels on 64-bit Arm by an emulator, against those here
 #   make kernels-report             compiles the GPU kernels; docs/kernels.md and docs/roofline.md
 #   make test-gpu                   the kernels on this machine's GPU against the reference
 #   make bench-gpu                  their times beside PyTorch's: docs/gpu.json and docs/gpu.md
@@ -26,7 +27,7 @@ VENV ?= .venv
 GPU_PYTHON ?= $(or $(wildcard $(VENV)/bin/python),python3)
 export VENV TORCH_INDEX PYTHON
 
-.PHONY: help serve test test-api test-kernels kernels-report test-gpu bench-gpu tune-gpu setup setup-dev proto lint format wheel \
+.PHONY: help serve test test-api test-kernels test-neon kernels-report test-gpu bench-gpu tune-gpu setup setup-dev proto lint format wheel \
 	bench bench-peers bench-host bench-steps bench-quality test-fresh clean
 .DEFAULT_GOAL := help
 
@@ -58,6 +59,9 @@ test-api: setup-dev
 
 test-kernels: setup-dev
 	@$(VENV)/bin/python -m pytest $(SIDE_BY_SIDE) -m 'exhaustive or not exhaustive' tests/kernels $(PYTEST_ARGS)
+
+test-neon: setup-dev
+	@HEADGATE_TEST_NEON=1 $(VENV)/bin/python -m pytest -m exhaustive tests/kernels/test_cpu_neon.py $(PYTEST_ARGS)
 
 kernels-report: setup-dev
 	@TRITON_INTERPRET=0 $(VENV)/bin/python -m headgate.kernels.triton.report

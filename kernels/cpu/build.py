@@ -38,8 +38,10 @@ _FLAGS = (
 )
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
+Variants = dict[str, dict[str, tuple[str, ...]]]
+
 # Sources that are compiled once for each instruction set, and with which flags.
-_VARIANTS: dict[str, dict[str, tuple[str, ...]]] = {
+_VARIANTS: Variants = {
     "kernels": {"generic": (), "avx2": _AVX2, "avx512": _AVX512},
     "quantised": {
         "generic": (),
@@ -69,7 +71,7 @@ def ensure_built() -> Path:
     with (target.parent / ".build.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.is_file():
-            _compile(compiler, target)
+            compile_library(compiler, target, variants_of(platform.machine()))
             _remove_others(target)
     return target
 
@@ -106,7 +108,19 @@ def _writable_directory() -> Path:
     raise BuildError(f"neither {SOURCES} nor {_cache_directory()} can be written")
 
 
-def _compile(compiler: str, target: Path) -> None:
+def variants_of(machine: str) -> Variants:
+    """The instruction sets of a kind of machine, as `platform.machine()` names it."""
+    return {
+        source: {
+            name: flags
+            for name, flags in variants.items()
+            if machine in _MACHINES.get(name, (machine,))
+        }
+        for source, variants in _VARIANTS.items()
+    }
+
+
+def compile_library(compiler: str, target: Path, variants: Variants) -> None:
     """Compiles each source for itself, several at a time, and links them to `target`."""
     with tempfile.TemporaryDirectory(prefix="headgate-build-") as scratch:
         objects = Path(scratch)
@@ -114,10 +128,8 @@ def _compile(compiler: str, target: Path) -> None:
         for source in ("interface", "quantised_interface", "thread_pool", "shared_sum", "replay"):
             target_object = str(objects / f"{source}.o")
             commands.append(("-c", str(SOURCES / f"{source}.cpp"), "-o", target_object))
-        for source, variants in _VARIANTS.items():
-            for name, flags in variants.items():
-                if platform.machine() not in _MACHINES.get(name, (platform.machine(),)):
-                    continue
+        for source, sets in variants.items():
+            for name, flags in sets.items():
                 names = (f"-DHG_TABLE={source}_{name}", f"-DHG_NAME={name}")
                 target_object = str(objects / f"{source}_{name}.o")
                 source_file = str(SOURCES / f"{source}.cpp")

@@ -204,6 +204,8 @@ HG_INLINE vi set1i(int x) { return vi{x, x, x, x}; }
 HG_INLINE vf fma(vf a, vf b, vf c) {
 #if defined(__ARM_NEON)
   return (vf)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#elif defined(__FMA__)  // only in a test, where x86 is to give NEON's bits
+  return (vf)_mm_fmadd_ps((__m128)a, (__m128)b, (__m128)c);
 #else
   return a * b + c;
 #endif

@@ -52,12 +52,12 @@ def test_what_the_compiler_says_is_passed_on(elsewhere: Path) -> None:
 def test_of_several_at_once_one_compiles(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[Path] = []
 
-    def compile_slowly(compiler: str, target: Path) -> None:
+    def compile_slowly(compiler: str, target: Path, variants: build.Variants) -> None:
         compiled.append(target)
         time.sleep(0.1)
         target.write_bytes(b"library")
 
-    monkeypatch.setattr(build, "_compile", compile_slowly)
+    monkeypatch.setattr(build, "compile_library", compile_slowly)
     monkeypatch.setattr(build, "_compiler", lambda: "compiler")
     builders = [threading.Thread(target=build.ensure_built) for _ in range(4)]
     for builder in builders:
@@ -74,7 +74,7 @@ def test_of_several_at_once_one_compiles(elsewhere: Path, monkeypatch: pytest.Mo
 def test_a_directory_that_cannot_be_written_gives_way_to_the_cache(
     elsewhere: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(build, "_compile", lambda compiler, target: target.write_bytes(b"library"))
+    monkeypatch.setattr(build, "compile_library", lambda *given: given[1].write_bytes(b"library"))
     monkeypatch.setattr(build, "_compiler", lambda: "compiler")
     monkeypatch.setattr(build, "SOURCES", Path("/proc/self"))
     assert build.ensure_built().parent == tmp_path / "cache" / "headgate" / "kernels"
