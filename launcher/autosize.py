@@ -233,12 +233,13 @@ def choose_kv_cache_dtype(config: LauncherConfig, dtype: str, gpus: tuple[Gpu, .
         narrow = config.quantize or config.matmul_precision != "highest"
         return "float16" if narrow else "float32"
     if given in _FP8_CAPABILITY:
-        if not gpus:
+        if not gpus and config.kernels in ("auto", "cpu"):
             raise LaunchError(
                 f"--kv-cache-dtype {given} is for GPUs; on a CPU there is float32, bfloat16 and "
                 "float16."
             )
-        least, lowest = _FP8_CAPABILITY[given], min(gpu.capability for gpu in gpus)
+        least = _FP8_CAPABILITY[given]
+        lowest = min((gpu.capability for gpu in gpus), default=least)
         if lowest < least:
             raise LaunchError(
                 f"--kv-cache-dtype {given} needs GPUs of compute capability {least}, not {lowest}."

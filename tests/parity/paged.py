@@ -16,11 +16,17 @@ BLOCK_SIZE = 4
 class PagedRows:
     """Some rows with `capacity` positions each; `logits` collects what `step` computes for them."""
 
-    def __init__(self, model: CausalLM, num_rows: int, capacity: int) -> None:
+    def __init__(
+        self,
+        model: CausalLM,
+        num_rows: int,
+        capacity: int,
+        kv_dtype: torch.dtype = torch.float32,
+    ) -> None:
         blocks_per_row = -(-capacity // BLOCK_SIZE)
         num_blocks = num_rows * blocks_per_row + 3
         layout = KVCacheLayout(
-            model.num_layers, BLOCK_SIZE, model.num_local_kv_heads, model.head_dim, torch.float32
+            model.num_layers, BLOCK_SIZE, model.num_local_kv_heads, model.head_dim, kv_dtype
         )
         self._model = model
         self._cache = KVCache(layout, num_blocks)

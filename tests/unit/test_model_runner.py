@@ -12,14 +12,16 @@ import psutil
 import pytest
 import torch
 
+from headgate.kernels import cpu, ops
 from headgate.proto.messages import Fork, NewRow, RowEnd, RowSampling, StepPlan, StepResult
 from headgate.shard import model_runner, vote, warmup
-from headgate.shard.config import ShardIdentity
+from headgate.shard.config import KV_DTYPES, ShardIdentity
 from headgate.shard.distributed import Group, single_group
 from headgate.shard.errors import ModelError
 from headgate.shard.kv_cache import KVCache, KVCacheLayout
 from headgate.shard.model_runner import ModelRunner
 from headgate.shard.models.registry import load_model
+from tests.parity.paged import PagedRows
 from tests.unit.fake_model import FakeModel, greedy, logits_after, shard_config
 
 BLOCKS = 40
@@ -435,6 +437,32 @@ def test_tokens_do_not_depend_on_batch_or_chunks(
 
     expected = generate(64, 0)
     assert generate(7, 0) == generate(64, 4) == generate(3, 5) == expected
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_keys_and_values_in_fewer_bits(tiny_llama: Path, backend: str) -> None:
+    """Logits of a prompt in chunks and of a token after it, against those with float32."""
+    before = ops.active()
+    try:
+        if backend == "cpu" and not cpu.available():
+            pytest.skip("the C++ kernels are not built")
+        ops.use(backend)
+        model = load_model(tiny_llama, dtype="float32", device="cpu", group=single_group())
+
+        def logits(name: str) -> torch.Tensor:
+            rows = PagedRows(model, 1, 41, KV_DTYPES[name])
+            for chunk in (range(1, 30), range(30, 41), [7]):
+                rows.step({0: list(chunk)})
+            return rows.logits(0)
+
+        expected = logits("float32")
+        # A few times what rounding does to one value.
+        for name, dtype in KV_DTYPES.items():
+            error = (logits(name) - expected).abs().max() / expected.abs().max()
+            assert error <= 3 * torch.finfo(dtype).eps, name
+            assert name == "float32" or error > 0
+    finally:
+        ops.use(before)
 
 
 def test_blocks_take_memory_only_once_written() -> None:
