@@ -39,7 +39,6 @@ _FIRST_BACKOFF = 0.05  # seconds
 _LAST_BACKOFF = 1.0
 _MOST_HELD = 128  # requests, before a router has told its own limit
 _UNARY_TIMEOUT = 30.0
-_READ_AHEAD = 1 << 18  # bytes of the router's messages: those that are there are taken together
 _CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
@@ -284,9 +283,7 @@ class RouterClient:
 
     async def _follow(self) -> None:
         """One stream, from its beginning to its end. Raises OSError."""
-        reader, writer = await asyncio.open_unix_connection(
-            stream_path(self._address), limit=_READ_AHEAD
-        )
+        reader, writer = await asyncio.open_unix_connection(stream_path(self._address))
         channel = grpc.aio.insecure_channel(self._address, options=_CHANNEL_OPTIONS)
         try:
             writer.write(frame(router_pb2.ClientMessage(hello=self._hello)))
