@@ -235,6 +235,18 @@ class RequestTimes:
     per_token: float
 
 
+@dataclass(frozen=True, slots=True)
+class _StepSeries:
+    """What every step of a method is counted and timed in, found once."""
+
+    count: Value
+    success: Value
+    inference: Histogram
+    forward: Histogram
+    decode: Histogram
+    filter: Histogram
+
+
 class Metrics:
     """The values of the table. Events are recorded by name; `render` writes them all."""
 
@@ -249,6 +261,7 @@ class Metrics:
         self._skipped = self._summary("tgi_request_skipped_tokens")
         self._generated = self.value("tgi_generated_tokens")
         self._between_tokens = self.histogram("tgi_request_inter_token_latency_duration")
+        self._steps = {method: self._of_steps(method) for method in METHODS}
 
     def render(self) -> bytes:
         return render(tuple(self._families.values()))
@@ -345,7 +358,7 @@ class Metrics:
 
     def step_planned(self, method: str, joined: int, was_running: bool, seconds: float) -> None:
         """`joined`: requests new in this step; `seconds`: to plan it."""
-        self.value("tgi_batch_inference_count", method=method).inc()
+        self._steps[method].count.inc()
         if not joined:
             return
         self.histogram("tgi_batch_next_size").observe(joined)
@@ -354,10 +367,21 @@ class Metrics:
             self.histogram("tgi_batch_concat_duration", method="decode").observe(seconds)
 
     def step_done(self, method: str, times: StepTimes) -> None:
-        self.value("tgi_batch_inference_success", method=method).inc()
-        for name in ("inference", "forward", "decode", "filter"):
-            histogram = self.histogram(f"tgi_batch_{name}_duration", method=method)
-            histogram.observe(getattr(times, name))
+        series = self._steps[method]
+        series.success.inc()
+        series.inference.observe(times.inference)
+        series.forward.observe(times.forward)
+        series.decode.observe(times.decode)
+        series.filter.observe(times.filter)
+
+    def _of_steps(self, method: str) -> _StepSeries:
+        durations = (
+            self.histogram(f"tgi_batch_{name}_duration", method=method)
+            for name in ("inference", "forward", "decode", "filter")
+        )
+        count = self.value("tgi_batch_inference_count", method=method)
+        success = self.value("tgi_batch_inference_success", method=method)
+        return _StepSeries(count, success, *durations)
 
     def step_failed(self, method: str) -> None:
         self.value("tgi_batch_inference_failure", method=method).inc()
