@@ -6,8 +6,13 @@ or Lark text that llguidance takes. Importing this module loads llguidance.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
+
+# Where a row's grammar may end, llguidance makes an error and drops it. With RUST_BACKTRACE set it
+# would note the stack each time, which takes longer than the mask. Panics still show theirs.
+os.environ.setdefault("RUST_LIB_BACKTRACE", "0")
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
