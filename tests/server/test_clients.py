@@ -221,7 +221,7 @@ def test_openai_stop_is_left_out(client: openai.OpenAI) -> None:
 def test_openai_errors(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError):
         client.chat.completions.create(model="nobody", messages=QUESTION)
-    with pytest.raises(openai.UnprocessableEntityError, match=r"max_new_tokens|max_tokens"):
+    with pytest.raises(openai.UnprocessableEntityError, match="`max_tokens`"):
         client.chat.completions.create(model="tgi", messages=QUESTION, max_tokens=10**7)
     assert [model.id for model in client.models.list().data]
 
