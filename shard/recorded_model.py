@@ -57,7 +57,7 @@ class RecordedModel:
         self._step = step
         self._head = head
         self._beats = beats
-        self.most_logits = len(inputs.sample_tokens)  # that come with a step
+        self.most_logits = inputs.most_logits  # that come with a step
         self._sample_tokens = inputs.sample_tokens[:0]  # of the last step
 
     def bind(self, kv_cache: KVCache) -> None:
@@ -109,7 +109,9 @@ class _StepBuffers:
         self.cu_query_lens = torch.zeros(tokens + 1, dtype=torch.int32)
         self.context_lens = torch.zeros(tokens, dtype=torch.int32)
         self.block_tables = torch.zeros(tokens, blocks, dtype=torch.int32)
-        self.sample_tokens = torch.zeros(limits.logits_rows, dtype=torch.int64)
+        self.most_logits = limits.logits_rows
+        recorded = max(_RECORDED_LOGITS)  # maybe more than will ever be replayed
+        self.sample_tokens = torch.zeros(max(self.most_logits, recorded), dtype=torch.int64)
         # NumPy's copies of a few numbers cost less than torch's.
         self._arrays = tuple(
             tensor.numpy()
@@ -234,13 +236,13 @@ class _Attempt:
         for counts in trial.scenario(self._limits.tokens):
             step = trial.step(counts)
             expected = model.forward(step.input_ids, step.positions, theirs, step.attention)
-            pairs = [(expected, recorded.forward(step))]
+            same = _same_bits(expected, recorded.forward(step))
             for first in range(0, len(step.sample_tokens), self._limits.logits_rows):
                 rows = step.sample_tokens[first : first + self._limits.logits_rows]
                 logits = model.logits(ops.take_rows(expected, rows)), recorded.logits(first)
                 if logits[0] is not None and logits[1] is not None:
-                    pairs.append((logits[0], logits[1]))
-            if not obstacle and not all(_same_bits(*pair) for pair in pairs):
+                    same = same and _same_bits(logits[0], logits[1])
+            if not same and not obstacle:
                 obstacle = (
                     f"a replay of {len(step.input_ids)} tokens differs from the model's own step"
                 )

@@ -188,6 +188,7 @@ def test_more_rows_than_logits_at_once(tiny_llama: Path, monkeypatch: pytest.Mon
     assert any(len(result.rows) > 1 for result in expected)
     monkeypatch.setattr("headgate.shard.model_runner._LOGITS_ROWS", 1)
     runner.record()
+    assert isinstance(runner.recorded, RecordedModel)
     results = generate(runner, max_new_tokens=4)
     assert [r.logprobs for r in results] == [r.logprobs for r in expected]
     assert [r.token_ids for r in results] == [r.token_ids for r in expected]
