@@ -71,7 +71,7 @@ def results(request: pytest.FixtureRequest, checkpoints: Path) -> Results:
         for rank in range(world_size)
     ]
     try:
-        assert [rank.wait(timeout=120) for rank in ranks] == [0] * world_size
+        assert [rank.wait(timeout=240) for rank in ranks] == [0] * world_size
     finally:
         for rank in ranks:
             rank.kill()
