@@ -167,7 +167,7 @@ def ends(gateway: Gateway, attempt: int) -> list[router_pb2.Finished]:
 async def test_answers_go_on_at_a_new_router(tmp_path: Path) -> None:
     """Answer 0 was sent in part, 1 to its end, 2 but for its end, 3 not at all."""
     async with running_router(tmp_path) as router:
-        gateway = Gateway(router.stub)
+        gateway = Gateway(router)
         message = request([1, 2, 3], max_new_tokens=12, n=4, **SAMPLED)
         gateway.submit(1, message)
         await until(lambda: len(ends(gateway, 1)) == 4)
@@ -197,7 +197,7 @@ async def test_answers_go_on_at_a_new_router(tmp_path: Path) -> None:
 async def test_a_gateways_cancel_ends_all_answers(tmp_path: Path) -> None:
     behaviour = Behaviour(step_seconds=0.01)
     async with running_router(tmp_path, behaviour=behaviour) as router:
-        gateway = Gateway(router.stub)
+        gateway = Gateway(router)
         gateway.submit(1, request([1, 2], max_new_tokens=100, n=3))
         await until(lambda: len(gateway.tokens(1)) > 6)
         gateway.say(cancel=1)

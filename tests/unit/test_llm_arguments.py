@@ -9,7 +9,7 @@ import pytest
 
 from headgate import LLM, SamplingParams
 from headgate.launcher.cli import parse_serve
-from headgate.llm import _derived_seed, _each, _flat
+from headgate.llm import _derived_seed, _each
 from headgate.llm_arguments import check_others, to_flags
 from headgate.outputs import request_output
 from headgate.prompts import Prompt, read_prompts
@@ -108,13 +108,6 @@ def test_parameters_for_each() -> None:
 def test_derived_seeds_differ() -> None:
     seeds = {_derived_seed(seed, number) for seed in (0, 1) for number in range(100)}
     assert len(seeds) == 200 and all(0 <= seed < 2**63 for seed in seeds)
-
-
-def test_messages_are_flattened() -> None:
-    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    assert _flat({"role": "user", "content": parts}, "") == {"role": "user", "content": "ab"}
-    with pytest.raises(ValueError, match="c 1: `content`"):
-        _flat({"role": "user", "content": [{"type": "image_url"}]}, "c 1")
 
 
 def test_outputs() -> None:
