@@ -6,8 +6,8 @@
 #   make test-kernels               all tests of the kernels, those that `make test` leaves out too
 #   make test-neon                  the C++ kernels on 64-bit Arm by an emulator, against those here
 #   make kernels-report             compiles the GPU kernels; docs/kernels.md and docs/roofline.md
-#   make test-gpu                   the kernels on this machine's GPU against the reference
-#   make bench-gpu                  their times beside PyTorch's: docs/gpu.json and docs/gpu.md
+#   make test-gpu                   the kernels on this machine's GPU against the reference; graphs, streams, NCCL
+#   make bench-gpu                  their times beside PyTorch's, decode steps beside their floor: docs/gpu.json, docs/gpu.md
 #   make tune-gpu                   the fastest tiles on this machine's GPU: kernels/triton/tuning.json
 #   make setup [TORCH_INDEX=URL]    the virtual environment, in steps (deploy/setup.sh)
 #   make proto                      gRPC stubs from proto/*.proto
@@ -69,9 +69,11 @@ kernels-report: setup-dev
 # On a machine with a GPU, from a bare checkout: python3 with torch and triton is enough.
 test-gpu:
 	@TRITON_INTERPRET=0 $(GPU_PYTHON) -m headgate.kernels.triton.on_gpu check
+	@TRITON_INTERPRET=0 $(GPU_PYTHON) -m headgate.bench.gpu_steps check
 
 bench-gpu:
-	@TRITON_INTERPRET=0 $(GPU_PYTHON) -m headgate.kernels.triton.on_gpu time
+	@TRITON_INTERPRET=0 $(GPU_PYTHON) -m headgate.kernels.triton.on_gpu time --seconds 360
+	@TRITON_INTERPRET=0 $(GPU_PYTHON) -m headgate.bench.gpu_steps time
 
 tune-gpu:
 	@TRITON_INTERPRET=0 $(GPU_PYTHON) -m headgate.kernels.triton.tune

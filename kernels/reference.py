@@ -104,7 +104,15 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 def rms_norm_residual(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(rms_norm(x + residual), x + residual). May overwrite both inputs."""
+    """(rms_norm(x + residual), x + residual). May overwrite both inputs.
+
+    x may have a dimension more, [W, ..]: parts of a sum, which are added in order first.
+    """
+    if x.dim() > residual.dim():
+        first, *others = x
+        x = first.clone()
+        for part in others:
+            x += part
     total = x + residual
     return rms_norm(total, weight, eps), total
 

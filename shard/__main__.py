@@ -23,6 +23,7 @@ from headgate.config_file import ConfigError, load_config
 from headgate.kernels import ops
 from headgate.log import set_up_logging
 from headgate.shard.config import ShardConfig, ShardIdentity
+from headgate.shard.device import num_gpus, take_gpu
 from headgate.shard.distributed import init_group
 from headgate.shard.errors import ModelError, PeerLost
 from headgate.shard.memory import is_out_of_memory
@@ -152,11 +153,10 @@ def _load(config: ShardConfig, identity: ShardIdentity) -> Runner:
 
 def _take_gpu(config: ShardConfig, identity: ShardIdentity) -> None:
     """One process, one GPU."""
-    found = torch.cuda.device_count()
+    found = num_gpus()
     if identity.rank >= found:
         raise ConfigError(f"shard {identity.rank} needs a GPU of its own, and {found} are visible")
-    torch.cuda.set_device(identity.rank)
-    torch.cuda.set_per_process_memory_fraction(config.cuda_memory_fraction)
+    take_gpu(identity.rank, config.cuda_memory_fraction)
 
 
 def main() -> None:

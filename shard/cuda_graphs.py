@@ -2,10 +2,9 @@
 
 A step in which every row has one token fills buffers whose addresses stay, by two asynchronous
 copies from pinned memory, and replays the graph captured for its size: nothing is allocated and the
-host waits for nothing. A size is captured when it first occurs. Other steps run as they are. The
-step before must have ended, that is, its tokens must have been fetched.
-
-All calls to CUDA are in CudaDevice; tests put another in its place.
+host waits for nothing. A size is captured when it first occurs; of the graphs only those used last
+are kept. Other steps get their inputs by one such copy and run as they are. Tokens that the host
+does not know yet are those of the step before, see LastTokens.
 """
 
 from __future__ import annotations
@@ -13,14 +12,17 @@ from __future__ import annotations
 import logging
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 from headgate.shard.attention_metadata import AttentionMetadata
+from headgate.shard.device import Device
 from headgate.shard.kv_cache import KVCache
+from headgate.shard.last_tokens import LastTokens
 from headgate.shard.models.base import CausalLM
+from headgate.shard.staging import Staging
 from headgate.shard.step_inputs import StepInputs
 
 logger = logging.getLogger(__name__)
@@ -29,80 +31,74 @@ MAX_HEAD_DIM = 256  # that the Triton attention takes
 _COLUMNS = 4  # of the staging buffer: ids, positions, slots, context lengths
 _NO_SLOT = -1  # where a row that is only padding writes: nowhere
 _SMALLEST_REACH = 512  # positions
+MOST_GRAPHS = 64  # kept at once
 
 
-class Device(Protocol):
-    """What graphs need of CUDA."""
+Graph = tuple[Callable[[], None], torch.Tensor]  # (replays it, where its result is)
 
-    def zeros(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
-        """Memory of the device."""
+_NONE = torch.zeros(0, dtype=torch.int64)
+_NO_STEP = StepInputs(
+    input_ids=_NONE,
+    positions=_NONE,
+    attention=AttentionMetadata(
+        cu_query_lens=torch.zeros(1, dtype=torch.int32),
+        context_lens=_NONE.int(),
+        block_tables=torch.zeros((0, 0), dtype=torch.int32),
+        slot_mapping=_NONE,
+        max_query_len=1,
+        max_context_len=1,
+    ),
+    sample_tokens=_NONE,
+    prompt_chunks=(),
+    pooled_chunks=(),
+)
 
-    def pinned(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
-        """Memory of the host that the device can read by itself."""
 
-    def upload(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        """Copies to the device; returns before it is done where the source is pinned."""
+@dataclass(frozen=True, slots=True)
+class GraphLimits:
+    """The largest step."""
 
-    def capture(self, run: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
-        """(replays what `run` does, its result's place). Computes it once, too."""
-
-
-class CudaDevice:
-    """The current GPU."""
-
-    def __init__(self) -> None:
-        self._pool: Any = None  # memory that all graphs share
-
-    def zeros(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.zeros(shape, dtype=dtype, device="cuda")
-
-    def pinned(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.zeros(shape, dtype=dtype, pin_memory=True)
-
-    def upload(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        target.copy_(source, non_blocking=True)
-
-    def capture(self, run: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
-        run()  # so that kernels are compiled and libraries have made their workspaces
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            result = run()
-        self._pool = graph.pool()
-        graph.replay()
-        return graph.replay, result
+    tokens: int
+    row_blocks: int  # KV blocks of a row
 
 
 class GraphedModel:
     """Computes what the model's `forward` and `logits` do, from inputs in the host's memory."""
 
     def __init__(
-        self, model: CausalLM, device: Device, sizes: Sequence[int], max_blocks: int
+        self, model: CausalLM, device: Device, sizes: Sequence[int], limits: GraphLimits
     ) -> None:
-        """sizes: rows of the steps to be captured, ascending; max_blocks: of a row's KV."""
+        """sizes: rows of the steps to be captured, ascending; none: no step is."""
         self._model = model
         self._device = device
-        self._sizes = sizes
-        max_rows = sizes[-1]
+        self.sizes = sizes
+        self.staging = Staging(device)
+        self.last_tokens = LastTokens(device, limits.tokens)
+        max_rows, max_blocks = max(sizes, default=1), limits.row_blocks
         # Columns first, then tables; on the host in the same order.
         self._columns = device.zeros(_COLUMNS, max_rows, dtype=torch.int64)
         self._tables = device.zeros(max_rows, max_blocks, dtype=torch.int32)
-        self._host_columns = device.pinned(_COLUMNS, max_rows, dtype=torch.int64)
-        self._host_tables = device.pinned(max_rows, max_blocks, dtype=torch.int32)
-        self._starts = device.zeros(max_rows + 1, dtype=torch.int32)
-        device.upload(self._starts, torch.arange(max_rows + 1, dtype=torch.int32))
+        # Of two steps in turn, see Staging.
+        self._host_columns = device.pinned(2, _COLUMNS, max_rows, dtype=torch.int64)
+        self._host_tables = device.pinned(2, max_rows, max_blocks, dtype=torch.int32)
+        (starts,) = self.staging.upload([np.arange(max_rows + 1, dtype=np.int32)])
+        self._starts = starts.clone()
         self._cache: KVCache | None = None
-        self._graphs: dict[tuple[int, int], tuple[Callable[[], None], torch.Tensor]] = {}
+        self._graphs: dict[tuple[int, int], Graph] = {}
         self._hidden: torch.Tensor | None = None
 
     def bind(self, kv_cache: KVCache) -> None:
         """From now on steps use this cache; graphs of the one before are dropped."""
         self._cache = kv_cache
-        self._graphs.clear()
+        self.drop_graphs()
 
     def release(self) -> None:
         """Lets the cache and the graphs go."""
-        self._cache = self._hidden = None
+        self._cache = None
+        self.drop_graphs()
+
+    def drop_graphs(self) -> None:
+        self._hidden = None
         self._graphs.clear()
 
     def forward(self, inputs: StepInputs) -> torch.Tensor:
@@ -110,37 +106,57 @@ class GraphedModel:
         assert self._cache is not None, "bind comes first"
         self._model.check_lengths(inputs.attention)
         rows = len(inputs.attention.context_lens)
-        if inputs.attention.max_query_len > 1 or rows > self._sizes[-1]:
-            self._hidden = self._compute(_on_device(inputs, self._columns.device))
+        if inputs.attention.max_query_len > 1 or rows > max(self.sizes, default=0):
+            self._hidden = self._compute(self._on_device(inputs))
         else:
             self._hidden = self._replay(inputs, rows)
         return self._hidden
 
     def logits(self, sample_tokens: torch.Tensor) -> torch.Tensor | None:
-        """Of the last step's tokens with these indices: the model's."""
+        """Of the last step's tokens with these indices, on the host: the model's."""
         assert self._hidden is not None, "forward comes first"
-        rows = sample_tokens.to(self._hidden.device, non_blocking=True)
-        return self._model.logits(self._hidden[rows])
+        (rows,) = self.staging.upload([sample_tokens.numpy()])
+        return self._model.logits(self._hidden.index_select(0, rows))
+
+    @property
+    def num_possible(self) -> int:
+        """Graphs that may be kept at once."""
+        reaches = {reach_of(1 << n, self._model.max_positions) for n in range(32)}
+        return min(MOST_GRAPHS, len(self.sizes) * len(reaches))
 
     def _replay(self, inputs: StepInputs, rows: int) -> torch.Tensor:
-        padded = self._sizes[bisect_left(self._sizes, rows)]
+        padded = self.sizes[bisect_left(self.sizes, rows)]
         reach = reach_of(inputs.attention.max_context_len, self._model.max_positions)
         self._fill(inputs, rows, padded)
         self._model.heartbeat()
-        if (padded, reach) in self._graphs:
-            replay, hidden = self._graphs[padded, reach]
-            replay()
-            return hidden[:rows]
-        static = self._static_inputs(inputs, padded, reach)
-        graph = self._device.capture(lambda: self._compute(static))
+        graph = self._graphs.pop((padded, reach), None)
+        if graph is None:
+            graph = self._captured(padded, reach)
+        else:
+            graph[0]()
         self._graphs[padded, reach] = graph
-        fields = {"rows": padded, "positions": reach, "graphs": len(self._graphs)}
-        logger.info("decode step captured", extra={"fields": fields})
         return graph[1][:rows]
+
+    def _captured(self, padded: int, reach: int) -> Graph:
+        """Computes the step that is in the buffers, too."""
+        if len(self._graphs) >= MOST_GRAPHS:
+            del self._graphs[next(iter(self._graphs))]  # unused for longest
+        static = self._static_inputs(padded, reach)
+        graph = self._device.capture(lambda: self._compute(static))
+        fields = {"rows": padded, "positions": reach, "graphs": len(self._graphs) + 1}
+        logger.info("decode step captured", extra={"fields": fields})
+        return graph
+
+    def capture(self, padded: int) -> None:
+        """The graph of so many rows, with contexts as long as can be: to see what it takes."""
+        with torch.inference_mode():
+            self._fill(_NO_STEP, 0, padded)
+            reach = reach_of(self._model.max_positions, self._model.max_positions)
+            self._graphs[padded, reach] = self._captured(padded, reach)
 
     def _fill(self, inputs: StepInputs, rows: int, padded: int) -> None:
         """The step's inputs, and padding that writes nowhere and attends to one position."""
-        attention, host = inputs.attention, self._host_columns
+        attention, host = inputs.attention, self._host_columns[self.staging.turn]
         sources = (
             inputs.input_ids,
             inputs.positions,
@@ -150,34 +166,53 @@ class GraphedModel:
         for column, source, neutral in zip(host, sources, (0, 0, _NO_SLOT, 1), strict=True):
             column[:rows].copy_(source)
             column[rows:padded].fill_(neutral)
-        tables = self._host_tables[:padded]
+        tables = self._host_tables[self.staging.turn, :padded]
         tables[:rows, : attention.block_tables.shape[1]].copy_(attention.block_tables)
         tables[rows:].zero_()
         self._device.upload(self._columns, host)
         self._device.upload(self._tables[:padded], tables)
 
-    def _static_inputs(self, inputs: StepInputs, padded: int, reach: int) -> StepInputs:
+    def _static_inputs(self, padded: int, reach: int) -> StepInputs:
         ids, positions, slots, _ = (column[:padded] for column in self._columns)
-        return replace(
-            inputs,
-            input_ids=ids,
-            positions=positions,
-            attention=AttentionMetadata(
-                cu_query_lens=self._starts[: padded + 1],
-                context_lens=self._columns[3, :padded],
-                block_tables=self._tables[:padded],
-                slot_mapping=slots,
-                max_query_len=1,
-                max_context_len=reach,
-            ),
+        attention = AttentionMetadata(
+            cu_query_lens=self._starts[: padded + 1],
+            context_lens=self._columns[3, :padded],
+            block_tables=self._tables[:padded],
+            slot_mapping=slots,
+            max_query_len=1,
+            max_context_len=reach,
         )
+        return StepInputs(ids, positions, attention, ids[:0], (), ())
 
     def _compute(self, inputs: StepInputs) -> torch.Tensor:
         assert self._cache is not None
         attention = inputs.attention
         if attention.context_lens.dtype != torch.int32:
             attention = replace(attention, context_lens=attention.context_lens.int())
-        return self._model.forward(inputs.input_ids, inputs.positions, self._cache, attention)
+        ids = self.last_tokens.resolve(inputs.input_ids)
+        return self._model.forward(ids, inputs.positions, self._cache, attention)
+
+    def _on_device(self, inputs: StepInputs) -> StepInputs:
+        attention = inputs.attention
+        tensors = (
+            inputs.input_ids,
+            inputs.positions,
+            attention.slot_mapping,
+            attention.cu_query_lens,
+            attention.context_lens,
+            attention.block_tables,
+        )
+        ids, positions, slots, starts, contexts, tables = self.staging.upload(
+            [tensor.numpy() for tensor in tensors]
+        )
+        placed = replace(
+            attention,
+            slot_mapping=slots,
+            cu_query_lens=starts,
+            context_lens=contexts,
+            block_tables=tables,
+        )
+        return replace(inputs, input_ids=ids, positions=positions, attention=placed)
 
 
 def usual_sizes(most: int) -> list[int]:
@@ -189,19 +224,3 @@ def usual_sizes(most: int) -> list[int]:
 def reach_of(context: int, most: int) -> int:
     """The longest context that the graph for `context` takes: a power of two from 512 on."""
     return min(max(_SMALLEST_REACH, 1 << (context - 1).bit_length()), most)
-
-
-def _on_device(inputs: StepInputs, device: torch.device) -> StepInputs:
-    attention = inputs.attention
-    return replace(
-        inputs,
-        input_ids=inputs.input_ids.to(device, non_blocking=True),
-        positions=inputs.positions.to(device, non_blocking=True),
-        attention=replace(
-            attention,
-            cu_query_lens=attention.cu_query_lens.to(device, non_blocking=True),
-            context_lens=attention.context_lens.to(device, non_blocking=True),
-            block_tables=attention.block_tables.to(device, non_blocking=True),
-            slot_mapping=attention.slot_mapping.to(device, non_blocking=True),
-        ),
-    )

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -21,6 +22,8 @@ import torch.distributed as dist
 from headgate.shard.errors import PeerLost
 from headgate.shard.shared_memory import SharedMemory, open_shared_memory
 
+_GRACE = 3.0  # seconds within which a rank that lives notices that a collective has failed
+_PAUSE = 0.05
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -34,6 +37,11 @@ class Group:
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sums `tensor` over the ranks, in place; returns it."""
         return tensor
+
+    def parts(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Either the sum, as `all_reduce` gives it, or [world_size, ..]: all ranks' tensors, which
+        whoever reads them adds in this order (ops.rms_norm_residual does, on its way)."""
+        return self.all_reduce(tensor)
 
     def gather_to_rank0(
         self, tensor: torch.Tensor, dim: int, sizes: Sequence[int]
@@ -56,8 +64,46 @@ class Group:
         """Leaves the group. Further calls are errors."""
 
 
+class RollCall:
+    """Finds out which ranks are gone once a collective has failed: torch.distributed doesn't say.
+
+    Whoever notices writes its name into the store where the group met; those that have not done so
+    within a grace are the ones that are lost. The store is rank 0's.
+    """
+
+    def __init__(self, store: dist.Store, rank: int, world_size: int) -> None:
+        self._store = dist.PrefixStore("roll-call", store)
+        self._rank = rank
+        self._others = [other for other in range(world_size) if other != rank]
+
+    def missing(self) -> list[int]:
+        """The ranks that are lost; takes up to a few seconds."""
+        absent, deadline = list(self._others), time.monotonic() + _GRACE
+        try:
+            self._store.set(str(self._rank), "here")
+            while absent and time.monotonic() < deadline:
+                absent = [other for other in absent if not self._store.check([str(other)])]
+                time.sleep(_PAUSE)
+        except RuntimeError:  # the store is gone, and with it its process
+            return [0]
+        return absent
+
+
 class ProcessGroup(Group):
     """A Group over torch.distributed's default process group."""
+
+    def __init__(
+        self,
+        rank: int,
+        world_size: int,
+        roll_call: RollCall | None = None,
+        *,
+        gathers: bool = False,
+    ) -> None:
+        """gathers: whether `parts` leaves the sum to its reader."""
+        super().__init__(rank, world_size)
+        self._roll_call = roll_call
+        self._gathers = gathers
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         with self._collective():
@@ -74,6 +120,16 @@ class ProcessGroup(Group):
         for part in others:
             tensor += part
         return tensor
+
+    def parts(self, tensor: torch.Tensor) -> torch.Tensor:
+        """On GPUs the tensors: gathering them is one call of NCCL, and adding them costs no pass of
+        its own. Two ranks move as many bytes as for a sum; more move what `all_reduce` moves."""
+        if not self._gathers:
+            return self.all_reduce(tensor)
+        gathered = tensor.new_empty((self.world_size, *tensor.shape))
+        with self._collective():
+            dist.all_gather_into_tensor(gathered, tensor.contiguous())
+        return gathered
 
     def gather_to_rank0(
         self, tensor: torch.Tensor, dim: int, sizes: Sequence[int]
@@ -117,10 +173,17 @@ class ProcessGroup(Group):
         try:
             yield
         except RuntimeError as error:
-            # The back ends don't say which peer failed; with two ranks there is only one it can be.
-            peer = f"shard {1 - self.rank}" if self.world_size == 2 else "another shard"
             reason = str(error).splitlines()[0]
-            raise PeerLost(f"shard {self.rank} lost {peer} in a collective: {reason}") from error
+            lost = f"shard {self.rank} lost {self._lost_peers()} in a collective: {reason}"
+            raise PeerLost(lost) from error
+
+    def _lost_peers(self) -> str:
+        if self.world_size == 2:  # there is only one it can be
+            return f"shard {1 - self.rank}"
+        missing = self._roll_call.missing() if self._roll_call is not None else []
+        if not missing:
+            return "another shard"
+        return f"shard{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}"
 
 
 class SharedMemoryGroup(ProcessGroup):
@@ -177,19 +240,18 @@ def init_group(
         _bind_gloo_to_loopback()
     # Votes are always CPU tensors, so gloo is there beside NCCL.
     backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
-    host = f"[{address}]" if ":" in address else address
+    limit = timedelta(seconds=timeout)
     try:
+        port = int(environment["MASTER_PORT"])
+        store = dist.TCPStore(address, port, world_size, is_master=rank == 0, timeout=limit)
         dist.init_process_group(
-            backend,
-            init_method=f"tcp://{host}:{environment['MASTER_PORT']}",
-            rank=rank,
-            world_size=world_size,
-            timeout=timedelta(seconds=timeout),
+            backend, store=store, rank=rank, world_size=world_size, timeout=limit
         )
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise PeerLost(f"shard {rank} could not join {world_size - 1} others: {reason}") from error
-    group = ProcessGroup(rank, world_size)
+    roll_call = RollCall(store, rank, world_size)
+    group = ProcessGroup(rank, world_size, roll_call, gathers=device.startswith("cuda"))
     if shared_memory and device == "cpu" and address in _LOOPBACK:
         memory = open_shared_memory(group, timeout)
         if memory is not None:

@@ -1,7 +1,9 @@
 """InputBatch: every row the shard holds, as columns that live from step to step.
 
-`apply` takes a StepPlan's changes, `advance` a step's tokens; nothing else changes it. It knows
-neither tensors on the device nor how tokens are chosen. All ranks hold the same rows.
+`apply` takes a StepPlan's changes, `advance` a step's tokens; nothing else changes it. Where tokens
+become known later, `expect` and `settle` take the place of `advance`, and a plan may be applied in
+between. It knows neither tensors on the device nor how tokens are chosen. All ranks hold the same
+rows.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from headgate.proto.messages import Fork, NewRow, Pooling, RowEnd, RowSampling, StepPlan
+from headgate.shard.last_tokens import codes
 from headgate.shard.sampling.grammar import NO_MASKS, ConstrainedRow, Masks, RowGrammar
 from headgate.shard.sampling.params import (
     NO_TOKEN,
@@ -56,6 +59,15 @@ class ScheduledRows:
     samples: npt.NDArray[np.bool_]  # [R]: all known tokens are computed, so a new one is sampled
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class ExpectedTokens:
+    """The rows of a step that get a token, [S], as they were when the step began."""
+
+    slots: IntArray
+    tenants: IntArray  # who held the slots, see InputBatch.tenants
+    positions: IntArray  # of the tokens in their rows
+
+
 class InputBatch:
     """Rows by slot. Columns are read by others (ModelRunner, step_inputs) and written here only."""
 
@@ -64,6 +76,7 @@ class InputBatch:
         self._eos = np.array(
             sorted(token for token in eos_token_ids if token < limits.vocab_size), np.int64
         )
+        self._num_tenants = 0  # rows ever held
         self.clear()
 
     def clear(self) -> None:
@@ -76,6 +89,8 @@ class InputBatch:
         """Columns for `capacity` rows. Their pages are zero and take memory only once written."""
         limits = self.limits
         self.ids = np.zeros(capacity, np.int64)
+        self.tenants = np.zeros(capacity, np.int64)  # a number of each row's own, ids come again
+        # Below zero: a token still to be settled, see last_tokens.py.
         self.token_ids = np.zeros((capacity, limits.max_total_tokens), np.int32)
         self.num_prompt = np.zeros(capacity, np.int64)
         self.num_tokens = np.zeros(capacity, np.int64)  # known: prompt and output
@@ -136,6 +151,7 @@ class InputBatch:
         slot = self._slots.pop(row_id, None)
         if slot is not None:
             self.grammars[slot] = None
+            self.tenants[slot] = 0
             self._free.append(slot)
 
     def _new_slot(self, row_id: int) -> int:
@@ -145,6 +161,8 @@ class InputBatch:
             self._grow()
         slot = self._slots[row_id] = self._free.pop()
         self.ids[slot] = row_id
+        self._num_tenants += 1
+        self.tenants[slot] = self._num_tenants
         self.num_blocks[slot] = 0
         self.ended[slot] = False
         return slot
@@ -284,7 +302,8 @@ class InputBatch:
             raise PlanError("a row is scheduled twice in one plan")
         slots = np.array([self.slot_of(row_id) for row_id in plan.rows], np.int64)
         counts = np.array(plan.counts, np.int64)
-        alive = ~self.ended[slots]
+        full = self.num_tokens[slots] >= self.most_tokens[slots]  # ended, though not settled yet
+        alive = ~(self.ended[slots] | full)
         slots, counts = slots[alive], counts[alive]
         if counts.sum() > self.limits.max_step_tokens:
             raise PlanError(
@@ -307,21 +326,41 @@ class InputBatch:
         """Takes one token for each row that samples, or NO_TOKEN; returns their RowEnds.
 
         A pooled row's token counts for nothing.
+        """
+        return self.settle(self.expect(scheduled), tokens)[1]
+
+    def expect(self, scheduled: ScheduledRows) -> ExpectedTokens:
+        """As if the rows had their tokens: until `settle`, codes (last_tokens.py) stand for them.
+
+        Only one step's tokens may be outstanding when the next is built.
+        """
+        self.num_computed[scheduled.slots] += scheduled.counts
+        slots = scheduled.slots[scheduled.samples]
+        positions = self.num_tokens[slots]
+        self.token_ids[slots, positions] = codes(len(slots))
+        self.num_tokens[slots] += 1
+        return ExpectedTokens(slots, self.tenants[slots], positions)
+
+    def settle(
+        self, expected: ExpectedTokens, tokens: IntArray
+    ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.uint8]]:
+        """(which of the rows are still there, RowEnds of those that are).
+
+        tokens: one for each row expected. A row is gone if it was removed since, or if its token
+        before has ended it.
 
         A row may end here, by EOS before a stop token before length. The decision needs only the
         tokens, so every rank comes to the same. EOS always ends a row with a grammar, which allows
         it only where nothing else is left if the row is to ignore it.
         """
-        self.num_computed[scheduled.slots] += scheduled.counts
-        slots = scheduled.slots[scheduled.samples]
+        here = self.tenants[expected.slots] == expected.tenants
+        here &= ~self.ended[expected.slots]
+        slots, positions, tokens = expected.slots[here], expected.positions[here], tokens[here]
         failed = tokens == NO_TOKEN
         tokens = np.maximum(tokens, 0)
-        places = self.num_tokens[slots]
-        self.token_ids[slots, places] = tokens
-        places += 1
-        self.num_tokens[slots] = places
+        self.token_ids[slots, positions] = tokens
         ends = np.zeros(len(slots), np.uint8)
-        ends[places >= self.most_tokens[slots]] = RowEnd.LENGTH
+        ends[positions + 1 >= self.most_tokens[slots]] = RowEnd.LENGTH
         for index, slot in enumerate(slots.tolist()):
             if self.stop_ids[slot] and int(tokens[index]) in self.stop_ids[slot]:
                 ends[index] = RowEnd.STOP_TOKEN
@@ -332,7 +371,22 @@ class InputBatch:
         if not self.plain[slots].all():
             ends[self.params["pooling"][slots] != Pooling.NONE] = RowEnd.POOLED
         self.ended[slots] = ends != RowEnd.NONE
-        return ends
+        return here, ends
+
+    def must_settle(self, plan: StepPlan) -> bool:
+        """Whether the plan cannot be applied, or its rows not be sampled, before all is settled.
+
+        So it is for a plan that resets, forks or chooses tokens of beams; and for rows whose next
+        token is made out on the host from those before, by a grammar or a watermark.
+        """
+        if plan.reset or plan.forks or plan.choices:
+            return True
+        slots = [slot for row in plan.rows if (slot := self._slots.get(row)) is not None]
+        return bool(self.constrained[slots].any()) or self.is_watermarked(np.array(slots, np.int64))
+
+    def is_watermarked(self, slots: IntArray) -> bool:
+        """Whether one of these rows has a watermark."""
+        return bool((self.params["watermark_gamma"][slots] > 0).any())
 
     # ------------------------------------------------------------ reading
 

@@ -5,7 +5,6 @@ Which block belongs to whom is the router's knowledge; this file only holds memo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -74,14 +73,11 @@ class KVCache:
     def num_bytes(self) -> int:
         return self.num_blocks * self.layout.bytes_per_block
 
-    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
-        """Copies block `source` onto block `target` for each (source, target), all at once.
+    def copy_blocks(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
+        """Copies block sources[i] onto block targets[i] for each i, all at once. int64[N] each.
 
         Every source is read before any target is written.
         """
-        if not pairs:
-            return
-        sources, targets = torch.tensor(list(pairs), device=self.data.device).unbind(1)
         data = self.data.view(torch.uint8)  # few operations take float8
         data[:, :, targets] = data[:, :, sources]
 

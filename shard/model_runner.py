@@ -1,6 +1,10 @@
 """ModelRunner: a StepPlan in, a StepResult out. Owns the model's KV cache and the InputBatch.
 
 It decides nothing about which row runs when, and speaks no protocol. Called from one thread.
+
+On a GPU a step is begun while the one before may still be under way: what that one samples stays on
+the device, where the new one's inputs take it from, and is copied to the host beside the new one's
+work. `InputBatch.must_settle` says which plans wait for the tokens all the same.
 """
 
 from __future__ import annotations
@@ -17,43 +21,51 @@ import torch
 from headgate.kernels import ops
 from headgate.proto.messages import (
     PooledStates,
-    Pooling,
     PromptLogprobs,
     RowEnd,
     StepPlan,
     StepResult,
     TopTokens,
 )
+from headgate.shard import samplers
 from headgate.shard.config import ShardConfig, ShardIdentity
-from headgate.shard.cuda_graphs import MAX_HEAD_DIM, CudaDevice, GraphedModel, usual_sizes
+from headgate.shard.cuda_graphs import MAX_HEAD_DIM, GraphedModel, GraphLimits, usual_sizes
+from headgate.shard.device import CudaDevice, Device
 from headgate.shard.distributed import Group
 from headgate.shard.errors import ModelError
 from headgate.shard.input_batch import BatchLimits, InputBatch, PlanError, ScheduledRows
 from headgate.shard.kv_cache import KVCache, KVCacheLayout
 from headgate.shard.memory import is_out_of_memory
 from headgate.shard.models.base import CausalLM
+from headgate.shard.pending_step import PendingStep, StepQueue
 from headgate.shard.recorded_model import RecordedModel, StepLimits, record_model
 from headgate.shard.runner import Heartbeat, RunnerFacts
+from headgate.shard.samplers import DeviceSampler, HostSampler, Sampled
 from headgate.shard.sampling.grammar import NO_MASKS, GrammarMasks, Masks
-from headgate.shard.sampling.logprobs import NO_TOP, token_logprobs
-from headgate.shard.sampling.params import NO_TOKEN, IntArray
-from headgate.shard.sampling.sampler import argmax, sample
+from headgate.shard.sampling.logprobs import token_logprobs
+from headgate.shard.sampling.params import IntArray
 from headgate.shard.step_inputs import PooledChunk, PromptChunk, StepInputs, build_inputs
 from headgate.shard.vote import plan_tag, vote
 from headgate.shard.warmup import warm_up
 
 logger = logging.getLogger(__name__)
 
-# Rows whose logits are in memory at once: 64 rows of 152k tokens are 39 MB.
-_LOGITS_ROWS = 64
-
 
 class ModelRunner:
     """One rank's share of the model's steps."""
 
     def __init__(
-        self, model: CausalLM, group: Group, config: ShardConfig, identity: ShardIdentity
+        self,
+        model: CausalLM,
+        group: Group,
+        config: ShardConfig,
+        identity: ShardIdentity,
+        device: Device | None = None,
     ) -> None:
+        """device: where the model is, if that is not the host; by default as `config` says."""
+        if device is None and config.device == "cuda":
+            device = CudaDevice()
+        self.device = device
         self.model = model
         self.group = group
         self.config = config
@@ -74,6 +86,10 @@ class ModelRunner:
             config.num_threads,
         )
         self.recorded: RecordedModel | GraphedModel | None = None
+        self._host_sampler = HostSampler(group, config.device)
+        self._device_sampler: DeviceSampler | None = None
+        self._under_way = StepQueue()
+        self._last_done = 0  # when the last step was settled
         self._kv_cache: KVCache | None = None
         self._batch: InputBatch | None = None
         self._refusing = ""  # why every plan is refused until one resets
@@ -98,25 +114,26 @@ class ModelRunner:
     def record(self) -> None:
         """Has steps replayed from now on, where the model allows that. Collective."""
         config = self.config
-        if config.device == "cuda":
-            self.recorded = self._graphed_model()
-            return
-        limits = StepLimits(config.max_batch_prefill_tokens, config.max_total_tokens, _LOGITS_ROWS)
-        self.recorded = record_model(
-            self.model, self.group, self.kv_layout, limits, self.heartbeat.address
-        )
+        if self.device is None:
+            limits = StepLimits(
+                config.max_batch_prefill_tokens, config.max_total_tokens, samplers.LOGITS_ROWS
+            )
+            self.recorded = record_model(
+                self.model, self.group, self.kv_layout, limits, self.heartbeat.address
+            )
+        elif ops.active() == "triton" and self.model.head_dim <= MAX_HEAD_DIM:
+            # The reference's attention would wait for the device.
+            self._graph(self.device)
 
-    def _graphed_model(self) -> GraphedModel | None:
-        """None where decode steps are not captured: by --cuda-graphs, or since the reference's
-        attention would wait for the device."""
+    def _graph(self, device: Device) -> None:
         config = self.config
         sizes = config.graph_sizes
         if sizes is None:
             sizes = tuple(usual_sizes(config.max_batch_size))
-        if not sizes or ops.active() != "triton" or self.model.head_dim > MAX_HEAD_DIM:
-            return None
         row_blocks = -(-config.max_total_tokens // config.block_size)
-        return GraphedModel(self.model, CudaDevice(), sizes, row_blocks)
+        limits = GraphLimits(config.max_batch_prefill_tokens, row_blocks)
+        graphed = self.recorded = GraphedModel(self.model, device, sizes, limits)
+        self._device_sampler = DeviceSampler(self.group, graphed.staging, graphed.last_tokens)
 
     def allocate(self, num_blocks: int) -> None:
         """Makes the KV cache; drops the one before it, and all rows.
@@ -160,16 +177,22 @@ class ModelRunner:
         wait((self._grammars.prepare(source),))
 
     def reset(self) -> None:
-        """Drops all rows: a new stream of plans begins."""
+        """Drops all rows: a new stream of plans begins. Results not settled are lost."""
+        self._drop_steps()
         if self._batch is not None:
             self._batch.clear()
         self._refusing, self._sequence = "", 0
 
     def release(self) -> None:
         """Gives the KV cache back."""
+        self._drop_steps()
         self._kv_cache = self._batch = None
         if isinstance(self.recorded, GraphedModel):
             self.recorded.release()
+
+    def _drop_steps(self) -> None:
+        self._under_way.drop(StepResult(self.identity.epoch, self._sequence))
+        self.heartbeat.busy = False
 
     def step(
         self,
@@ -177,22 +200,35 @@ class ModelRunner:
         is_current: Callable[[], bool] = lambda: True,
         problem: str = "",
     ) -> StepResult:
+        """`begin`, and the result."""
+        return self.begin(plan, is_current, problem).result()
+
+    def begin(
+        self,
+        plan: StepPlan,
+        is_current: Callable[[], bool] = lambda: True,
+        problem: str = "",
+    ) -> PendingStep:
         """Runs the plan on all ranks, or refuses it on all of them (StepResult.refused).
 
         Rank 0's result has the tokens. After a refusal all are refused until one with `reset`.
         `is_current` tells whether the plan's sender still waits; Superseded is raised if the ranks
         disagree on the plan and it does not. Any other exception is fatal to the group.
         `problem`: a reason of the caller's to refuse the plan.
+
+        On a device the step may be under way yet, and the next may be begun.
         """
         self.heartbeat.busy = True
         try:
             with torch.inference_mode():
-                return self._step(plan, is_current, problem)
+                return self._begin(plan, is_current, problem)
         finally:
-            self.heartbeat.busy = False
+            self.heartbeat.busy = len(self._under_way) > 0
 
-    def _step(self, plan: StepPlan, is_current: Callable[[], bool], problem: str) -> StepResult:
+    def _begin(self, plan: StepPlan, is_current: Callable[[], bool], problem: str) -> PendingStep:
         started = time.perf_counter_ns()
+        self._settle(plan)
+        self.heartbeat.busy = True  # a step settled may have said otherwise
         answer = StepResult(plan.epoch, plan.sequence)
         scheduled: ScheduledRows | None = None
         inputs: StepInputs | None = None
@@ -206,12 +242,17 @@ class ModelRunner:
             self._refusing = problem
             fields = {"sequence": plan.sequence, "reason": problem}
             logger.warning("plan refused", extra={"fields": fields})
-            return replace(answer, refused=problem, total_ns=time.perf_counter_ns() - started)
+            refused = replace(answer, refused=problem, total_ns=time.perf_counter_ns() - started)
+            return PendingStep.done(refused)
         assert scheduled is not None  # only None beside a problem
-        forward = time.perf_counter_ns()
-        answer = self._execute(plan, scheduled, inputs, answer)
-        done = time.perf_counter_ns()
-        return replace(answer, forward_ns=done - forward, total_ns=done - started)
+        return self._execute(plan, scheduled, inputs, _Clock(answer, started))
+
+    def _settle(self, plan: StepPlan) -> None:
+        """The step before may stay under way, if the plan can do without its tokens."""
+        if not len(self._under_way):
+            return
+        must = self._batch is None or self._batch.must_settle(plan)
+        self._under_way.settle(leave=0 if must else 1)
 
     def _prepare(self, plan: StepPlan) -> tuple[ScheduledRows | None, StepInputs | None, str]:
         """(rows, inputs, ""), or (None, None, why the plan is refused); no inputs without rows."""
@@ -244,16 +285,14 @@ class ModelRunner:
             raise PlanError(f"plan {plan.sequence} after plan {last}")
 
     def _execute(
-        self,
-        plan: StepPlan,
-        scheduled: ScheduledRows,
-        inputs: StepInputs | None,
-        answer: StepResult,
-    ) -> StepResult:
+        self, plan: StepPlan, scheduled: ScheduledRows, inputs: StepInputs | None, clock: _Clock
+    ) -> PendingStep:
         assert self._batch is not None and self._kv_cache is not None
-        self._kv_cache.copy_blocks(plan.copies)
+        if isinstance(self.recorded, GraphedModel):
+            self.recorded.staging.begin()
+        self._copy_blocks(plan)
         if inputs is None:
-            return answer
+            return PendingStep.done(clock.stopped(self._last_done))
         slots = scheduled.slots[scheduled.samples]
         finish_masks = self._begin_masks(plan, slots)
         if self.recorded is not None:
@@ -267,27 +306,83 @@ class ModelRunner:
             for chunk in inputs.prompt_chunks
             if (entry := self._prompt_logprobs(hidden, chunk)) is not None
         )
-        row_ids = self._batch.ids[slots].tolist()
+        pooled = [] if self.group.rank else [_pooled(hidden, c) for c in inputs.pooled_chunks]
+        clock.answer = replace(clock.answer, prompt_logprobs=prompt_logprobs, pooled=pooled)
         masks = finish_masks()
-        tokens, logprobs, top = self._sample(hidden, inputs.sample_tokens, slots, masks)
-        ends = self._batch.advance(scheduled, tokens)
-        if self.group.rank:
-            return answer
-        return replace(
-            answer,
-            rows=row_ids,
-            token_ids=np.maximum(tokens, 0).tolist(),
-            logprobs=logprobs,
-            ends=[RowEnd(end) for end in ends.tolist()],
-            top=top,
-            prompt_logprobs=prompt_logprobs,
-            pooled=[_pooled(hidden, chunk) for chunk in inputs.pooled_chunks],
-            failures={
+
+        def logits_of(first: int) -> torch.Tensor | None:
+            self.heartbeat.beat()
+            return self._logits(hidden, inputs.sample_tokens, first)
+
+        sampler = self._device_sampler
+        if sampler is not None and not masks.failures and not self._batch.is_watermarked(slots):
+            wait, sampled = sampler.sample(self._batch, slots, masks, logits_of)
+            finish = self._finisher(scheduled, sampled, masks, clock)
+            step = PendingStep(finish, wait, self._under_way)
+            self._under_way.add(step)
+            return step
+        tokens = self._host_sampler.sample(self._batch, slots, masks, logits_of)
+        return PendingStep.done(self._finisher(scheduled, lambda: tokens, masks, clock)())
+
+    def _logits(
+        self, hidden: torch.Tensor, sample_tokens: torch.Tensor, first: int
+    ) -> torch.Tensor | None:
+        """Of LOGITS_ROWS rows that draw a token, or all that are left, from place `first` on."""
+        if isinstance(self.recorded, RecordedModel):
+            return self.recorded.logits(first)
+        rows = sample_tokens[first : first + samplers.LOGITS_ROWS]
+        if self.recorded is not None:
+            return self.recorded.logits(rows)
+        return self.model.logits(ops.take_rows(hidden, rows))
+
+    def _copy_blocks(self, plan: StepPlan) -> None:
+        assert self._kv_cache is not None
+        if not plan.copies:
+            return
+        pairs = np.array(plan.copies, np.int64)
+        if isinstance(self.recorded, GraphedModel):
+            sources, targets = self.recorded.staging.upload([pairs[:, 0], pairs[:, 1]])
+        else:
+            sources, targets = torch.from_numpy(pairs).to(self._kv_cache.data.device).unbind(1)
+        self._kv_cache.copy_blocks(sources, targets)
+
+    def _finisher(
+        self,
+        scheduled: ScheduledRows,
+        sampled: Callable[[], Sampled],
+        masks: Masks,
+        clock: _Clock,
+    ) -> Callable[[], StepResult]:
+        """Makes the step's result of its tokens, which the batch expects from now on."""
+        assert self._batch is not None
+        batch, expected = self._batch, self._batch.expect(scheduled)
+        row_ids = batch.ids[expected.slots]
+
+        def finish() -> StepResult:
+            found = sampled()
+            here, ends = batch.settle(expected, found.tokens)
+            answer = clock.stopped(self._last_done)
+            self._last_done = time.perf_counter_ns()
+            self.heartbeat.busy = len(self._under_way) > 0
+            if self.group.rank:
+                return answer
+            places = np.flatnonzero(here).tolist()
+            failures = {
                 row: masks.failures[slot]
-                for row, slot in zip(row_ids, slots.tolist(), strict=True)
+                for row, slot in zip(row_ids.tolist(), expected.slots.tolist(), strict=True)
                 if slot in masks.failures
-            },
-        )
+            }
+            return replace(
+                answer,
+                rows=row_ids[here].tolist(),
+                token_ids=np.maximum(found.tokens[here], 0).tolist(),
+                logprobs=[found.logprobs[place] for place in places],
+                ends=[RowEnd(end) for end in ends.tolist()],
+                top=[found.top[place] for place in places] if found.top else [],
+                failures=failures,
+            )
+
+        return finish
 
     def _begin_masks(self, plan: StepPlan, slots: IntArray) -> Callable[[], Masks]:
         """Has the masks of the rows that sample computed while the forward pass runs."""
@@ -299,79 +394,12 @@ class ModelRunner:
                 self._grammars.prepare(row.sampling.grammar)
         return self._grammars.begin(self._batch.constrained_rows(slots))
 
-    def _sample(
-        self, hidden: torch.Tensor, sample_tokens: torch.Tensor, slots: IntArray, masks: Masks
-    ) -> tuple[IntArray, list[float], list[TopTokens]]:
-        """Each row's token on all ranks; logprobs and alternatives on rank 0. slots: int64[S].
-
-        A row that its grammar cannot go on with gets NO_TOKEN, a pooled one 0.
-        """
-        assert self._batch is not None
-        tokens = np.zeros(len(slots), np.int64)
-        logprobs = [0.0] * len(slots)
-        top: list[TopTokens] = []
-        plain = self._batch.plain[slots].all()
-        drawn = np.arange(len(slots))
-        if not plain:
-            drawn = np.flatnonzero(self._batch.params["pooling"][slots] == Pooling.NONE)
-        for start in range(0, len(drawn), _LOGITS_ROWS):
-            part = drawn[start : start + _LOGITS_ROWS]
-            if isinstance(self.recorded, RecordedModel):
-                logits = self.recorded.logits(start)
-            elif self.recorded is not None:
-                logits = self.recorded.logits(sample_tokens[start : start + _LOGITS_ROWS])
-            else:
-                rows = sample_tokens[start : start + _LOGITS_ROWS]
-                logits = self.model.logits(ops.take_rows(hidden, rows))
-            self.heartbeat.beat()
-            if logits is None:
-                continue
-            if plain:
-                tokens[part] = argmax(logits)
-                continue
-            tokens[part] = sample(logits, self._batch.sampled_rows(slots[part], masks))
-            self._add_logprobs(logits, tokens[part], slots[part], (part, logprobs, top))
-        if masks.failures:
-            tokens[np.isin(slots, list(masks.failures))] = NO_TOKEN
-        if top:
-            top.extend([NO_TOP] * (len(slots) - len(top)))
-        if self.group.world_size > 1 and len(slots):
-            shared = torch.from_numpy(tokens).to(self.config.device)
-            tokens = self.group.broadcast(shared).cpu().numpy()
-        return tokens, logprobs, top
-
-    def _add_logprobs(
-        self,
-        logits: torch.Tensor,
-        tokens: IntArray,
-        slots: IntArray,
-        found: tuple[IntArray, list[float], list[TopTokens]],
-    ) -> None:
-        """Fills in what the rows asked for. found: (the rows' places, logprobs, top tokens)."""
-        assert self._batch is not None
-        places, logprobs, top = found
-        params = self._batch.params[slots]
-        asking = np.flatnonzero(params["logprobs"] | (params["top_n_tokens"] > 0))
-        if not len(asking):
-            return
-        rows = logits
-        if len(asking) < len(logits):
-            rows = logits[torch.from_numpy(asking).to(logits.device)]
-        top_n = params["top_n_tokens"][asking].tolist()
-        values, alternatives = token_logprobs(rows, tokens[asking], top_n)
-        asking = places[asking]
-        for place, value in zip(asking.tolist(), values, strict=True):
-            logprobs[place] = value
-        for place, tops in zip(asking.tolist(), alternatives, strict=False):  # or no alternatives
-            top.extend([NO_TOP] * (place - len(top)))
-            top.append(tops)
-
     def _prompt_logprobs(self, hidden: torch.Tensor, chunk: PromptChunk) -> PromptLogprobs | None:
         """The chunk's entry on rank 0; all ranks take part. hidden: [T, H] of the whole step."""
         values: list[float] = []
         top: list[TopTokens] = []
-        for start in range(0, len(chunk.targets), _LOGITS_ROWS):
-            targets = chunk.targets[start : start + _LOGITS_ROWS]
+        for start in range(0, len(chunk.targets), samplers.LOGITS_ROWS):
+            targets = chunk.targets[start : start + samplers.LOGITS_ROWS]
             first = chunk.first + start
             logits = self.model.logits(hidden[first : first + len(targets)])
             self.heartbeat.beat()
@@ -382,6 +410,21 @@ class ModelRunner:
         if self.group.rank:
             return None
         return PromptLogprobs(chunk.row_id, chunk.start, values, top)
+
+
+class _Clock:
+    """A step's answer so far, and when it began."""
+
+    def __init__(self, answer: StepResult, started: int) -> None:
+        self.answer = answer
+        self._started = started
+        self._forward = time.perf_counter_ns()
+
+    def stopped(self, before: int) -> StepResult:
+        """before: when the step before was done, until when this one waited for the device."""
+        done = time.perf_counter_ns()
+        forward = done - max(self._forward, before)
+        return replace(self.answer, forward_ns=forward, total_ns=done - max(self._started, before))
 
 
 def _pooled(hidden: torch.Tensor, chunk: PooledChunk) -> PooledStates:

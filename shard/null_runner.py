@@ -24,6 +24,7 @@ from headgate.proto.messages import (
 from headgate.shard.config import ShardConfig, ShardIdentity
 from headgate.shard.input_batch import PlanError
 from headgate.shard.model_config import ModelConfig
+from headgate.shard.pending_step import PendingStep
 from headgate.shard.runner import Heartbeat, RunnerFacts
 
 _NO_TOP = TopTokens((), ())
@@ -91,6 +92,12 @@ class NullRunner:
 
     def reset(self) -> None:
         self._rows.clear()
+
+    def begin(
+        self, plan: StepPlan, is_current: Callable[[], bool], problem: str = ""
+    ) -> PendingStep:
+        """It is done at once."""
+        return PendingStep.done(self.step(plan, is_current, problem))
 
     def step(
         self,

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from headgate.proto.messages import StepPlan, StepResult
+from headgate.proto.messages import StepPlan
 from headgate.shard.config import ShardConfig, ShardIdentity
+from headgate.shard.pending_step import PendingStep
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,5 +67,5 @@ class Runner(Protocol):
     def reset(self) -> None:
         """Drops all rows: a new stream of plans begins."""
 
-    def step(self, plan: StepPlan, is_current: Callable[[], bool], problem: str) -> StepResult:
-        """The plan's result; see ModelRunner.step."""
+    def begin(self, plan: StepPlan, is_current: Callable[[], bool], problem: str) -> PendingStep:
+        """The plan's result, or its promise; see ModelRunner.begin."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 
 import grpc
@@ -17,6 +19,7 @@ from headgate.config_file import ConfigError
 from headgate.proto import shard_pb2, shard_pb2_grpc
 from headgate.proto.messages import StepPlan, StepResult, decode_plan, encode_result
 from headgate.shard.model_thread import ModelThread
+from headgate.shard.pending_step import PendingStep
 from headgate.shard.runner import Runner
 from headgate.shard.step_trace import StepTrace
 from headgate.shard.vote import Superseded
@@ -50,6 +53,16 @@ class StepStream:
             yield encode_result(result)  # here, beside the next step
 
 
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    """A step of some stream whose result has not gone out."""
+
+    stream: StepStream
+    plan: StepPlan
+    step: PendingStep
+    began: int
+
+
 class ShardService(shard_pb2_grpc.ShardServicer):
     """headgate.shard.v1.Shard over one runner."""
 
@@ -59,6 +72,9 @@ class ShardService(shard_pb2_grpc.ShardServicer):
         self._thread = thread
         self._lock = threading.Lock()
         self._stream: StepStream | None = None  # the current one
+        self._begun: deque[_Begun] = deque()  # the model's thread's
+        self._awaited: queue.SimpleQueue[_Begun] = queue.SimpleQueue()
+        threading.Thread(target=self._await_steps, name="results", daemon=True).start()
 
     def Info(
         self, request: shard_pb2.InfoRequest, context: grpc.ServicerContext
@@ -150,17 +166,43 @@ class ShardService(shard_pb2_grpc.ShardServicer):
             self._thread.fail(error)
         self._thread.post(stream.close)
 
+    # What follows is the model's thread's, but for `_await_steps`.
+
     def _step(self, stream: StepStream, plan: StepPlan, problem: str) -> None:
         if not stream.is_current:
             return
         began = time.perf_counter_ns()
         try:
-            result = self._runner.step(plan, lambda: stream.is_current, problem)
+            step = self._runner.begin(plan, lambda: stream.is_current, problem)
         except Superseded:
             return
-        stream.put(result)
-        if self._trace is not None:
-            self._trace.note(plan, began, time.perf_counter_ns())
+        begun = _Begun(stream, plan, step, began)
+        self._begun.append(begun)
+        self._put_results()
+        if not step.is_done:
+            self._awaited.put(begun)
+
+    def _await_steps(self) -> None:
+        """Waits for the device, so that the model's thread need not: it begins the next step."""
+        while True:
+            begun = self._awaited.get()
+            try:
+                begun.step.wait()
+            except Exception as error:
+                self._thread.fail(error)
+            self._thread.post(partial(self._end, begun))
+
+    def _end(self, begun: _Begun) -> None:
+        begun.step.result()
+        self._put_results()
+
+    def _put_results(self) -> None:
+        """In the order of their plans."""
+        while self._begun and self._begun[0].step.is_done:
+            begun = self._begun.popleft()
+            begun.stream.put(begun.step.result())
+            if self._trace is not None:
+                self._trace.note(begun.plan, begun.began, time.perf_counter_ns())
 
 
 def _decode(message: shard_pb2.StepPlan) -> tuple[StepPlan, str]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import traceback
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-
 from headgate.proto.messages import NewRow, RowSampling, StepPlan
+from headgate.shard.cuda_graphs import GraphedModel
+from headgate.shard.device import DeviceMemory
 from headgate.shard.errors import ModelError
 from headgate.shard.memory import is_out_of_memory
 
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
 
 # Of the device's memory; the rest is for fragmentation and what the libraries take later.
 _USABLE = 0.95
+_LEAST_GRAPH_BYTES = 1 << 20  # that a CUDA graph is counted with
 # A CPU's memory was divided by the launcher: there it is enough to touch every kernel once.
 _CPU_TOKENS = 128
 
@@ -24,16 +27,15 @@ def warm_up(runner: ModelRunner, max_tokens: int, max_rows: int) -> int:
 
     On a CPU both are cut to 128, since memory is not what is found out there.
     Returns the KV blocks that fit. All ranks must call it together. Drops the KV cache there was.
-    Raises ModelError where these steps don't fit, or no block does.
+    Raises ModelError where these steps don't fit, or no row of the largest size does.
     """
-    config = runner.config
-    if config.device == "cpu":
+    config, device = runner.config, runner.device
+    if device is None:
         max_tokens = min(max_tokens, _CPU_TOKENS)
     plans = _plans(runner, max_tokens, min(max_rows or max_tokens, max_tokens))
     num_blocks = max(sum(len(row.block_ids) for row in plan.new_rows) for plan in plans)
-    cuda = config.device == "cuda"
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
+    if device is not None:
+        device.forget_peak()
     try:
         runner.record()
         runner.allocate(num_blocks)
@@ -41,18 +43,42 @@ def warm_up(runner: ModelRunner, max_tokens: int, max_rows: int) -> int:
             refused = runner.step(plan).refused
             if refused:
                 raise ModelError(f"the warm-up step was refused: {refused}")
+        graphs = _graph_bytes(runner)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        raise ModelError(
-            f"not enough memory for a step of {max_tokens} tokens; "
-            "decrease --max-batch-prefill-tokens"
-        ) from error
+        traceback.clear_frames(error.__traceback__)  # they hold what there was no room beside
+        raise ModelError(_no_room(runner, max_tokens)) from error
     finally:
         runner.release()
-    if config.num_blocks:
+    if config.num_blocks or device is None:
         return config.num_blocks
-    return _blocks_that_fit(runner, num_blocks)
+    step = _LargestStep(max_tokens, num_blocks * runner.kv_layout.bytes_per_block, graphs)
+    return _blocks_that_fit(runner, device.memory(), step)
+
+
+@dataclass(frozen=True, slots=True)
+class _LargestStep:
+    """What warming up took."""
+
+    tokens: int
+    kv_bytes: int  # of its own cache
+    graph_bytes: int  # for all CUDA graphs that serving may capture
+
+
+def _graph_bytes(runner: ModelRunner) -> int:
+    """Memory to keep for CUDA graphs: a second one is captured to see what each takes beside the
+    activations, which all share. The largest was captured by the step of most rows."""
+    graphed, device = runner.recorded, runner.device
+    if device is None or not isinstance(graphed, GraphedModel) or not graphed.num_possible:
+        return 0
+    graphed.drop_graphs()
+    free = [device.memory().free]
+    for rows in (graphed.sizes[-1], graphed.sizes[0]):
+        graphed.capture(rows)
+        free.append(device.memory().free)
+    shared, each = free[0] - free[1], max(free[1] - free[2], _LEAST_GRAPH_BYTES)
+    return max(shared, 0) + each * (graphed.num_possible - 1)
 
 
 def _plans(runner: ModelRunner, max_tokens: int, max_rows: int) -> list[StepPlan]:
@@ -87,18 +113,78 @@ def _plan(runner: ModelRunner, lengths: list[int], sequence: int) -> StepPlan:
     )
 
 
-def _blocks_that_fit(runner: ModelRunner, blocks_used: int) -> int:
-    """What is left of a GPU's memory beside the largest step, in KV blocks."""
+def _blocks_that_fit(runner: ModelRunner, memory: DeviceMemory, step: _LargestStep) -> int:
+    """What is left of a GPU's memory beside the largest step and the graphs, in KV blocks.
+
+    Raises ModelError where that does not hold one row of the largest size.
+    """
+    config, block = runner.config, runner.kv_layout.bytes_per_block
+    others = memory.total - memory.free - memory.reserved
+    peak = memory.peak - step.kv_bytes
+    budget = int(memory.total * config.cuda_memory_fraction * _USABLE)
+    left = budget - others - peak - step.graph_bytes
+    row = -(-config.max_total_tokens // config.block_size) * block
+    if left >= row:
+        return left // block
+    needed = (
+        f"not enough memory: {_gib(row)} for the KV of one request of {config.max_total_tokens} "
+        f"tokens, {_gib(runner.model.weight_bytes)} for weights, "
+        f"{_gib(peak - runner.model.weight_bytes)} for a step of {step.tokens} tokens and "
+        f"{_gib(step.graph_bytes)} for CUDA graphs are needed, and of {_gib(budget)} usable "
+        f"{_gib(budget - others)} are free"
+    )
+    raise ModelError(f"{needed}; {_advice(runner, left - row, peak, step)}")
+
+
+def _advice(runner: ModelRunner, short: int, peak: int, step: _LargestStep) -> str:
+    """The largest settings that fit, each alone; `short`: bytes missing, below zero."""
+    config = runner.config
+    found = []
+    token_bytes = (peak - runner.model.weight_bytes) / step.tokens
+    tokens = step.tokens - int(-short / token_bytes) - 1 if token_bytes > 0 else 0
+    if tokens > 0:
+        found.append(f"--max-batch-prefill-tokens {tokens}")
     block = runner.kv_layout.bytes_per_block
-    torch.cuda.empty_cache()
-    free, total = torch.cuda.mem_get_info()
-    others = total - free - torch.cuda.memory_reserved()
-    peak = torch.cuda.max_memory_allocated() - blocks_used * block
-    budget = int(total * runner.config.cuda_memory_fraction * _USABLE)
-    num_blocks = (budget - others - peak) // block
-    if num_blocks < 1:
-        raise ModelError(
-            f"no memory for KV: of {budget} bytes usable, {others} are taken by others and {peak} "
-            "by the model and its largest step; decrease --max-batch-prefill-tokens"
-        )
-    return num_blocks
+    blocks = -(-config.max_total_tokens // config.block_size) - -(short // block)
+    if blocks > 0:
+        found.append(f"--max-total-tokens {blocks * config.block_size}")
+    if step.graph_bytes + short >= 0:
+        found.append("--cuda-graphs 0")
+    if not found:
+        return "no setting makes it fit: use more GPUs (--num-shard) or quantise the weights"
+    return f"what fits: {' or '.join(found)}"
+
+
+def _no_room(runner: ModelRunner, max_tokens: int) -> str:
+    """After a step for which memory was too small: the message, with the largest that fits."""
+    message = f"not enough memory for a step of {max_tokens} tokens"
+    device = runner.device
+    if device is None or runner.group.world_size > 1:  # the others are not here to try
+        return f"{message}; decrease --max-batch-prefill-tokens"
+    tokens = max_tokens // 2
+    while tokens and not _fits(runner, tokens):
+        tokens //= 2
+    memory = device.memory()
+    free = f"{_gib(memory.free + memory.reserved - runner.model.weight_bytes)} are free for it"
+    if not tokens:
+        return f"{message}: {free}, and no step fits; use more GPUs (--num-shard)"
+    return f"{message}: {free}; one of {tokens} fits: --max-batch-prefill-tokens {tokens}"
+
+
+def _fits(runner: ModelRunner, tokens: int) -> bool:
+    """Whether a step of so many tokens runs."""
+    plan = _plans(runner, tokens, 1)[0]
+    runner.release()
+    try:
+        runner.allocate(sum(len(row.block_ids) for row in plan.new_rows))
+        return not runner.step(plan).refused
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return False
+    finally:
+        runner.release()
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB"

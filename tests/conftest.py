@@ -32,3 +32,23 @@ def reference_kernels() -> Iterator[None]:
     ops.use("reference")
     yield
     ops.use(before)
+
+
+@pytest.fixture
+def unwatched_triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Triton's kernels in use; what they do is the device's doing."""
+    from headgate.kernels import ops
+    from tests.unit.fake_device import Unwatched
+
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    run = interpreter.GridExecutor.__call__
+
+    def unwatched(*args: object, **kwargs: object) -> object:
+        with Unwatched():
+            return run(*args, **kwargs)
+
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", unwatched)
+    before = ops.active()
+    ops.use("triton")
+    yield
+    ops.use(before)

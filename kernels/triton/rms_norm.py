@@ -5,6 +5,9 @@ are. dtypes: float32, bfloat16, float16; the mean of squares is float32. Bytes m
 (plain), 4 (with residual), and the weight once per program, from the caches. Operations: about 4N
 a row, so it runs at the speed of memory.
 
+With a residual x may be parts[W, rows, N], the ranks' shares of a sum, which are added first, in
+order and rounded each time as W - 1 additions would: 3 + W rows of N are moved instead of 4 + 3W.
+
 A row is one program's, whole: its bits depend on nothing else.
 """
 
@@ -33,17 +36,22 @@ def rms_norm_kernel(
     inner_stride,
     out_stride,
     residual_stride,
+    part_stride,
     eps,
     WIDTH: tl.constexpr,
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
     RESIDUAL: tl.constexpr,
+    PARTS: tl.constexpr,  # of x, each `part_stride` after the one before
 ):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)
     inside = (rows < num_rows)[:, None] & (columns < WIDTH)[None, :]
     places = (rows // inner).to(tl.int64) * outer_stride + (rows % inner) * inner_stride
     x = tl.load(x_ptr + places[:, None] + columns[None, :], inside, 0.0)
+    for part in tl.static_range(1, PARTS):
+        more = tl.load(x_ptr + part * part_stride + places[:, None] + columns[None, :], inside, 0.0)
+        x = (x.to(tl.float32) + more.to(tl.float32)).to(x.dtype)
     if RESIDUAL:
         at = rows.to(tl.int64)[:, None] * residual_stride + columns[None, :]
         total = x.to(tl.float32) + tl.load(residual_ptr + at, inside, 0.0).to(tl.float32)
@@ -74,13 +82,15 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 def rms_norm_residual(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As the reference; the sum replaces `residual`, and the norm `x`."""
-    rows = x.dim() == 2 and x.shape == residual.shape
+    """As the reference; the sum replaces `residual`, and the norm `x`, or its first part."""
+    parts = x if x.dim() == 3 else x.unsqueeze(0)
+    first = parts[0] if len(parts) else x
+    rows = first.dim() == 2 and first.shape == residual.shape
     plain = x.dtype == residual.dtype == weight.dtype and x.stride(-1) == residual.stride(-1) == 1
     if not (rows and plain) or x.shape[-1] > _MAX_WIDTH:
         return reference.rms_norm_residual(x, residual, weight, eps)
-    _launch(x, x, residual, weight, (1, x.stride(0), 0), eps)
-    return x, residual
+    _launch(first, parts, residual, weight, (1, first.stride(0), 0), eps)
+    return first, residual
 
 
 def _launch(
@@ -92,7 +102,7 @@ def _launch(
     eps: float,
 ) -> None:
     width = x.shape[-1]
-    num_rows = x.numel() // width if width else 0
+    num_rows = out.numel() // width if width else 0
     columns = triton.next_power_of_2(width)
     rows = max(1, _PROGRAM // columns)
     launch(
@@ -107,6 +117,7 @@ def _launch(
             *layout,
             out.stride(0) if out.dim() == 2 else width,
             0 if residual is None else residual.stride(0),
+            0 if residual is None else x.stride(0),
             eps,
         ),
         {
@@ -114,6 +125,7 @@ def _launch(
             "COLUMNS": columns,
             "ROWS": rows,
             "RESIDUAL": residual is not None,
+            "PARTS": 1 if residual is None else len(x),
         },
         warps=min(16, max(1, columns * rows // 512)),
     )

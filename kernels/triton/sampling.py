@@ -59,6 +59,32 @@ def _kept(score, token, key_limit, last_id, entropy, distance_limit, last_distan
 
 
 @triton.jit
+def _weighed(
+    row_ptr,
+    token,
+    best,
+    temperature,
+    key_limit,
+    last_id,
+    entropy,
+    KIND: tl.constexpr,
+    VOCABULARY: tl.constexpr,
+):
+    """(whether it is kept so far, the key it is ordered by, its weight) of each token."""
+    score = _scores(row_ptr, token, VOCABULARY, best, temperature)
+    kept = _kept(score, token, key_limit, last_id, 0.0, _NONE, _NONE)
+    if KIND == 2:
+        key = tl.abs(-score - entropy).to(tl.int32, bitcast=True)
+    else:
+        key = tl.abs(score).to(tl.int32, bitcast=True)
+    if KIND == 0:
+        weight = tl.full(score.shape, 1.0, tl.float64)
+    else:
+        weight = tl.exp(score).to(tl.float64)
+    return kept, key, weight
+
+
+@triton.jit
 def _edge(
     row_ptr,
     best,
@@ -81,15 +107,9 @@ def _edge(
         reached = tl.full([], 0.0, tl.float64)
         for start in range(0, VOCABULARY, BLOCK):
             token = start + tl.arange(0, BLOCK)
-            score = _scores(row_ptr, token, VOCABULARY, best, temperature)
-            kept = _kept(score, token, key_limit, last_id, 0.0, _NONE, _NONE)
-            if KIND == 2:
-                key = tl.abs(-score - entropy).to(tl.int32, bitcast=True)
-            else:
-                key = tl.abs(score).to(tl.int32, bitcast=True)
-            weight = tl.exp(score).to(tl.float64)
-            if KIND == 0:
-                weight = tl.full([BLOCK], 1.0, tl.float64)
+            kept, key, weight = _weighed(
+                row_ptr, token, best, temperature, key_limit, last_id, entropy, KIND, VOCABULARY
+            )
             reached += tl.sum(tl.where(kept & (key <= middle), weight, 0.0), 0)
         enough = reached >= target
         high = tl.where(enough, middle, high)
@@ -99,15 +119,9 @@ def _edge(
     single = tl.full([], 0.0, tl.float64)
     for start in range(0, VOCABULARY, BLOCK):
         token = start + tl.arange(0, BLOCK)
-        score = _scores(row_ptr, token, VOCABULARY, best, temperature)
-        kept = _kept(score, token, key_limit, last_id, 0.0, _NONE, _NONE)
-        if KIND == 2:
-            key = tl.abs(-score - entropy).to(tl.int32, bitcast=True)
-        else:
-            key = tl.abs(score).to(tl.int32, bitcast=True)
-        weight = tl.exp(score).to(tl.float64)
-        if KIND == 0:
-            weight = tl.full([BLOCK], 1.0, tl.float64)
+        kept, key, weight = _weighed(
+            row_ptr, token, best, temperature, key_limit, last_id, entropy, KIND, VOCABULARY
+        )
         below += tl.sum(tl.where(kept & (key < low), weight, 0.0), 0)
         single = tl.maximum(single, tl.max(tl.where(kept & (key == low), weight, 0.0), 0))
     # Of the tokens at the edge as many as are needed, in order of id. At a typical-p edge two
@@ -116,12 +130,9 @@ def _edge(
     edge_id = tl.full([], 0x7FFFFFFF, tl.int32)
     for start in range(0, VOCABULARY, BLOCK):
         token = start + tl.arange(0, BLOCK)
-        score = _scores(row_ptr, token, VOCABULARY, best, temperature)
-        kept = _kept(score, token, key_limit, last_id, 0.0, _NONE, _NONE)
-        if KIND == 2:
-            key = tl.abs(-score - entropy).to(tl.int32, bitcast=True)
-        else:
-            key = tl.abs(score).to(tl.int32, bitcast=True)
+        kept, key, _ = _weighed(
+            row_ptr, token, best, temperature, key_limit, last_id, entropy, KIND, VOCABULARY
+        )
         tie = (kept & (key == low)).to(tl.int32)
         place = seen + tl.cumsum(tie, 0)
         full = below + place.to(tl.float64) * single >= target

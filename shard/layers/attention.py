@@ -50,10 +50,11 @@ class Attention:
         kv: tuple[torch.Tensor, torch.Tensor],
         attention: AttentionMetadata,
     ) -> torch.Tensor:
-        """[T, hidden_size] to the same, summed over the group; stores the tokens' KV in `kv`."""
+        """[T, hidden_size] to the same, or parts of it for RMSNorm.add; stores the tokens' KV in
+        `kv`."""
         tokens = x.shape[0]
         parts = self._qkv(x).split((self._q_size, self._kv_size, self._kv_size), dim=-1)
         q, k, v = (part.view(tokens, -1, self._head_dim) for part in parts)
         q = self._rotary(q, k, v, positions, kv, attention.slot_mapping, self._norms)
         out = ops.paged_attention(q, *kv, attention, self._scale, self._window)
-        return self._output(out.reshape(tokens, self._q_size))
+        return self._output.parts(out.reshape(tokens, self._q_size))

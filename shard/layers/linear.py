@@ -91,6 +91,10 @@ class RowLinear:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self._group.all_reduce(ops.linear(x, self.weight, self.bias))
 
+    def parts(self, x: torch.Tensor) -> torch.Tensor:
+        """For a norm to read that adds it to a residual: see Group.parts."""
+        return self._group.parts(ops.linear(x, self.weight, self.bias))
+
 
 def _times(heads: range, dim: int) -> range:
     """The rows that `heads` of `dim` rows each take."""

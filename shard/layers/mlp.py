@@ -35,5 +35,5 @@ class GatedMLP:
         self._down = RowLinear.down(context, f"{prefix}.down_proj", bias)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """[T, hidden_size] to [T, hidden_size], summed over the group."""
-        return self._down(self._activation(self._gate_up(x)))
+        """[T, hidden_size] to the same, or parts of it for RMSNorm.add."""
+        return self._down.parts(self._activation(self._gate_up(x)))

@@ -19,5 +19,6 @@ class RMSNorm:
         return ops.rms_norm(x, self.weight, self.eps)
 
     def add(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(norm of x + residual, x + residual). Both inputs may be overwritten."""
+        """(norm of x + residual, x + residual). x may be parts, see Group.parts. Both inputs may be
+        overwritten."""
         return ops.rms_norm_residual(x, residual, self.weight, self.eps)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -9,23 +12,42 @@ import torch
 from headgate.kernels.sampled_rows import BiasedTokens, MaskedRows, PenalisedRows, RowsToSample
 from headgate.shard.sampling.params import SampledRows
 
+AnyArray = npt.NDArray[Any]
+# Arrays to tensors on the device: int64, int32, float32.
+Upload = Callable[[Sequence[AnyArray]], Sequence[torch.Tensor]]
 
-def rows_to_sample(rows: SampledRows, vocab_size: int, device: torch.device | str) -> RowsToSample:
-    """The rows' parameters on `device`, but for watermarks."""
-    params = rows.params
+
+def upload_to(device: torch.device | str) -> Upload:
+    """One by one, from memory that is not pinned."""
+    return lambda arrays: [torch.from_numpy(array).to(device) for array in arrays]
+
+
+def rows_to_sample(rows: SampledRows, vocab_size: int, upload: Upload) -> RowsToSample:
+    """The rows' parameters on the device, but for watermarks; `upload` is called once."""
+    params, biased, penalised = rows.params, _biased(rows), _penalised(rows)
+    columns = {
+        "temperature": _copy(params["temperature"]),
+        "top_k": np.minimum(params["top_k"], vocab_size).astype(np.int32),
+        "top_p": _copy(params["top_p"]),
+        "typical_p": _copy(params["typical_p"]),
+        "min_p": _copy(params["min_p"]),
+        "seed": _copy(params["seed"]).view(np.int64),
+        "position": rows.output_positions.astype(np.int32),
+        "sample_index": params["sample_index"].astype(np.int32),
+    }
+    parts = (columns, biased, penalised, _masked(rows, vocab_size))
+    tensors = iter(upload([array for part in parts for array in part.values()]))
+    own, biases, penalties, masks = ({name: next(tensors) for name in part} for part in parts)
     return RowsToSample(
-        temperature=_tensor(params["temperature"], device),
-        top_k=_tensor(np.minimum(params["top_k"], vocab_size).astype(np.int32), device),
-        top_p=_tensor(params["top_p"], device),
-        typical_p=_tensor(params["typical_p"], device),
-        min_p=_tensor(params["min_p"], device),
-        seed=_tensor(params["seed"].view(np.int64), device),
-        position=_tensor(rows.output_positions.astype(np.int32), device),
-        sample_index=_tensor(params["sample_index"].astype(np.int32), device),
-        biased=_biased(rows, device),
-        penalised=_penalised(rows, device),
-        masked=_masked(rows, vocab_size, device),
+        **own,
+        biased=BiasedTokens(**biases) if biases else None,
+        penalised=_penalties(penalties, penalised["starts"]) if penalties else None,
+        masked=MaskedRows(**masks) if masks else None,
     )
+
+
+def _penalties(tensors: dict[str, torch.Tensor], starts: AnyArray) -> PenalisedRows:
+    return PenalisedRows(**tensors, longest=int(np.diff(starts).max()))
 
 
 def allowed_tokens(rows: SampledRows, index: int) -> npt.NDArray[np.bool_]:
@@ -39,43 +61,42 @@ def allowed_tokens(rows: SampledRows, index: int) -> npt.NDArray[np.bool_]:
     return allowed
 
 
-def _biased(rows: SampledRows, device: torch.device | str) -> BiasedTokens | None:
+def _biased(rows: SampledRows) -> dict[str, AnyArray]:
+    """BiasedTokens, or nothing."""
     counts = [len(bias.ids) for bias in rows.biases.values()]
     if not sum(counts):
-        return None
+        return {}
     biases = rows.biases.values()
-    return BiasedTokens(
-        rows=_tensor(np.repeat(np.array([*rows.biases], np.int64), counts), device),
-        token_ids=_tensor(np.concatenate([bias.ids for bias in biases]), device),
-        values=_tensor(np.concatenate([bias.values for bias in biases]), device),
-    )
+    return {
+        "rows": np.repeat(np.array([*rows.biases], np.int64), counts),
+        "token_ids": np.concatenate([bias.ids for bias in biases]),
+        "values": np.concatenate([bias.values for bias in biases]),
+    }
 
 
-def _penalised(rows: SampledRows, device: torch.device | str) -> PenalisedRows | None:
+def _penalised(rows: SampledRows) -> dict[str, AnyArray]:
+    """PenalisedRows but for `longest`, or nothing."""
     indices = [index for index in rows.histories if not rows.params["watermark_gamma"][index]]
     if not indices:
-        return None
+        return {}
     histories = [rows.histories[index] for index in indices]
-    lengths = [len(history.token_ids) for history in histories]
     params = rows.params[indices]
-    token_ids = np.concatenate([history.token_ids for history in histories])
-    return PenalisedRows(
-        rows=_tensor(np.array(indices, np.int32), device),
-        repetition=_tensor(params["repetition_penalty"], device),
-        frequency=_tensor(params["frequency_penalty"], device),
-        presence=_tensor(params["presence_penalty"], device),
-        token_ids=_tensor(token_ids.astype(np.int32), device),
-        starts=_tensor(np.cumsum([0, *lengths]).astype(np.int32), device),
-        num_prompt=_tensor(np.array([h.num_prompt for h in histories], np.int32), device),
-        longest=max(lengths),
-    )
+    return {
+        "rows": np.array(indices, np.int32),
+        "repetition": _copy(params["repetition_penalty"]),
+        "frequency": _copy(params["frequency_penalty"]),
+        "presence": _copy(params["presence_penalty"]),
+        "token_ids": np.concatenate([history.token_ids for history in histories]).astype(np.int32),
+        "starts": np.cumsum([0, *(len(h.token_ids) for h in histories)]).astype(np.int32),
+        "num_prompt": np.array([history.num_prompt for history in histories], np.int32),
+    }
 
 
-def _masked(rows: SampledRows, vocab_size: int, device: torch.device | str) -> MaskedRows | None:
-    """Grammars, and bans of rows without one, as bits."""
+def _masked(rows: SampledRows, vocab_size: int) -> dict[str, AnyArray]:
+    """MaskedRows: grammars, and bans of rows without one, as bits; or nothing."""
     indices = sorted({*rows.allowed, *rows.banned})
     if not indices:
-        return None
+        return {}
     allowed = np.zeros((len(indices), -(-vocab_size // 32) * 32), np.bool_)
     for place, index in enumerate(indices):
         if index in rows.allowed:
@@ -84,9 +105,9 @@ def _masked(rows: SampledRows, vocab_size: int, device: torch.device | str) -> M
             allowed[place, :vocab_size] = True
             allowed[place, rows.banned[index]] = False
     bits = np.packbits(allowed, axis=1, bitorder="little").view(np.int32)
-    return MaskedRows(rows=_tensor(np.array(indices, np.int32), device), bits=_tensor(bits, device))
+    return {"rows": np.array(indices, np.int32), "bits": bits}
 
 
-def _tensor(values: npt.NDArray[np.generic], device: torch.device | str) -> torch.Tensor:
-    # A copy: a column of records lies in strides that PyTorch does not take.
-    return torch.from_numpy(values.copy()).to(device, non_blocking=True)
+def _copy(column: AnyArray) -> AnyArray:
+    """A column of records lies in strides that PyTorch does not take."""
+    return column.copy()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,15 +22,32 @@ def token_logprobs(
 
     logits: float32[R, vocab]; token_ids: int64[R]; the second list is empty when no row wants any.
     """
-    most = max(top_n, default=0)
     index = torch.from_numpy(token_ids).to(logits.device)
+    found = logprobs_on_device(logits, index, max(top_n, default=0))
+    return read_logprobs([tensor.cpu().numpy() for tensor in found], top_n)
+
+
+def logprobs_on_device(
+    logits: torch.Tensor, tokens: torch.Tensor, count: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(float32[R]: of each row's token, int64[R, count]: its likeliest, float32[R, count]: theirs).
+
+    No synchronisation where the kernels in use have this operation.
+    """
     compute = ops.optional("token_logprobs") or _logprobs_and_best
-    chosen, ids, values = compute(logits, index, most)
-    if not most:
-        return chosen.tolist(), []
-    return chosen.tolist(), [
+    return compute(logits, tokens, count)
+
+
+def read_logprobs(
+    found: Sequence[npt.NDArray[Any]], top_n: Sequence[int]
+) -> tuple[list[float], list[TopTokens]]:
+    """What `token_logprobs` returns, from the three arrays that `logprobs_on_device` found."""
+    chosen, ids, values = (array.tolist() for array in found)
+    if not max(top_n, default=0):
+        return chosen, []
+    return chosen, [
         TopTokens(row_ids[:n], row_values[:n]) if n else NO_TOP
-        for row_ids, row_values, n in zip(ids.tolist(), values.tolist(), top_n, strict=True)
+        for row_ids, row_values, n in zip(ids, values, top_n, strict=True)
     ]
 
 

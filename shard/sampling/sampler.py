@@ -18,7 +18,7 @@ import torch
 
 from headgate.kernels import ops
 from headgate.kernels.philox import NOISE_MAX, NOISE_MIN, Draw, gumbel_noise_at
-from headgate.shard.sampling.device import allowed_tokens, rows_to_sample
+from headgate.shard.sampling.device import allowed_tokens, rows_to_sample, upload_to
 from headgate.shard.sampling.filters import (
     Candidates,
     apply_filters,
@@ -41,7 +41,7 @@ def sample(logits: torch.Tensor, rows: SampledRows) -> IntArray:
     sample_tokens = ops.optional("sample_tokens")
     if sample_tokens is None:
         return sample_on_host(logits, rows)
-    on_device = rows_to_sample(rows, logits.shape[1], logits.device)
+    on_device = rows_to_sample(rows, logits.shape[1], upload_to(logits.device))
     tokens = sample_tokens(logits, on_device).cpu().numpy()
     watermarked = np.flatnonzero(rows.params["watermark_gamma"] > 0)
     if len(watermarked):  # no kernel has them

@@ -52,6 +52,25 @@ def test_norms_of_heads_within_a_fused_projection(randoms: Randoms) -> None:
     assert_near(OPS["rms_norm"](heads, weight, 1e-6), wanted)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_parts_of_a_sum_are_added_as_all_reduce_adds_them(
+    randoms: Randoms, dtype: torch.dtype
+) -> None:
+    parts, weight = randoms(3, 5, 200, dtype=dtype), randoms(200, dtype=dtype)
+    residual = randoms(5, 200, dtype=dtype)
+    total = (parts[0] + parts[1]) + parts[2]
+    for op in (OPS["rms_norm_residual"], reference.rms_norm_residual):
+        wanted = OPS["rms_norm_residual"](total.clone(), residual.clone(), weight, 1e-5)
+        got = op(parts.clone(), residual.clone(), weight, 1e-5)
+        for ours, theirs in zip(got, wanted, strict=True):
+            if op is reference.rms_norm_residual:
+                assert_near(ours, theirs.float(), 2)
+            elif dtype != torch.bfloat16:  # which the interpreter does not round as PyTorch does
+                assert torch.equal(ours, theirs)
+            else:
+                assert_near(ours, theirs.float(), 4)
+
+
 def test_residual_with_strides(randoms: Randoms) -> None:
     wide, residual, weight = randoms(4, 3, 64), randoms(4, 2, 64), randoms(64)
     x, beside = wide[:, 1], wide[:, 2].clone()

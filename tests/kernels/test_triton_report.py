@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -52,4 +53,10 @@ def test_a_kernel_that_spills_or_loads_narrowly_is_named() -> None:
     for text in ("8 bytes of registers", "shared memory", "tensor cores", "loads of 8 bytes"):
         assert any(text in problem for problem in found)
     assert list(differences([row], "| op | kernel | shape | 255 r, 1 KB | x | x |"))
-    assert not list(differences([row], "| op | kernel | shape | 255 r, 200 KB | x | x |"))
+    line = "| op | kernel | shape | 255 r, 200 KB | x | x |"
+    assert not list(differences([row], line))
+    # A kernel that an operation starts twice has two lines, in order.
+    other = Row("op", "kernel", ["shape"], {"sm_80": replace(bad, registers=9)})
+    both = f"{line}\n{line.replace('255', '9')}"
+    assert not list(differences([row, other], both))
+    assert len(list(differences([other, row], both))) == 2

@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 from headgate.kernels.philox import Draw, gumbel_noise_at
 from headgate.kernels.triton import logprobs, sampling
 from headgate.proto.messages import RowSampling
-from headgate.shard.sampling.device import rows_to_sample
+from headgate.shard.sampling.device import rows_to_sample, upload_to
 from headgate.shard.sampling.params import History, SampledRows, params_array
 from headgate.shard.sampling.sampler import sample_on_host
 from headgate.shard.sampling.token_bias import TokenBias
@@ -61,7 +61,8 @@ def made_rows(randoms: Randoms, vocabulary: int, copies: int = 1) -> SampledRows
 def both(logits: torch.Tensor, rows: SampledRows) -> tuple[list[int], list[int]]:
     """(tokens from the device, from NumPy)."""
     before = logits.clone()
-    ours = sampling.sample_tokens(logits, rows_to_sample(rows, logits.shape[1], logits.device))
+    described = rows_to_sample(rows, logits.shape[1], upload_to(logits.device))
+    ours = sampling.sample_tokens(logits, described)
     torch.testing.assert_close(logits, before, rtol=0, atol=0, equal_nan=True)
     return ours.tolist(), sample_on_host(logits, rows).tolist()
 

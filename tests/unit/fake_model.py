@@ -33,6 +33,7 @@ class FakeModel:
             max_position_embeddings=4096,
         )
         self.num_layers, self.num_local_heads, self.num_local_kv_heads, self.head_dim = 1, 1, 1, 1
+        self.max_positions = 4096
         self.weight_bytes = 0
         self.heartbeat: Callable[[], None] = lambda: None
         self.group = group or single_group()
@@ -62,6 +63,9 @@ class FakeModel:
             for position in range(length - (end - start), length):
                 hidden.append(state(tokens[: position + 1]))
         return torch.tensor(hidden, dtype=torch.float32).unsqueeze(1)
+
+    def check_lengths(self, attention: AttentionMetadata) -> None:
+        assert attention.max_context_len <= self.max_positions
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor | None:
         self.largest_logits = max(self.largest_logits, len(hidden))

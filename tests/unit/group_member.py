@@ -6,7 +6,7 @@ import os
 
 import torch
 
-from headgate.shard.distributed import init_group
+from headgate.shard.distributed import ProcessGroup, init_group
 from headgate.shard.errors import PeerLost
 
 
@@ -22,6 +22,11 @@ def main() -> None:
     for rank in ranks[1:]:
         expected = expected + values(rank)
     assert torch.equal(group.all_reduce(values(group.rank)), expected), "sum in rank order"
+
+    assert torch.equal(group.parts(values(group.rank)), expected), "a sum, on CPUs"
+    gathering = ProcessGroup(group.rank, group.world_size, gathers=True)
+    parts = gathering.parts(values(group.rank))
+    assert torch.equal(parts, torch.stack([values(rank) for rank in ranks])), "in rank order"
 
     sizes = [3 - rank for rank in ranks]
     part = torch.full((2, sizes[group.rank]), float(group.rank))
@@ -43,8 +48,7 @@ def main() -> None:
         for _ in range(100):
             group.all_reduce(values(0))
     except PeerLost as error:
-        named = f"shard {1 - group.rank}" if group.world_size == 2 else "another shard"
-        assert f"shard {group.rank} lost {named}" in str(error), error
+        assert f"shard {group.rank} lost shard {ranks[-1]} in a" in str(error), error
         print("ok", flush=True)
     os._exit(0)
 

@@ -14,7 +14,7 @@ import torch
 
 from headgate.kernels import cpu, ops
 from headgate.proto.messages import Fork, NewRow, RowEnd, RowSampling, StepPlan, StepResult
-from headgate.shard import model_runner, vote, warmup
+from headgate.shard import model_runner, samplers, vote, warmup
 from headgate.shard.config import KV_DTYPES, ShardIdentity
 from headgate.shard.distributed import Group, single_group
 from headgate.shard.errors import ModelError
@@ -157,7 +157,7 @@ def test_min_new_tokens(step: Driver) -> None:
 
 @pytest.fixture
 def few_logits(monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(model_runner, "_LOGITS_ROWS", 3)
+    monkeypatch.setattr(samplers, "LOGITS_ROWS", 3)
     return 3
 
 
@@ -383,21 +383,6 @@ def test_warm_up_runs_the_largest_steps_and_leaves_nothing() -> None:
     assert result.token_ids == greedy(PROMPT, 1)
 
 
-def test_blocks_that_fit_beside_the_largest_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    runner = make_runner()
-    block = runner.kv_layout.bytes_per_block
-    memory = {"total": 1000 * block, "free": 600 * block, "reserved": 300 * block}
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (memory["free"], memory["total"]))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: memory["reserved"])
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 250 * block)
-    # 950 usable, 100 taken by others, 250 at the peak of which 10 were the warm-up's own cache.
-    assert warmup._blocks_that_fit(runner, 10) == 610
-    memory["free"] = memory["reserved"] = 0
-    with pytest.raises(ModelError, match="no memory for KV"):
-        warmup._blocks_that_fit(runner, 10)
-
-
 def test_a_cache_beyond_memory_is_one_sentence() -> None:
     with pytest.raises(ModelError, match="and there is not enough memory"):
         make_runner().allocate(2**48)
@@ -471,8 +456,8 @@ def test_blocks_take_memory_only_once_written() -> None:
     assert cache.num_bytes > 250e6
     assert psutil.Process().memory_info().rss - before < cache.num_bytes / 10
     assert not cache.data[1, 0, 77].any() and cache.data.dtype == torch.bfloat16
-    cache.copy_blocks([(7, 9)])
+    cache.copy_blocks(torch.tensor([7]), torch.tensor([9]))
     narrow = KVCache(KVCacheLayout(2, 4, 2, 8, torch.float8_e4m3fn), 5)
     narrow.layers[1][0][2] = 1.5
-    narrow.copy_blocks([(2, 4), (4, 2)])
+    narrow.copy_blocks(torch.tensor([2, 4]), torch.tensor([4, 2]))
     assert (narrow.data[1, 0, 4].float() == 1.5).all() and not narrow.data[:, :, 2].float().any()
