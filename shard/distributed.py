@@ -128,7 +128,7 @@ class ProcessGroup(Group):
             return self.all_reduce(tensor)
         gathered = tensor.new_empty((self.world_size, *tensor.shape))
         with self._collective():
-            dist.all_gather_into_tensor(gathered, tensor.contiguous())
+            dist.all_gather_into_tensor(gathered.flatten(0, 1), tensor.contiguous())
         return gathered
 
     def gather_to_rank0(
