@@ -186,7 +186,7 @@ def test_more_rows_than_logits_at_once(tiny_llama: Path, monkeypatch: pytest.Mon
     runner = make_runner(model)
     expected = generate(runner, max_new_tokens=4)
     assert any(len(result.rows) > 1 for result in expected)
-    monkeypatch.setattr("headgate.shard.model_runner._LOGITS_ROWS", 1)
+    monkeypatch.setattr("headgate.shard.samplers.LOGITS_ROWS", 1)
     runner.record()
     assert isinstance(runner.recorded, RecordedModel)
     results = generate(runner, max_new_tokens=4)
