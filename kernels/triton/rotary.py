@@ -2,8 +2,8 @@
 
 Shapes: q[T, H, D], k, v[T, K, D], positions int64[T], cos_sin float32[P, r], caches
 [blocks, block_size, K, D], slots int64[T]. q, k and v may be views with strides. dtypes: q, k, v
-float32, bfloat16 or float16; caches any of these, or float8_e4m3fn / float8_e5m2, to which values
-are rounded after they are cut to its range. Bytes moved: q, k and v read and written once, r
+float32, bfloat16 or float16; caches any of these, or float8_e4m3fn / float8_e5m2; values are cut to
+the range of float16 and float8 before they are rounded. Bytes moved: q, k and v read and written once, r
 float32 a token. Operations: 6 for each pair rotated, so it runs at the speed of memory.
 
 One program has one token, and no token has an influence on another. Slots below zero are skipped:
@@ -20,8 +20,12 @@ from headgate.kernels import reference
 from headgate.kernels.triton.launch import launch
 from headgate.kernels.triton.rms_norm import rms_norm
 
-# Largest values of the narrow cache dtypes; the others are left to overflow as PyTorch lets them.
-LIMITS = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
+
+def limit_of(cache: torch.Tensor, x: torch.Tensor) -> float:
+    """What x is cut to, before it is stored in `cache`; 0: to nothing, as by the reference."""
+    if cache.dtype in (x.dtype, torch.float32, torch.bfloat16):
+        return 0.0
+    return float(torch.finfo(cache.dtype).max)
 
 
 @triton.jit
@@ -172,7 +176,7 @@ def _launch(
             "HALF": half,
             "HALF_BLOCK": triton.next_power_of_2(half),
             "CACHE": caches is not None,
-            "LIMIT": LIMITS.get(k_cache.dtype, 0.0),
+            "LIMIT": limit_of(k_cache, k),
         },
         warps=4,
     )

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from headgate.kernels import reference
 from headgate.kernels.triton.launch import launch
-from headgate.kernels.triton.rotary import LIMITS, narrowed
+from headgate.kernels.triton.rotary import limit_of, narrowed
 
 _PROGRAM = 1024  # elements of k, and as many of v
 
@@ -72,7 +72,7 @@ def write_kv(
             "ROWS": rows,
             "DIM": dim,
             "DIM_BLOCK": dim_block,
-            "LIMIT": LIMITS.get(k_cache.dtype, 0.0),
+            "LIMIT": limit_of(k_cache, k),
         },
         warps=4,
     )
