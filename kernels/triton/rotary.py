@@ -3,8 +3,8 @@
 Shapes: q[T, H, D], k, v[T, K, D], positions int64[T], cos_sin float32[P, r], caches
 [blocks, block_size, K, D], slots int64[T]. q, k and v may be views with strides. dtypes: q, k, v
 float32, bfloat16 or float16; caches any of these, or float8_e4m3fn / float8_e5m2; values are cut to
-the range of float16 and float8 before they are rounded. Bytes moved: q, k and v read and written once, r
-float32 a token. Operations: 6 for each pair rotated, so it runs at the speed of memory.
+the range of float16 and float8 before they are rounded. Bytes moved: q, k and v read and written
+once, r float32 a token. Operations: 6 for each pair rotated, so it runs at the speed of memory.
 
 One program has one token, and no token has an influence on another. Slots below zero are skipped:
 they are what pads a CUDA graph's batch.
