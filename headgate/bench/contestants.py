@@ -7,6 +7,7 @@ part where the command line says where it lies.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -121,9 +122,11 @@ def _llama_cpp(program: str, file: Path, kind: str) -> Contestant:
 
 
 def _vllm(python: str, model_path: str) -> Contestant:
+    cores = ",".join(str(core) for core in sorted(os.sched_getaffinity(0)))
+
     def command(port: int) -> list[str]:
         words = ["env", "HF_HUB_OFFLINE=1", "VLLM_CPU_KVCACHE_SPACE=4"]
-        words += ["VLLM_CPU_OMP_THREADS_BIND=0-1", python]
+        words += [f"VLLM_CPU_OMP_THREADS_BIND={cores}", python]
         words += ["-m", "vllm.entrypoints.openai.api_server", "--model", model_path]
         return [*words, "--served-model-name", "tgi", "--host", "127.0.0.1", "--port", str(port)]
 
