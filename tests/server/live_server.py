@@ -24,11 +24,18 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def free_port() -> int:
-    """A TCP port whose successor is free too (the launcher's default gRPC port)."""
+    """A TCP port whose successor is free too (the launcher's default gRPC port).
+
+    Workers side by side never choose the same ones, which stay free until a server takes them.
+    """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     while True:
         with socket.socket() as first, socket.socket() as second:
             first.bind(("127.0.0.1", 0))
             port = first.getsockname()[1]
+            if port // 2 % workers != worker:
+                continue
             try:
                 second.bind(("127.0.0.1", port + 1))
             except OSError:
