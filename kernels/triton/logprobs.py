@@ -16,7 +16,7 @@ import triton.language as tl
 
 from headgate.kernels.triton.launch import launch
 
-_BLOCK = 4096
+_BLOCK = 2048
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -82,6 +82,6 @@ def token_logprobs(
         (rows,),
         (chosen, ids, values, logits, tokens, logits.stride(0), count),
         {"VOCABULARY": vocabulary, "BLOCK": block},
-        warps=16 if block == _BLOCK else 4,
+        warps=8 if block == _BLOCK else 4,
     )
     return chosen, ids, values
