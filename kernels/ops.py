@@ -4,7 +4,8 @@ The only place that asks what hardware this is. Callers write `ops.rms_norm(x, w
 never learn which implementation ran. What each operation means, its shapes and its dtypes, is said
 in `headgate.kernels.reference`. A back end is a module with `available() -> bool` and
 `OPS: dict[str, Callable]` holding the operations it has; the reference does the rest, but for the
-few in OPTIONAL: whoever uses those asks `optional` first, and has another way.
+few in OPTIONAL: whoever uses those asks `optional` first, and has another way. `rms_norm_linear`
+and `gated_linear` are made of other operations here, where the back end does not have them as one.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -25,8 +26,16 @@ if TYPE_CHECKING:
     from headgate.kernels.int4_weight import Int4Weight
     from headgate.shard.attention_metadata import AttentionMetadata
 
+Activation = Literal["silu", "gelu", "gelu_tanh"]
 BACKENDS = ("reference", "cpu", "triton")
-OPTIONAL = frozenset({"sample_tokens", "token_logprobs"})  # sampling without leaving the device
+OPTIONAL = frozenset(
+    {
+        "sample_tokens",  # sampling without leaving the device
+        "token_logprobs",
+        "rms_norm_linear",  # passes over the activations saved
+        "gated_linear",
+    }
+)
 _DEVICE_BACKEND = {"cpu": "cpu", "cuda": "triton"}
 
 _table: dict[str, Callable[..., Any]] = dict(reference.OPS)
@@ -112,6 +121,40 @@ def pack_linear(
 
 def linear(x: torch.Tensor, weight: Any, bias: torch.Tensor | None = None) -> torch.Tensor:
     return _table["linear"](x, weight, bias)
+
+
+def rms_norm_linear(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    norm: torch.Tensor,
+    eps: float,
+    weight: Any,
+    bias: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(`linear` of the `rms_norm` of x + residual, x + residual); a residual of None adds nothing.
+
+    `norm`: the norm's weight. `weight`: packed. x may be parts, as for `rms_norm_residual`. May
+    overwrite x and residual.
+    """
+    fused = optional("rms_norm_linear")
+    if fused is not None:
+        return fused(x, residual, norm, eps, weight, bias)
+    if residual is None:
+        return linear(rms_norm(x, norm, eps), weight, bias), x
+    normed, total = rms_norm_residual(x, residual, norm, eps)
+    return linear(normed, weight, bias), total
+
+
+def gated_linear(
+    x: torch.Tensor, activation: Activation, weight: Any, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`linear` of `silu_and_mul` or `gelu_and_mul` of x[T, 2K]. `weight`: packed."""
+    fused = optional("gated_linear")
+    if fused is not None:
+        return fused(x, activation, weight, bias)
+    if activation == "silu":
+        return linear(silu_and_mul(x), weight, bias)
+    return linear(gelu_and_mul(x, tanh=activation == "gelu_tanh"), weight, bias)
 
 
 def linear_int8(

@@ -40,6 +40,15 @@ _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
 Variants = dict[str, dict[str, tuple[str, ...]]]
 
+# Sources that are compiled once for all instruction sets.
+_SHARED_SOURCES = (
+    "interface",
+    "quantised_interface",
+    "product",
+    "thread_pool",
+    "shared_sum",
+    "replay",
+)
 # Sources that are compiled once for each instruction set, and with which flags.
 _VARIANTS: Variants = {
     "kernels": {"generic": (), "avx2": _AVX2, "avx512": _AVX512},
@@ -125,7 +134,7 @@ def compile_library(compiler: str, target: Path, variants: Variants) -> None:
     with tempfile.TemporaryDirectory(prefix="headgate-build-") as scratch:
         objects = Path(scratch)
         commands: list[tuple[str, ...]] = []
-        for source in ("interface", "quantised_interface", "thread_pool", "shared_sum", "replay"):
+        for source in _SHARED_SOURCES:
             target_object = str(objects / f"{source}.o")
             commands.append(("-c", str(SOURCES / f"{source}.cpp"), "-o", target_object))
         for source, sets in variants.items():

@@ -21,6 +21,7 @@ struct ProductTiles {
 };
 
 static inline ProductTiles share_product(int64_t columns, int64_t row_tiles) {
+  if (columns == 0) return {1, 0, 1};
   const int64_t panels = divide_up(columns, kPanel), threads = num_threads();
   // A few tiles for each thread even out what the system takes away; more cost claims.
   const int64_t wanted = threads == 1 ? 1 : threads * 8;

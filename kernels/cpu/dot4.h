@@ -20,9 +20,6 @@ HG_INLINE vi high_nibbles(vi a) {
 HG_INLINE vf load_i8(const int8_t* p) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
 }
-HG_INLINE void store_i8(int8_t* p, vi a) {
-  _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(a));
-}
 
 #else
 
@@ -45,12 +42,6 @@ HG_INLINE vf load_i8(const int8_t* p) {
 }
 
 #endif
-
-HG_INLINE void store_i8(int8_t* p, vi a) {
-  int32_t lane[VL];
-  memcpy(lane, &a, sizeof lane);
-  for (int i = 0; i < VL; ++i) p[i] = (int8_t)lane[i];
-}
 
 #endif
 

@@ -51,24 +51,35 @@ HG_INLINE void for_each_vector(int64_t size, Body body) {
   }
 }
 
-void rms_norm_row(const float* x, const float* residual, const float* weight, float* out,
-                  float* total, int64_t size, float eps) {
+// What a row, x + residual where there is one, is multiplied with before its weights.
+float norm_scale(const float* x, const float* residual, int64_t size, float eps) {
   vf squares[4] = {set1(0.0f), set1(0.0f), set1(0.0f), set1(0.0f)};
+  for_each_vector(size, [&](int64_t i, auto get, auto) {
+    const vf y = residual ? get(x + i) + get(residual + i) : get(x + i);
+    vf& sum = squares[i / VL % 4];
+    sum = fma(y, y, sum);
+  });
+  const float mean = sum_lanes((squares[0] + squares[1]) + (squares[2] + squares[3])) / (float)size;
+  return 1.0f / __builtin_sqrtf(mean + eps);
+}
+
+// Some of a row's values after the norm; `total`: before it, where there is a residual.
+void norm_values(const float* x, const float* residual, const float* weight, float scale, float* out,
+                 float* total, int64_t size) {
+  const vf factor = set1(scale);
   for_each_vector(size, [&](int64_t i, auto get, auto put) {
     vf y = get(x + i);
     if (residual) {
       y = y + get(residual + i);
       put(total + i, y);
     }
-    vf& sum = squares[i / VL % 4];
-    sum = fma(y, y, sum);
+    put(out + i, y * factor * get(weight + i));
   });
-  const float mean = sum_lanes((squares[0] + squares[1]) + (squares[2] + squares[3])) / (float)size;
-  const vf scale = set1(1.0f / __builtin_sqrtf(mean + eps));
-  const float* source = residual ? total : x;
-  for_each_vector(size, [&](int64_t i, auto get, auto put) {
-    put(out + i, get(source + i) * scale * get(weight + i));
-  });
+}
+
+void rms_norm_row(const float* x, const float* residual, const float* weight, float* out,
+                  float* total, int64_t size, float eps) {
+  norm_values(x, residual, weight, norm_scale(x, residual, size, eps), out, total, size);
 }
 
 void rms_norm_tile(const void* data, int64_t tile) {
@@ -92,23 +103,25 @@ HG_INLINE vf activate(vf x) {
 }
 
 template <int A>
-void gate_rows(const GateJob& job, Rows rows) {
-  for (int64_t r = rows.first; r < rows.last; ++r) {
-    const float* gate = job.x + r * job.x_stride;
-    const float* up = gate + job.size;
-    float* out = job.out + r * job.size;
-    for_each_vector(job.size, [&](int64_t i, auto get, auto put) {
-      put(out + i, activate<A>(get(gate + i)) * get(up + i));
-    });
-  }
+HG_INLINE void activate_and_multiply(const float* gate, const float* up, float* out, int64_t size) {
+  for_each_vector(size, [&](int64_t i, auto get, auto put) {
+    put(out + i, activate<A>(get(gate + i)) * get(up + i));
+  });
+}
+
+void gate_values(int32_t activation, const float* gate, const float* up, float* out, int64_t size) {
+  if (activation == kSilu) activate_and_multiply<kSilu>(gate, up, out, size);
+  else if (activation == kGeluTanh) activate_and_multiply<kGeluTanh>(gate, up, out, size);
+  else activate_and_multiply<kGeluErf>(gate, up, out, size);
 }
 
 void gate_tile(const void* data, int64_t tile) {
   const GateJob& job = *(const GateJob*)data;
   const Rows rows = rows_of_tile(job.rows, job.rows_per_tile, tile);
-  if (job.activation == kSilu) gate_rows<kSilu>(job, rows);
-  else if (job.activation == kGeluTanh) gate_rows<kGeluTanh>(job, rows);
-  else gate_rows<kGeluErf>(job, rows);
+  for (int64_t r = rows.first; r < rows.last; ++r) {
+    const float* gate = job.x + r * job.x_stride;
+    gate_values(job.activation, gate, gate + job.size, job.out + r * job.size, job.size);
+  }
 }
 
 void rotate_heads(float* x, int64_t head_stride, int heads, const float* cos, const float* sin,

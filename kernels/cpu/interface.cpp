@@ -9,7 +9,8 @@
 #include <vector>
 
 #include "attention_plan.h"
-#include "dispatch.h"
+#include "product.h"
+#include "quantised.h"
 
 namespace headgate {
 namespace {
@@ -47,18 +48,18 @@ const Kernels* const kAll[] = {
 };
 
 // Memory of the calling thread that grows and stays, aligned to cache lines.
-float* scratch(int slot, int64_t floats) {
+float* scratch(int64_t floats) {
   struct Free {
     void operator()(float* p) const { free(p); }
   };
-  thread_local std::unique_ptr<float, Free> memory[2];
-  thread_local int64_t size[2] = {0, 0};
-  if (size[slot] < floats) {
+  thread_local std::unique_ptr<float, Free> memory;
+  thread_local int64_t size = 0;
+  if (size < floats) {
     const size_t bytes = (size_t(floats) * sizeof(float) + 4095) / 4096 * 4096;
-    memory[slot].reset(static_cast<float*>(aligned_alloc(64, bytes)));
-    size[slot] = memory[slot] ? int64_t(bytes / sizeof(float)) : 0;
+    memory.reset(static_cast<float*>(aligned_alloc(64, bytes)));
+    size = memory ? int64_t(bytes / sizeof(float)) : 0;
   }
-  return memory[slot].get();
+  return memory.get();
 }
 
 // Rows that one tile takes when each costs about `cost` nanoseconds: enough that claiming it is cheap.
@@ -121,29 +122,31 @@ HG_API void hg_pack_weight(const void* weight, int64_t columns, int64_t inner, i
   }
 }
 
-// product: the weight's DType, or kRounded for bfloat16 weights and inputs to be rounded.
+// product: the weight's DType, or kRounded for bfloat16 weights and inputs to be rounded. What comes
+// before it: see RowSource; `norm` is null where there is no norm, `activation` -1 where there is none.
 HG_API int32_t hg_linear(const float* x, int64_t rows, int64_t inner, int64_t x_stride,
                          const void* weight, int32_t product, int64_t columns, const float* bias,
-                         float* y, int64_t y_stride) {
-  if (rows == 0 || columns == 0) return 0;
-  const int64_t row_tiles = divide_up(rows, kernels->tile_rows);
-  const bool rounded = product == kRounded;
-  if (rounded && multiplies_pairs()) product = kRoundedPairs;
-  if (rows > 1 || rounded) {
-    float* packed = scratch(0, rows * inner);
-    if (!packed) return -1;
-    const PackRowsJob pack = {x,       packed,           rows, inner, x_stride,
-                              int32_t(row_tiles), product};
-    run(kernels->pack_rows, pack, row_tiles, rows * inner / 8);
-    x = packed;
+                         float* y, int64_t y_stride, const float* norm, float eps,
+                         const float* residual, int64_t residual_stride, float* total,
+                         int32_t activation) {
+  if (rows == 0) return 0;
+  const RowSource source = {x, x_stride, norm, residual, residual_stride, total, eps, activation};
+  const int32_t row_tiles = int32_t(divide_up(rows, kernels->tile_rows));
+  int32_t format = kFloats;
+  if (product == kRounded) {
+    format = multiplies_pairs() ? kPairs : kRoundedFloats;
+    product = format == kPairs ? int32_t(kRoundedPairs) : int32_t(kBFloat16);
   }
+  const bool ready = is_ready(source, rows, format);
+  InputRowsJob inputs = {source, nullptr, rows, inner, row_tiles, format, 1};
+  if (!ready && !(inputs.out = input_memory(rows * input_row_bytes(inner, format)))) return -1;
   const ProductTiles tiles = share_product(columns, row_tiles);
-  const LinearJob job = {x,        weight, bias,  y,     rows, inner, columns,
-                         y_stride, product == kRounded ? kBFloat16 : product,
-                         int32_t(row_tiles), tiles.panels_per_tile, tiles.row_groups};
+  const LinearJob job = {ready ? x : reinterpret_cast<const float*>(inputs.out),
+                         weight, bias, y, rows, inner, columns, y_stride, product, row_tiles,
+                         tiles.panels_per_tile, tiles.row_groups};
   // The weights are to be read from memory, and the products to be computed.
   const int64_t cost = columns * inner / 16 + rows * columns * inner / 64;
-  run(kernels->linear, job, tiles.count, cost);
+  run_product(ready ? nullptr : &inputs, kernels->linear, &job, tiles.count, cost);
   return 0;
 }
 
@@ -176,7 +179,7 @@ HG_API int32_t hg_paged_attention(const float* q, int64_t q_token_stride, int64_
   job.soft_cap = soft_cap;
   thread_local AttentionItems items;
   plan_attention(job, num_threads(), items);
-  if (items.partials && !(job.partials = scratch(1, items.partials))) return -1;
+  if (items.partials && !(job.partials = scratch(items.partials))) return -1;
   job.items = items.attend.data();
   job.item_count = int64_t(items.attend.size());
   job.item_stride = num_threads();

@@ -18,12 +18,13 @@ enum Rounded : int32_t { kRounded = 3, kRoundedPairs = 4 };
 // Packed weights come in panels of so many output columns, whatever the instruction set.
 constexpr int kPanel = 32;
 // Rows of the input that one inner loop takes at most; packed inputs are padded to nothing: a tile
-// of m rows is stored as [K][m], for kRoundedPairs as [K / 2][m] pairs, an odd K padded with zeros.
+// of m rows is stored as [K][m], for kRoundedPairs as [K / 2][m] pairs, each the first one in the
+// upper half, an odd K padded with zeros.
 constexpr int kMaxTileRows = 12;
 
 // y[M, N] = x[M, K] w[N, K]^T + bias[N]
 struct LinearJob {
-  const float* x;         // packed row tiles (see pack_rows), or x itself where M is 1
+  const float* x;         // row tiles (see InputRowsJob), or x itself where M is 1
   const void* weight;     // packed panels
   const float* bias;      // or null
   float* y;
@@ -35,12 +36,32 @@ struct LinearJob {
   int32_t row_groups;     // tiles of work along the rows: 1 unless there are too few panels
 };
 
-struct PackRowsJob {
+// Where a product's inputs [M, K] come from: rows of x; with `norm`, after an rms_norm of x + residual,
+// which is left in `total`; with `activation`, activation(gate) * up of x[M, 2K] = [gate, up].
+struct RowSource {
   const float* x;
-  float* packed;
-  int64_t rows, inner, x_stride;
-  int32_t row_tiles;
-  int32_t product;        // kRounded, kRoundedPairs; else inputs stay as they are
+  int64_t x_stride;
+  const float* norm;                         // weight [K], or null
+  const float* residual;                     // or null
+  int64_t residual_stride;
+  float* total;                              // [M, K] without gaps, where there is a residual
+  float eps;
+  int32_t activation;                        // or -1
+};
+
+// How they are laid out for it: in row tiles of [K][m] floats, as they are or rounded to bfloat16; of
+// [K / 2][m] pairs of such (see kRoundedPairs); or of groups of bytes (see quantised.h).
+enum InputFormat : int32_t {
+  kFloats = 0, kRoundedFloats = 1, kPairs = 2, kInt8Inputs = 3, kInt4Inputs = 4
+};
+constexpr int kInputColumns = 64;  // columns worked on at once
+
+struct InputRowsJob {
+  RowSource source;
+  char* out;
+  int64_t rows, inner;
+  int32_t row_tiles, format;
+  int64_t parts;                             // each row tile's columns are cut into so many
 };
 
 // Rows [first, last) of row tile `tile` when `rows` are cut into `tiles`.
@@ -177,7 +198,7 @@ struct Kernels {
   const char* name;
   int tile_rows;  // tallest row tile of linear
   bool pairs;     // whether linear takes kRoundedPairs, on a machine with AVX512_BF16
-  void (*pack_rows)(const void* job, int64_t tile);
+  void (*input_rows)(const void* job, int64_t tile);
   void (*linear)(const void* job, int64_t tile);
   void (*attention)(const void* job, int64_t tile);
   void (*attention_merge)(const void* job, int64_t tile);

@@ -16,6 +16,9 @@ _D = ctypes.c_double
 
 FLOATS = (_F, _D)  # argument types that travel in floating-point registers
 
+# Arguments of a product, the last six for what comes before it.
+_PRODUCT = (*(_P, _L, _L, _L, _P, _I, _L, _P, _P, _L), *(_P, _F, _P, _L, _P, _I))
+
 # Result and arguments of each function in interface.cpp, then of those in shared_sum.cpp and in
 # replay.cpp. Where a function has a result of 32 bits and may be recorded, 0 is success.
 SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
@@ -25,11 +28,11 @@ SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "hg_set_spin": (None, (_I,)),
     "hg_packed_bytes": (_L, (_L, _L, _I)),
     "hg_pack_weight": (None, (_P, _L, _L, _I, _P)),
-    "hg_linear": (_I, (_P, _L, _L, _L, _P, _I, _L, _P, _P, _L)),
+    "hg_linear": (_I, _PRODUCT),
     "hg_quantised_group": (_I, (_I,)),
     "hg_quantised_bytes": (_L, (_L, _L, _I)),
     "hg_quantise_weight": (None, (_P, _I, _L, _L, _I, _P)),
-    "hg_linear_quantised": (_I, (_P, _L, _L, _L, _P, _I, _L, _P, _P, _L)),
+    "hg_linear_quantised": (_I, _PRODUCT),
     "hg_paged_attention": (
         _I,
         (_P, _L, _L, _P, _P, _I, _P, _P, _P, _L, _I, _I, _I, _I, _I, _F, _I, _F, _P),

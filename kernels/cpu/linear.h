@@ -209,45 +209,4 @@ void linear_tile(const void* data, int64_t tile) {
   else linear_typed<kFloat32>(job, first, last, tiles);
 }
 
-constexpr int kPackedAtOnce = 16;  // k's of all rows: their lines are in the cache for both sides
-
-// x[0..n) rounded to bfloat16; in pairs, each the second one first.
-HG_INLINE void round_inputs(const float* x, int n, bool pairs, float* out) {
-  float rounded[kPackedAtOnce] = {};
-  for (int i = 0; i < n; ++i) rounded[i] = x[i];
-  for (int i = 0; i < kPackedAtOnce; i += VL) store(rounded + i, round_bf16(load(rounded + i)));
-  if (!pairs) {
-    memcpy(out, rounded, sizeof rounded);
-    return;
-  }
-  uint32_t bits[kPackedAtOnce];
-  memcpy(bits, rounded, sizeof bits);
-  for (int i = 0; i < kPackedAtOnce / 2; ++i) bits[i] = bits[2 * i] | bits[2 * i + 1] >> 16;
-  memcpy(out, bits, sizeof bits / 2);
-}
-
-// Tile: one row tile, stored so that the inner loop reads one stream.
-void pack_rows_tile(const void* data, int64_t tile) {
-  const PackRowsJob& job = *(const PackRowsJob*)data;
-  const RowRange range = row_range(job.rows, job.row_tiles, tile);
-  const int64_t height = range.last - range.first;
-  const bool pairs = job.product == kRoundedPairs, rounded = pairs || job.product == kRounded;
-  const int64_t shared = pairs ? 2 : 1, inner = (job.inner + shared - 1) / shared;
-  float* packed = job.packed + range.first * inner;
-  const float* x = job.x + range.first * job.x_stride;
-  for (int64_t k = 0; k < job.inner; k += kPackedAtOnce) {
-    const int n = (int)(job.inner - k < kPackedAtOnce ? job.inner - k : kPackedAtOnce);
-    const int64_t first = k / shared, count = (n + shared - 1) / shared;
-    for (int64_t r = 0; r < height; ++r) {
-      const float* from = x + r * job.x_stride + k;
-      float part[kPackedAtOnce];
-      if (rounded) {
-        round_inputs(from, n, pairs, part);
-        from = part;
-      }
-      for (int64_t i = 0; i < count; ++i) packed[(first + i) * height + r] = from[i];
-    }
-  }
-}
-
 }  // namespace

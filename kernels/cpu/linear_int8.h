@@ -19,56 +19,6 @@ constexpr int kQuantisedRows = VL == 16 ? 8 : 4;
 // Vectors of columns whose sums stay in registers, and how far ahead a weight is asked for.
 constexpr int kQuantisedVectors = 2;
 constexpr int kQuantisedPrefetch = 2048;
-// Less than this is zero: the reciprocal of its scale would not be finite.
-constexpr float kSmallestInput = 1e-30f;
-
-// One group of one row: returns the scale and the sum of the `values`, [kMaxGroup].
-HG_INLINE float quantise_group(const float* x, int size, int8_t* values, int32_t* sum) {
-  float padded[kMaxGroup] __attribute__((aligned(64)));
-  for (int i = 0; i < size; ++i) padded[i] = x[i];
-  for (int i = size; i < kMaxGroup; ++i) padded[i] = 0.0f;
-  vf most = set1(0.0f);
-  for (int i = 0; i < kMaxGroup; i += VL) most = vmax(most, vabs(load(padded + i)));
-  const float largest = max_lanes(most);
-  const bool zero = largest < kSmallestInput;
-  const vf inverse = set1(zero ? 0.0f : 127.0f / largest);
-  vi total = set1i(0);
-  for (int i = 0; i < kMaxGroup; i += VL) {
-    const vi value = to_int(round_even(load(padded + i) * inverse));
-    total = add_int(total, value);
-    store_i8(values + i, value);
-  }
-  int32_t lane[VL];
-  memcpy(lane, &total, sizeof lane);
-  *sum = 0;
-  for (int i = 0; i < VL; ++i) *sum += lane[i];
-  return zero ? 0.0f : largest / 127.0f;
-}
-
-// Tile: one row tile.
-void quantise_rows_tile(const void* data, int64_t tile) {
-  const QuantiseRowsJob& job = *(const QuantiseRowsJob*)data;
-  const RowRange range = row_range(job.rows, job.row_tiles, tile);
-  const int64_t height = range.last - range.first, groups = group_count(job.inner, job.kind);
-  const int group = group_size(job.kind);
-  const int64_t bytes = row_group_bytes(job.kind);
-  char* out = job.out + range.first * groups * bytes;
-  for (int64_t g = 0; g < groups; ++g, out += height * bytes) {
-    const int64_t left = job.inner - g * group;
-    const int size = left < group ? (int)left : group;
-    for (int64_t r = 0; r < height; ++r) {
-      int8_t values[kMaxGroup] __attribute__((aligned(64)));
-      int32_t sum;
-      const float scale =
-          quantise_group(job.x + (range.first + r) * job.x_stride + g * group, size, values, &sum);
-      ((float*)out)[r] = scale;
-      if (job.kind == kInt8) ((int32_t*)out)[height + r] = -128 * sum;
-      else ((float*)out)[height + r] = scale * (float)sum;
-      char* to = out + height * 8 + r * 4;
-      for (int k = 0; k < group; k += 4, to += height * 4) memcpy(to, values + k, 4);
-    }
-  }
-}
 
 // Loads of weights for one vector of columns in a group.
 template <int Q>

@@ -17,27 +17,21 @@ import torch
 from headgate.kernels import reference
 from headgate.kernels.cpu import library
 from headgate.kernels.cpu.calls import allocate, call
-from headgate.kernels.cpu.packed import DTYPES, PackedWeight
-from headgate.kernels.cpu.quantised import QuantisedWeight
+from headgate.kernels.cpu.packed import DTYPES
+from headgate.kernels.cpu.products import (
+    ACTIVATIONS,
+    gated_linear,
+    linear,
+    pack_linear,
+    rms_norm_linear,
+)
+from headgate.kernels.cpu.rows import as_matrix, is_rows
 from headgate.kernels.philox import Draw
-from headgate.kernels.quantised import QuantisedTensor
-from headgate.kernels.reference import RoundedTensor
 
 if TYPE_CHECKING:
     from headgate.shard.attention_metadata import AttentionMetadata
 
 _MAX_HEAD_DIM = 256
-_SILU, _GELU_TANH, _GELU_ERF = 0, 1, 2
-
-
-def _is_rows(x: torch.Tensor) -> bool:
-    """float32 whose last dimension is without gaps."""
-    return x.dtype == torch.float32 and x.stride(-1) == 1
-
-
-def _as_matrix(x: torch.Tensor) -> torch.Tensor:
-    """[..., N] as [rows, N] with one stride between rows; copied where there is no such view."""
-    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
 def embedding(
@@ -65,7 +59,7 @@ def embedding(
 
 def take_rows(x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     plain = indices.dtype == torch.int64 and indices.is_contiguous() and x.dim() == 2
-    if not (plain and _is_rows(x)):
+    if not (plain and is_rows(x)):
         return reference.take_rows(x, indices)
     out = allocate((len(indices), x.shape[1]))
     call(
@@ -80,53 +74,10 @@ def take_rows(x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def linear(
-    x: torch.Tensor,
-    weight: torch.Tensor | QuantisedTensor | RoundedTensor | PackedWeight | QuantisedWeight,
-    bias: torch.Tensor | None,
-) -> torch.Tensor:
-    """As the reference; with packed weights the same bits for any number of rows."""
-    if not isinstance(weight, (PackedWeight, QuantisedWeight)):
-        return reference.linear(x, weight, bias)
-    if not _is_rows(x) or x.shape[-1] != weight.inner:
-        raise ValueError(
-            f"linear takes float32 rows of {weight.inner}, not {x.dtype} {tuple(x.shape)}"
-        )
-    if bias is not None and not (_is_rows(bias) and bias.shape == (weight.columns,)):
-        raise ValueError(f"linear's bias must be float32[{weight.columns}]")
-    rows = _as_matrix(x)
-    out = allocate((*x.shape[:-1], weight.columns))
-    call(
-        weight.function,
-        rows.data_ptr(),
-        rows.shape[0],
-        weight.inner,
-        rows.stride(0),
-        weight.address,
-        weight.code,
-        weight.columns,
-        None if bias is None else bias.data_ptr(),
-        out.data_ptr(),
-        weight.columns,
-    )
-    return out
-
-
-def pack_linear(
-    weight: torch.Tensor, dtype: torch.dtype, quantize: str = "", precision: str = "highest"
-) -> torch.Tensor | QuantisedTensor | RoundedTensor | PackedWeight | QuantisedWeight:
-    """weight[N, K], rounded to `dtype` or quantised, in the layout that `linear` reads fastest."""
-    if quantize:
-        return QuantisedWeight(weight, quantize)
-    if dtype in DTYPES:
-        return PackedWeight(weight, dtype, precision)
-    return reference.pack_linear(weight, dtype, quantize, precision)
-
-
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    if not (_is_rows(x) and _is_rows(weight)):
+    if not (is_rows(x) and is_rows(weight)):
         return reference.rms_norm(x, weight, eps)
-    rows = _as_matrix(x)
+    rows = as_matrix(x)
     out = allocate(x.shape)
     call(
         "hg_rms_norm",
@@ -147,9 +98,9 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 def rms_norm_residual(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if not (_is_rows(x) and _is_rows(residual) and _is_rows(weight)):
+    if not (is_rows(x) and is_rows(residual) and is_rows(weight)):
         return reference.rms_norm_residual(x, residual, weight, eps)
-    rows, residual_rows = _as_matrix(x), _as_matrix(residual)
+    rows, residual_rows = as_matrix(x), as_matrix(residual)
     out = allocate(x.shape)
     total = allocate(x.shape)
     call(
@@ -169,21 +120,27 @@ def rms_norm_residual(
 
 
 def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
-    return _gate(x, _SILU) if _is_rows(x) else reference.silu_and_mul(x)
+    return _gate(x, "silu") if is_rows(x) else reference.silu_and_mul(x)
 
 
 def gelu_and_mul(x: torch.Tensor, tanh: bool) -> torch.Tensor:
-    if not _is_rows(x):
+    if not is_rows(x):
         return reference.gelu_and_mul(x, tanh)
-    return _gate(x, _GELU_TANH if tanh else _GELU_ERF)
+    return _gate(x, "gelu_tanh" if tanh else "gelu")
 
 
-def _gate(x: torch.Tensor, activation: int) -> torch.Tensor:
-    rows = _as_matrix(x)
+def _gate(x: torch.Tensor, activation: str) -> torch.Tensor:
+    rows = as_matrix(x)
     size = x.shape[-1] // 2
     out = allocate((*x.shape[:-1], size))
     call(
-        "hg_gate", rows.data_ptr(), rows.stride(0), out.data_ptr(), rows.shape[0], size, activation
+        "hg_gate",
+        rows.data_ptr(),
+        rows.stride(0),
+        out.data_ptr(),
+        rows.shape[0],
+        size,
+        ACTIVATIONS[activation],
     )
     return out
 
@@ -193,7 +150,7 @@ def rotary_embedding(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """In place."""
     whole = cos_sin.is_contiguous() and positions.is_contiguous()
-    if not (whole and all(map(_is_rows, (q, k, cos_sin))) and positions.dtype == torch.int64):
+    if not (whole and all(map(is_rows, (q, k, cos_sin))) and positions.dtype == torch.int64):
         return reference.rotary_embedding(q, k, positions, cos_sin)
     call(
         "hg_rotary",
@@ -228,7 +185,7 @@ def rotary_and_write_kv(
     code = _cache_code(k_cache, v_cache)
     indices, weights = (positions, slot_mapping), norms[:2] if norms else ()
     plain = all(index.is_contiguous() and index.dtype == torch.int64 for index in indices)
-    rows = all(map(_is_rows, (q, k, v, cos_sin, *weights))) and cos_sin.is_contiguous()
+    rows = all(map(is_rows, (q, k, v, cos_sin, *weights))) and cos_sin.is_contiguous()
     if code is None or not (plain and rows):
         return reference.rotary_and_write_kv(
             q, k, v, positions, cos_sin, k_cache, v_cache, slot_mapping, norms
@@ -278,7 +235,7 @@ def write_kv(
 ) -> None:
     code = _cache_code(k_cache, v_cache)
     plain = slot_mapping.is_contiguous() and slot_mapping.dtype == torch.int64
-    if code is None or not (plain and _is_rows(k) and _is_rows(v)):
+    if code is None or not (plain and is_rows(k) and is_rows(v)):
         reference.write_kv(k, v, k_cache, v_cache, slot_mapping)
         return
     call(
@@ -313,7 +270,7 @@ def paged_attention(
     _, heads, dim = q.shape
     tables = attention.block_tables
     plain = tables.stride(-1) == 1 and tables.dtype == torch.int32
-    taken = plain and _is_rows(q) and dim <= _MAX_HEAD_DIM and alibi_slopes is None
+    taken = plain and is_rows(q) and dim <= _MAX_HEAD_DIM and alibi_slopes is None
     if code is None or not taken:
         return reference.paged_attention(
             q, k_cache, v_cache, attention, scale, window, soft_cap, alibi_slopes
@@ -369,6 +326,8 @@ OPS: dict[str, Callable[..., Any]] = {
         take_rows,
         linear,
         pack_linear,
+        rms_norm_linear,
+        gated_linear,
         rms_norm,
         rms_norm_residual,
         silu_and_mul,

@@ -26,7 +26,7 @@ namespace headgate {
 
 extern const QuantisedKernels HG_TABLE = {
     HG_TEXT(HG_NAME), kQuantisedRows, kWeightOnlyRows,
-    quantise_weight_tile, quantise_rows_tile, quantised_linear_tile,
+    quantise_weight_tile, quantised_linear_tile,
 };
 
 }  // namespace headgate

@@ -50,16 +50,17 @@ struct QuantiseWeightJob {
   int32_t dtype, kind;
 };
 
-struct QuantiseRowsJob {
-  const float* x;
-  char* out;
-  int64_t rows, inner, x_stride;
-  int32_t row_tiles, kind;
-};
+// Bytes of a row of the inputs in a format; of its first columns, where these are whole blocks.
+static inline int64_t input_row_bytes(int64_t columns, int32_t format) {
+  if (format == kFloats || format == kRoundedFloats) return columns * int64_t(sizeof(float));
+  if (format == kPairs) return (columns + 1) / 2 * int64_t(sizeof(float));
+  const int32_t kind = format == kInt8Inputs ? kInt8 : kInt4;
+  return group_count(columns, kind) * row_group_bytes(kind);
+}
 
 // y[M, N] = x[M, K] w[N, K]^T + bias[N]
 struct QuantisedLinearJob {
-  const char* x;          // quantised row tiles; floats in row tiles (see pack_rows) for weight-only
+  const char* x;          // quantised row tiles; floats in row tiles for weight-only
   const char* weight;
   const float* bias;      // or null
   float* y;
@@ -73,7 +74,6 @@ struct QuantisedKernels {
   int tile_rows;     // tallest row tile of int8 and int4
   int widened_rows;  // and of weight-only
   void (*quantise_weight)(const void* job, int64_t tile);
-  void (*quantise_rows)(const void* job, int64_t tile);
   void (*linear)(const void* job, int64_t tile);
 };
 

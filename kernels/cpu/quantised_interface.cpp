@@ -1,14 +1,12 @@
 // C functions of quantised linear layers; as in interface.cpp, shapes are checked in Python.
-#include <cstdlib>
 #include <cstring>
-#include <memory>
 
 #if defined(__aarch64__) && defined(__linux__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
 #endif
 
-#include "dispatch.h"
+#include "product.h"
 #include "quantised.h"
 
 namespace headgate {
@@ -25,41 +23,6 @@ const QuantisedKernels& quantised_kernels() {
   if (dot_product) return quantised_neon;
 #endif
   return quantised_generic;
-}
-
-// Memory of the calling thread for a call's quantised inputs; it grows and stays.
-char* input_memory(int64_t bytes) {
-  struct Free {
-    void operator()(char* p) const { free(p); }
-  };
-  thread_local std::unique_ptr<char, Free> memory;
-  thread_local int64_t size = 0;
-  if (size < bytes) {
-    const int64_t wanted = divide_up(bytes, 4096) * 4096;
-    memory.reset(static_cast<char*>(aligned_alloc(64, size_t(wanted))));
-    size = memory ? wanted : 0;
-  }
-  return memory.get();
-}
-
-// The inputs as the products take them: row tiles of bytes with their scales, or of floats.
-const char* prepare_inputs(const float* x, int64_t rows, int64_t inner, int64_t x_stride,
-                           int32_t kind, int32_t row_tiles) {
-  const bool widen = kind == kInt8WeightOnly;
-  if (widen && rows == 1) return reinterpret_cast<const char*>(x);
-  const int64_t row_bytes =
-      widen ? inner * int64_t(sizeof(float)) : group_count(inner, kind) * row_group_bytes(kind);
-  char* memory = input_memory(rows * row_bytes);
-  if (!memory) return nullptr;
-  if (widen) {
-    const PackRowsJob pack = {x,        reinterpret_cast<float*>(memory), rows, inner, x_stride,
-                              row_tiles, kFloat32};
-    run(active_kernels().pack_rows, pack, row_tiles, rows * inner / 8);
-  } else {
-    const QuantiseRowsJob quantise = {x, memory, rows, inner, x_stride, row_tiles, kind};
-    run(quantised_kernels().quantise_rows, quantise, row_tiles, rows * inner / 4);
-  }
-  return memory;
 }
 
 }  // namespace
@@ -82,22 +45,29 @@ HG_API void hg_quantise_weight(const void* weight, int32_t dtype, int64_t column
   run(quantised_kernels().quantise_weight, job, divide_up(columns, kPanel), columns * inner);
 }
 
+// As hg_linear.
 HG_API int32_t hg_linear_quantised(const float* x, int64_t rows, int64_t inner, int64_t x_stride,
                                    const void* weight, int32_t kind, int64_t columns,
-                                   const float* bias, float* y, int64_t y_stride) {
-  if (rows == 0 || columns == 0) return 0;
+                                   const float* bias, float* y, int64_t y_stride, const float* norm,
+                                   float eps, const float* residual, int64_t residual_stride,
+                                   float* total, int32_t activation) {
+  if (rows == 0) return 0;
+  const RowSource source = {x, x_stride, norm, residual, residual_stride, total, eps, activation};
   const QuantisedKernels& kernels = quantised_kernels();
   const bool widen = kind == kInt8WeightOnly;
+  const int32_t format = widen ? kFloats : kind == kInt8 ? kInt8Inputs : kInt4Inputs;
   const int32_t row_tiles =
       int32_t(divide_up(rows, widen ? kernels.widened_rows : kernels.tile_rows));
-  const char* inputs = prepare_inputs(x, rows, inner, x_stride, kind, row_tiles);
-  if (!inputs) return -1;
+  const bool ready = is_ready(source, rows, format);
+  InputRowsJob inputs = {source, nullptr, rows, inner, row_tiles, format, 1};
+  if (!ready && !(inputs.out = input_memory(rows * input_row_bytes(inner, format)))) return -1;
   const ProductTiles tiles = share_product(columns, row_tiles);
-  const QuantisedLinearJob job = {inputs, static_cast<const char*>(weight), bias, y, rows, inner,
+  const QuantisedLinearJob job = {ready ? reinterpret_cast<const char*>(x) : inputs.out,
+                                  static_cast<const char*>(weight), bias, y, rows, inner,
                                   columns, y_stride, tiles.panels_per_tile, row_tiles,
                                   tiles.row_groups, kind};
   // The weights are to be read from memory, and the products to be computed.
   const int64_t cost = columns * inner / 32 + rows * columns * inner / (widen ? 64 : 256);
-  run(kernels.linear, job, tiles.count, cost);
+  run_product(ready ? nullptr : &inputs, kernels.linear, &job, tiles.count, cost);
   return 0;
 }

@@ -110,6 +110,25 @@ HG_INLINE vf fold_last(vf a, vf b) {
   return _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x88), _mm512_shuffle_ps(a, b, 0xdd));
 }
 
+// out[j] = {rows[0][j], rows[1][j], ...} for the four floats at each of VL rows.
+HG_INLINE void load_columns4(const float* const* rows, ptrdiff_t at, vf out[4]) {
+  vf t[4];
+  for (int j = 0; j < 4; ++j) {
+    vf v = _mm512_castps128_ps512(_mm_loadu_ps(rows[j] + at));
+    v = _mm512_insertf32x4(v, _mm_loadu_ps(rows[4 + j] + at), 1);
+    v = _mm512_insertf32x4(v, _mm_loadu_ps(rows[8 + j] + at), 2);
+    t[j] = _mm512_insertf32x4(v, _mm_loadu_ps(rows[12 + j] + at), 3);
+  }
+  __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(t[0], t[1]));
+  __m512d b = _mm512_castps_pd(_mm512_unpacklo_ps(t[2], t[3]));
+  __m512d c = _mm512_castps_pd(_mm512_unpackhi_ps(t[0], t[1]));
+  __m512d d = _mm512_castps_pd(_mm512_unpackhi_ps(t[2], t[3]));
+  out[0] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+  out[1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+  out[2] = _mm512_castpd_ps(_mm512_unpacklo_pd(c, d));
+  out[3] = _mm512_castpd_ps(_mm512_unpackhi_pd(c, d));
+}
+
 #elif defined(__AVX2__)
 
 constexpr int VL = 8;
@@ -181,6 +200,22 @@ HG_INLINE vf fold_pairs(vf a, vf b) {
 }
 HG_INLINE vf fold_last(vf a, vf b) {
   return _mm256_add_ps(_mm256_shuffle_ps(a, b, 0x88), _mm256_shuffle_ps(a, b, 0xdd));
+}
+
+HG_INLINE void load_columns4(const float* const* rows, ptrdiff_t at, vf out[4]) {
+  vf t[4];
+  for (int j = 0; j < 4; ++j) {
+    vf v = _mm256_castps128_ps256(_mm_loadu_ps(rows[j] + at));
+    t[j] = _mm256_insertf128_ps(v, _mm_loadu_ps(rows[4 + j] + at), 1);
+  }
+  __m256d a = _mm256_castps_pd(_mm256_unpacklo_ps(t[0], t[1]));
+  __m256d b = _mm256_castps_pd(_mm256_unpacklo_ps(t[2], t[3]));
+  __m256d c = _mm256_castps_pd(_mm256_unpackhi_ps(t[0], t[1]));
+  __m256d d = _mm256_castps_pd(_mm256_unpackhi_ps(t[2], t[3]));
+  out[0] = _mm256_castpd_ps(_mm256_unpacklo_pd(a, b));
+  out[1] = _mm256_castpd_ps(_mm256_unpackhi_pd(a, b));
+  out[2] = _mm256_castpd_ps(_mm256_unpacklo_pd(c, d));
+  out[3] = _mm256_castpd_ps(_mm256_unpackhi_pd(c, d));
 }
 
 #else  // any machine: the compiler's own vectors of four (SSE2 or NEON where there is one)
@@ -274,6 +309,11 @@ HG_INLINE vf fold_last(vf a, vf b) {
   return vf{a[0] + a[1], a[2] + a[3], b[0] + b[1], b[2] + b[3]};
 }
 
+HG_INLINE void load_columns4(const float* const* rows, ptrdiff_t at, vf out[4]) {
+  vf a = load(rows[0] + at), b = load(rows[1] + at), c = load(rows[2] + at), d = load(rows[3] + at);
+  for (int j = 0; j < 4; ++j) out[j] = vf{a[j], b[j], c[j], d[j]};
+}
+
 #endif
 
 // Rounded to the nearest half, ties to even; what a half cannot hold becomes the largest that it can.
@@ -330,11 +370,15 @@ HG_INLINE float sum_lanes(vf x) {
   return lane[0];
 }
 HG_INLINE float max_lanes(vf x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps(x);
+#else
   float lane[VL];
   store(lane, x);
   for (int width = VL / 2; width; width /= 2)
     for (int i = 0; i < width; ++i) lane[i] = lane[i + width] > lane[i] ? lane[i + width] : lane[i];
   return lane[0];
+#endif
 }
 
 // e^x, about 1 unit in the last place; exactly 0 below -87.3, clamped above 88.3.

@@ -1,4 +1,4 @@
-"""Self-attention over the paged KV cache, split by heads."""
+"""Self-attention on a norm, over the paged KV cache, split by heads."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ class Attention:
         self,
         context: LoadContext,
         prefix: str,
+        norm: RMSNorm,
         rotary: RotaryEmbedding,
         *,
         qkv_bias: bool = False,
@@ -35,26 +36,29 @@ class Attention:
         self._kv_size = len(context.kv_heads) * self._head_dim
         self._scale = self._head_dim**-0.5
         self._window = window
+        self._norm = norm
         self._rotary = rotary
         self._qkv = ColumnLinear.qkv(context, prefix, qkv_bias)
         self._output = RowLinear.output(context, f"{prefix}.o_proj", output_bias)
-        self._norms: HeadNorms | None = None
+        self._head_norms: HeadNorms | None = None
         if qk_norm:
             q, k = (RMSNorm(context, f"{prefix}.{x}_norm", self._head_dim) for x in "qk")
-            self._norms = (q.weight, k.weight, q.eps)
+            self._head_norms = (q.weight, k.weight, q.eps)
 
     def __call__(
         self,
         x: torch.Tensor,
+        residual: torch.Tensor | None,
         positions: torch.Tensor,
         kv: tuple[torch.Tensor, torch.Tensor],
         attention: AttentionMetadata,
-    ) -> torch.Tensor:
-        """[T, hidden_size] to the same, or parts of it for RMSNorm.add; stores the tokens' KV in
-        `kv`."""
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """x, residual[T, hidden_size] to (what it makes of the norm of their sum, or parts of it
+        for the next norm; their sum); stores the tokens' KV in `kv`. No residual adds nothing."""
         tokens = x.shape[0]
-        parts = self._qkv(x).split((self._q_size, self._kv_size, self._kv_size), dim=-1)
+        qkv, residual = self._qkv.after_norm(self._norm, x, residual)
+        parts = qkv.split((self._q_size, self._kv_size, self._kv_size), dim=-1)
         q, k, v = (part.view(tokens, -1, self._head_dim) for part in parts)
-        q = self._rotary(q, k, v, positions, kv, attention.slot_mapping, self._norms)
+        q = self._rotary(q, k, v, positions, kv, attention.slot_mapping, self._head_norms)
         out = ops.paged_attention(q, *kv, attention, self._scale, self._window)
-        return self._output.parts(out.reshape(tokens, self._q_size))
+        return self._output.parts(out.reshape(tokens, self._q_size)), residual

@@ -9,6 +9,7 @@ import torch
 
 from headgate.kernels import ops
 from headgate.shard.distributed import Group
+from headgate.shard.layers.norm import RMSNorm
 from headgate.shard.load_context import LoadContext
 from headgate.shard.weights import Fused, Matrix
 
@@ -55,6 +56,13 @@ class ColumnLinear:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return ops.linear(x, self.weight, self.bias)
 
+    def after_norm(
+        self, norm: RMSNorm, x: torch.Tensor, residual: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(of the norm of x + residual, x + residual); a residual of None adds nothing. x may be
+        parts, see Group.parts. Both inputs may be overwritten."""
+        return ops.rms_norm_linear(x, residual, norm.weight, norm.eps, self.weight, self.bias)
+
 
 class RowLinear:
     """Part of the inputs on each rank; the partial results are summed over the group."""
@@ -94,6 +102,10 @@ class RowLinear:
     def parts(self, x: torch.Tensor) -> torch.Tensor:
         """For a norm to read that adds it to a residual: see Group.parts."""
         return self._group.parts(ops.linear(x, self.weight, self.bias))
+
+    def parts_after_gate(self, activation: ops.Activation, x: torch.Tensor) -> torch.Tensor:
+        """As `parts`, of activation(gate) * up with [gate, up] = x."""
+        return self._group.parts(ops.gated_linear(x, activation, self.weight, self.bias))
 
 
 def _times(heads: range, dim: int) -> range:

@@ -40,18 +40,18 @@ class DecoderLayer:
         self, context: LoadContext, index: int, rotary: RotaryEmbedding, options: LayerOptions
     ) -> None:
         prefix, hidden = f"model.layers.{index}", context.config.hidden_size
-        self.input_norm = RMSNorm(context, f"{prefix}.input_layernorm", hidden)
         self.attention = Attention(
             context,
             f"{prefix}.self_attn",
+            RMSNorm(context, f"{prefix}.input_layernorm", hidden),
             rotary,
             qkv_bias=options.qkv_bias,
             output_bias=options.output_bias,
             qk_norm=options.qk_norm,
             window=options.window,
         )
-        self.mlp_norm = RMSNorm(context, f"{prefix}.post_attention_layernorm", hidden)
-        self.mlp = GatedMLP(context, f"{prefix}.mlp", options.mlp_bias)
+        norm = RMSNorm(context, f"{prefix}.post_attention_layernorm", hidden)
+        self.mlp = GatedMLP(context, f"{prefix}.mlp", norm, options.mlp_bias)
 
     def __call__(
         self,
@@ -62,13 +62,8 @@ class DecoderLayer:
         attention: AttentionMetadata,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(the MLP's output, the sum of all before it); the next norm adds the two."""
-        if residual is None:
-            x, residual = self.input_norm(x), x
-        else:
-            x, residual = self.input_norm.add(x, residual)
-        x = self.attention(x, positions, kv, attention)
-        x, residual = self.mlp_norm.add(x, residual)
-        return self.mlp(x), residual
+        x, residual = self.attention(x, residual, positions, kv, attention)
+        return self.mlp(x, residual)
 
 
 @register("LlamaForCausalLM")

@@ -27,7 +27,7 @@ def test_profile(tiny_llama: Path, kind: str) -> None:
             matrices = [line for name, line in lines.items() if name.startswith("linear")]
             assert sum(line.calls for line in matrices) == 4 * 2 + 1
             assert all(line.floor > 0 for line in (*matrices, lines["paged attention"]))
-            assert lines["rms norm"].calls == 2 * 2 + 1
+            assert lines["rms norm"].calls == 1  # the last; the others are part of products
             assert 0 < step.part("linear") < step.part("") < step.milliseconds
             text = "\n".join(calls_table(case, step))
             assert "Python" in text and case.name[1:] in text

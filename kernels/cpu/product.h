@@ -1,0 +1,19 @@
+// Products run in one job of the thread pool: their inputs are laid out first, then multiplied.
+#pragma once
+
+#include "dispatch.h"
+
+namespace headgate {
+
+// Whether a product can read x itself, one row of floats.
+bool is_ready(const RowSource& source, int64_t rows, int32_t format);
+
+// Memory of the calling thread for a product's inputs; it grows and stays. Null where there is none.
+char* input_memory(int64_t bytes);
+
+// Lays out the inputs, unless `inputs` is null, and runs the product's tiles; `cost` of the product is
+// in nanoseconds, roughly.
+void run_product(const InputRowsJob* inputs, TileFunction product, const void* job, int64_t tiles,
+                 int64_t cost);
+
+}  // namespace headgate
