@@ -12,6 +12,7 @@ import argparse
 import logging
 import os
 import platform
+import signal
 import sys
 import time
 from dataclasses import asdict
@@ -244,4 +245,5 @@ def _model(files: ModelFiles) -> dict[str, Any]:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.WARNING)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server is stopped too
     sys.exit(main())
