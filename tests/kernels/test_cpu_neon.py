@@ -24,7 +24,7 @@ from headgate.kernels.cpu.calls import out_of_memory
 from headgate.kernels.cpu.packed import DTYPES, PackedWeight
 from headgate.kernels.cpu.quantised import CODES, QuantisedWeight
 from headgate.kernels.cpu.recording import RecordedCall, Recording
-from headgate.kernels.quantised import KINDS, quantise
+from headgate.kernels.quantised import KINDS
 from tests.kernels.paged_rows import Chunk, Row, make_step
 from tests.kernels.tape import Tape
 
@@ -121,20 +121,18 @@ def test_products(players: Players, tmp_path: Path, kind: str, rows: int) -> Non
     tape = Tape()
     tape.hold(x, bias)
     packed: PackedWeight | QuantisedWeight
+    pack: tuple[int, ...]
     if kind in KINDS:
-        packed, parts = QuantisedWeight(weight, kind), quantise(weight, KINDS[kind])
-        minima = [] if parts.minima is None else [parts.minima]
-        tensors = [parts.values, parts.scales, *minima]
-        addresses = [tensor.data_ptr() for tensor in tensors] + [0] * (3 - len(tensors))
-        name, shape = "hg_pack_quantised", (columns, inner, CODES[kind])
+        packed, source = QuantisedWeight(weight, kind), weight
+        name, code = "hg_quantise_weight", CODES[kind]
+        pack = (source.data_ptr(), DTYPES[source.dtype], columns, inner, code, packed.address)
     else:
         dtype = next(dtype for dtype in DTYPES if str(dtype) == kind)
-        packed, tensors = PackedWeight(weight, dtype), [weight.to(dtype)]
-        addresses = [tensors[0].data_ptr()]
-        name, shape = "hg_pack_weight", (columns, inner, DTYPES[dtype])
-    tape.hold(*tensors)
+        packed, source = PackedWeight(weight, dtype), weight.to(dtype)
+        name = "hg_pack_weight"
+        pack = (source.data_ptr(), columns, inner, DTYPES[dtype], packed.address)
+    tape.hold(source)
     tape.hold_blank(packed.address, packed.nbytes)
-    pack = (*addresses, *shape, packed.address)
     tape.calls.append(RecordedCall(name, pack, out_of_memory))
     found: list[torch.Tensor] = []
     record(tape, lambda: found.append(operations.linear(x, packed, bias)))
