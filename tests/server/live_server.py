@@ -59,8 +59,10 @@ class LiveServer:
         self.grpc_address = f"127.0.0.1:{self.port + 1}"
         self.lines: list[str] = []
         self._tmp = tempfile.mkdtemp(prefix="headgate-test-")
-        # One thread per shard and no inherited settings: tests must not depend on the shell.
+        # No inherited settings: tests must not depend on the shell. One thread per shard: servers of
+        # several workers share the cores.
         clean = {k: v for k, v in os.environ.items() if k not in ("PORT", "MODEL_ID", "LOG_LEVEL")}
+        clean["THREADS_PER_SHARD"] = "1"
         self.process = subprocess.Popen(
             [sys.executable, "-m", *command, "--port", str(self.port), *flags],
             cwd=ROOT,

@@ -82,7 +82,7 @@ def first_plan(row_id: int = 1, sequence: int = 1) -> StepPlan:
 
 
 @pytest.fixture
-def shard(tmp_path: Path) -> Iterator[Shard]:
+def shard(tmp_path: Path, reference_kernels: None) -> Iterator[Shard]:
     shard = Shard(tmp_path)
     yield shard
     shard.channel.close()
