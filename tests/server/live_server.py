@@ -59,14 +59,14 @@ class LiveServer:
         self.grpc_address = f"127.0.0.1:{self.port + 1}"
         self.lines: list[str] = []
         self._tmp = tempfile.mkdtemp(prefix="headgate-test-")
-        # No inherited settings: tests must not depend on the shell. One thread per shard: servers of
-        # several workers share the cores.
-        clean = {k: v for k, v in os.environ.items() if k not in ("PORT", "MODEL_ID", "LOG_LEVEL")}
-        clean["THREADS_PER_SHARD"] = "1"
+        # No inherited settings: tests must not depend on the shell. One thread per shard: servers
+        # of several workers share the cores.
+        inherited = ("PORT", "MODEL_ID", "LOG_LEVEL", "THREADS_PER_SHARD")
+        clean = {k: v for k, v in os.environ.items() if k not in inherited}
         self.process = subprocess.Popen(
             [sys.executable, "-m", *command, "--port", str(self.port), *flags],
             cwd=ROOT,
-            env={**clean, "TMPDIR": self._tmp, **(env or {})},
+            env={**clean, "THREADS_PER_SHARD": "1", "TMPDIR": self._tmp, **(env or {})},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
