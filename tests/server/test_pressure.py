@@ -57,12 +57,12 @@ def test_two_hundred_requests_with_memory_for_a_quarter_of_them(small: LiveServe
     assert metrics[USED_BLOCKS] == 0
 
 
-def test_a_client_that_leaves_in_mid_stream_frees_its_blocks(small: LiveServer) -> None:
-    stream = small.stream("go on", max_new_tokens=480, ignore_eos_token=True)
+def test_a_client_that_leaves_in_mid_stream_frees_its_blocks(server: LiveServer) -> None:
+    stream = server.stream("go on", max_new_tokens=480, ignore_eos_token=True)
     next(stream)
-    assert small.metrics()[USED_BLOCKS] > 0
+    assert server.metrics()[USED_BLOCKS] > 0
     stream.close()
-    assert small.wait_metric(USED_BLOCKS, 0, timeout=5) < 1.0
+    assert server.wait_metric(USED_BLOCKS, 0, timeout=5) < 1.0
 
 
 def test_a_client_that_leaves_in_mid_prompt_frees_its_blocks(server: LiveServer) -> None:
