@@ -48,7 +48,7 @@ async def read_message(reader: asyncio.StreamReader, message: M) -> M | None:
     try:
         size = int.from_bytes(await reader.readexactly(_HEAD_BYTES), "little")
         if size > MAX_MESSAGE_BYTES:
-            raise ValueError(f"a message of {size} bytes")
+            raise ValueError(f"a message of {size} bytes, more than {MAX_MESSAGE_BYTES}")
         data = await reader.readexactly(size)
     except (asyncio.IncompleteReadError, ConnectionError):
         return None

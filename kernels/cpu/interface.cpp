@@ -3,14 +3,13 @@
 // Pointers are the caller's; nothing is kept after a call returns. Strides are in elements. Shapes
 // are checked in Python, before the call.
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
-#include <memory>
 #include <vector>
 
 #include "attention_plan.h"
 #include "product.h"
 #include "quantised.h"
+#include "scratch.h"
 
 namespace headgate {
 namespace {
@@ -46,21 +45,6 @@ const Kernels* const kAll[] = {
 #endif
     &kernels_generic,
 };
-
-// Memory of the calling thread that grows and stays, aligned to cache lines.
-float* scratch(int64_t floats) {
-  struct Free {
-    void operator()(float* p) const { free(p); }
-  };
-  thread_local std::unique_ptr<float, Free> memory;
-  thread_local int64_t size = 0;
-  if (size < floats) {
-    const size_t bytes = (size_t(floats) * sizeof(float) + 4095) / 4096 * 4096;
-    memory.reset(static_cast<float*>(aligned_alloc(64, bytes)));
-    size = memory ? int64_t(bytes / sizeof(float)) : 0;
-  }
-  return memory.get();
-}
 
 // Rows that one tile takes when each costs about `cost` nanoseconds: enough that claiming it is cheap.
 int64_t rows_per_tile(int64_t rows, int64_t cost) {
@@ -179,7 +163,12 @@ HG_API int32_t hg_paged_attention(const float* q, int64_t q_token_stride, int64_
   job.soft_cap = soft_cap;
   thread_local AttentionItems items;
   plan_attention(job, num_threads(), items);
-  if (items.partials && !(job.partials = scratch(items.partials))) return -1;
+  thread_local Scratch partials;
+  if (items.partials) {
+    char* memory = partials.take(items.partials * int64_t(sizeof(float)));
+    if (!memory) return -1;
+    job.partials = reinterpret_cast<float*>(memory);
+  }
   job.items = items.attend.data();
   job.item_count = int64_t(items.attend.size());
   job.item_stride = num_threads();

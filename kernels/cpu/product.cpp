@@ -3,10 +3,10 @@
 #include "product.h"
 
 #include <sched.h>
-#include <stdlib.h>
 
 #include <atomic>
-#include <memory>
+
+#include "scratch.h"
 
 namespace headgate {
 namespace {
@@ -61,17 +61,8 @@ bool is_ready(const RowSource& source, int64_t rows, int32_t format) {
 }
 
 char* input_memory(int64_t bytes) {
-  struct Free {
-    void operator()(char* p) const { free(p); }
-  };
-  thread_local std::unique_ptr<char, Free> memory;
-  thread_local int64_t size = 0;
-  if (size < bytes) {
-    const int64_t wanted = divide_up(bytes, 4096) * 4096;
-    memory.reset(static_cast<char*>(aligned_alloc(64, size_t(wanted))));
-    size = memory ? wanted : 0;
-  }
-  return memory.get();
+  thread_local Scratch inputs;
+  return inputs.take(bytes);
 }
 
 void run_product(const InputRowsJob* inputs, TileFunction product, const void* job, int64_t tiles,

@@ -29,9 +29,7 @@ class _Mapping:
         with self._lock:
             if self._memory is None or self._used + nbytes > len(self._memory):
                 self._memory, self._used = map_zeros(max(nbytes, _MAPPING)), 0
-            part = torch.frombuffer(
-                self._memory, dtype=torch.uint8, count=nbytes, offset=self._used
-            )
+            part = torch.frombuffer(self._memory, dtype=torch.uint8)[self._used :][:nbytes]
             self._used += -(-nbytes // _ALIGNMENT) * _ALIGNMENT
             return part
 
@@ -40,5 +38,5 @@ _mapping = _Mapping()
 
 
 def allocate(nbytes: int) -> torch.Tensor:
-    """uint8[nbytes] of zeros, at least one, aligned to cache lines."""
+    """uint8[nbytes] of zeros, aligned to cache lines."""
     return _mapping.take(nbytes)

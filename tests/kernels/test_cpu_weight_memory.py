@@ -16,7 +16,7 @@ def test_pieces_are_aligned_keep_apart_and_outlive_their_mapping(
 ) -> None:
     monkeypatch.setattr(weight_memory, "_MAPPING", 1 << 16)
     monkeypatch.setattr(weight_memory, "_mapping", weight_memory._Mapping())
-    sizes = [1, 64, 65, 40000, 30000, 200000, 7]  # new mappings at 30000 and at what is larger
+    sizes = [1, 0, 64, 65, 40000, 30000, 200000, 7]  # new mappings at 30000 and 200000
     pieces = [weight_memory.allocate(size) for size in sizes]
     assert not any(piece.any() for piece in pieces)
     for number, piece in enumerate(pieces):
