@@ -53,6 +53,7 @@ def render(session: Session) -> str:
         "best of the machine": f"fp32 FMA {session.roof('fma_gflops'):.0f} GFLOP/s, bf16 dot "
         f"product {session.roof('bf16_gflops'):.0f} GFLOP/s, int8 VNNI "
         f"{session.roof('vnni_gops'):.0f} GOP/s, memory {session.roof('memory_gb_s'):.1f} GB/s "
+        f"in huge pages and {session.roof('small_pages_gb_s'):.1f} in pages of 4 KB "
         f"(spread {_roof_spread(session)})",
     }
     parts = [
@@ -139,6 +140,9 @@ def _shares(session: Session) -> str:
             else:
                 continue
             share = f"{rate / best:.0%}" if best else "not measured"
+            small = session.roof("small_pages_gb_s")
+            if case[1] == 1 and small:
+                share += f" ({rate / small:.0%} of what pages of 4 KB give)"
             rows.append((f"{server} {kind}", str(case[1]), what, shown, share))
     text = (
         "Useful arithmetic: two operations per weight and token, the vocabulary's only for tokens "
@@ -194,7 +198,7 @@ def _ratio(own: Sequence[Run], other: Sequence[Run], name: str) -> float:
 
 
 def _roof_spread(session: Session) -> str:
-    names = ("fma_gflops", "bf16_gflops", "vnni_gops", "memory_gb_s")
+    names = ("fma_gflops", "bf16_gflops", "vnni_gops", "memory_gb_s", "small_pages_gb_s")
     found = ([entry.get(name, 0.0) for entry in session.roofline] for name in names)
     return f"{max(map(spread, found)):.0%}"
 

@@ -25,8 +25,9 @@ class Roofline:
     threads: int
     fma_gflops: float  # float32 multiply-add
     vnni_gops: float  # int8 products; 0 on a machine without the instruction
-    memory_gb_s: float  # reading, far beyond the caches
+    memory_gb_s: float  # reading, far beyond the caches, in huge pages where the system gives them
     bf16_gflops: float = 0.0  # products of bfloat16 pairs; 0 on a machine without the instruction
+    small_pages_gb_s: float = 0.0  # reading in pages of 4 KB
 
 
 def measure(threads: int) -> Roofline:
