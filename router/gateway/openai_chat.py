@@ -34,7 +34,7 @@ from headgate.router.gateway.services import Services
 from headgate.router.gateway.sse import json_string
 from headgate.router.gateway.tools import ToolUse, tools_of
 
-_FIELD_NAMES = {
+CHAT_FIELD_NAMES = {
     **FIELD_NAMES,
     "inputs": "messages",
     "top_n_tokens": "top_logprobs",
@@ -59,9 +59,9 @@ class ChatRoute:
         self._chats = ServedChats(services.config)
 
     async def __call__(self, exchange: Exchange) -> None:
-        exchange.field_names = _FIELD_NAMES
+        exchange.field_names = CHAT_FIELD_NAMES
         body = await exchange.read_json(ChatRequest, self._services.config.payload_limit)
-        exchange.field_names = names_given(_FIELD_NAMES, body)
+        exchange.field_names = names_given(CHAT_FIELD_NAMES, body)
         info = self._services.serving_info()
         hints = {"reasoning_effort": body.reasoning_effort, "verbosity": body.verbosity}
         warn_of_hints(exchange, self._chats.of(info), hints, body.service_tier)

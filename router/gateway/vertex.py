@@ -11,7 +11,8 @@ from headgate.router.errors import ValidationError
 from headgate.router.gateway.chat_deltas import message_of, truncated
 from headgate.router.gateway.exchange import JSON_HEADERS, Exchange
 from headgate.router.gateway.generation import collect, timing_headers
-from headgate.router.gateway.openai_chat import ChatCall, ChatRoute
+from headgate.router.gateway.openai_chat import CHAT_FIELD_NAMES, ChatCall, ChatRoute
+from headgate.router.gateway.openai_common import names_given
 from headgate.router.gateway.openai_schemas import ChatRequest
 from headgate.router.gateway.parsers.deltas import ParsedAnswer, Parser
 from headgate.router.gateway.services import Services
@@ -40,6 +41,8 @@ class VertexRoute:
             await self._call(exchange, instance, index, info)
             for index, instance in enumerate(body.instances)
         ]
+        if not all(map(_is_chat, body.instances)):
+            exchange.field_names = {}  # whose request the router refuses is not known here
         answers = await collect(self._services, exchange, [call.request for call in calls])
         best = (answer.finished for answer in answers if answer.finished.index == 0)
         predictions = [
@@ -59,14 +62,21 @@ class VertexRoute:
         info: router_pb2.InfoResponse,
     ) -> ChatCall:
         where, name = f"instances[{index}]", f"{exchange.request_id}-{index}"
-        if instance.get("messages") is not None:
+        if _is_chat(instance):
+            exchange.field_names = CHAT_FIELD_NAMES
             chat = exchange.convert(instance, ChatRequest, where)
+            exchange.field_names = names_given(CHAT_FIELD_NAMES, chat)
             call = await self._chat.prepare(chat, info, name)
         else:
+            exchange.field_names = {}
             generate = exchange.convert(instance, GenerateRequest, where)
             call = ChatCall(to_request(generate, name), [None])
         call.request.call_id = exchange.request_id
         return call
+
+
+def _is_chat(instance: dict[str, Any]) -> bool:
+    return instance.get("messages") is not None
 
 
 def _prediction(finished: router_pb2.Finished, parser: Parser | None) -> bytes:

@@ -192,3 +192,7 @@ def test_instances_of_vertex_ai_are_of_either_kind(shards: LiveServer) -> None:
     answer = shards.post("/v1/chat/completions", chat).json()["choices"][0]["message"]["content"]
     text = shards.post("/generate", native).json()["generated_text"]
     assert predictions == [answer, text, answer]
+    long = chat | {"max_tokens": 10**6}, native | {"parameters": {"max_new_tokens": 10**6}}
+    for instance, field in zip(long, ("max_tokens", "max_new_tokens"), strict=True):
+        refused = shards.post("/vertex", {"instances": [instance]})
+        assert refused.status_code == 422 and f"`{field}`" in refused.json()["error"]
