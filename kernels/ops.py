@@ -24,6 +24,7 @@ from headgate.kernels.philox import Draw
 
 if TYPE_CHECKING:
     from headgate.kernels.int4_weight import Int4Weight
+    from headgate.kernels.int8_cache import PagedCache
     from headgate.shard.attention_metadata import AttentionMetadata
 
 Activation = Literal["silu", "gelu", "gelu_tanh"]
@@ -236,8 +237,8 @@ def rotary_and_write_kv(
     v: torch.Tensor,
     positions: torch.Tensor,
     cos_sin: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
+    k_cache: PagedCache,
+    v_cache: PagedCache,
     slot_mapping: torch.Tensor,
     norms: tuple[torch.Tensor, torch.Tensor, float] | None = None,
 ) -> torch.Tensor:
@@ -249,8 +250,8 @@ def rotary_and_write_kv(
 def write_kv(
     k: torch.Tensor,
     v: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
+    k_cache: PagedCache,
+    v_cache: PagedCache,
     slot_mapping: torch.Tensor,
 ) -> None:
     _table["write_kv"](k, v, k_cache, v_cache, slot_mapping)
@@ -264,8 +265,8 @@ def gumbel_argmax(
 
 def paged_attention(
     q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
+    k_cache: PagedCache,
+    v_cache: PagedCache,
     attention: AttentionMetadata,
     scale: float,
     window: int = 0,

@@ -161,11 +161,15 @@ def _stored(x: torch.Tensor) -> torch.Tensor:
 
 
 def quantise_inputs(x: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """x[T, K] float32 as values[T, G, S], whole numbers from -127 to 127, and scales[T, G]."""
+    """x[.., K] float32 as values[.., G, S], whole numbers from -127 to 127, and scales[.., G].
+
+    S is `group`. Every back end gets the same bits.
+    """
     padded = F.pad(x, (0, -x.shape[-1] % group)).unflatten(-1, (-1, group))
     largest = padded.abs().amax(-1)
     largest = torch.where(largest < _SMALLEST_INPUT, 0.0, largest)
-    inverse = torch.where(largest > 0, 127.0 / largest, 0.0)
+    # Torch divides a number by a tensor as a product with the reciprocal, which rounds twice.
+    inverse = torch.where(largest == 0, 0.0, torch.full_like(largest, 127.0) / largest)
     return (padded * inverse.unsqueeze(-1)).round(), largest / 127.0
 
 

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from headgate.kernels import quantised, reference_products
+from headgate.kernels.int8_cache import Int8Cache, PagedCache
 from headgate.kernels.philox import NOISE_MAX, NOISE_MIN, Draw, gumbel_noise_at
 from headgate.kernels.quantised import QuantisedTensor
 
@@ -161,8 +162,8 @@ def rotary_and_write_kv(
     v: torch.Tensor,
     positions: torch.Tensor,
     cos_sin: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
+    k_cache: PagedCache,
+    v_cache: PagedCache,
     slot_mapping: torch.Tensor,
     norms: tuple[torch.Tensor, torch.Tensor, float] | None = None,
 ) -> torch.Tensor:
@@ -180,16 +181,20 @@ def rotary_and_write_kv(
 def write_kv(
     k: torch.Tensor,
     v: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
+    k_cache: PagedCache,
+    v_cache: PagedCache,
     slot_mapping: torch.Tensor,
 ) -> None:
     """Stores k, v[T, K, D] at slots `slot_mapping`[T] of the caches [blocks, block_size, K, D].
 
-    What float16 and float8 caches cannot hold is cut to their range.
+    What float16 and float8 caches cannot hold, infinity too, is cut to their range; NaN stays NaN.
+    What an Int8Cache makes of them is said there.
     """
     for x, cache in ((k, k_cache), (v, v_cache)):
-        if cache.dtype not in (x.dtype, torch.float32, torch.bfloat16):
+        if isinstance(cache, Int8Cache):
+            cache.store(x, slot_mapping)
+            continue
+        if cache.dtype not in (torch.float32, torch.bfloat16):
             limit = torch.finfo(cache.dtype).max
             x = x.float().clamp(-limit, limit)
         cache.flatten(0, 1)[slot_mapping] = x.to(cache.dtype)
@@ -225,8 +230,8 @@ def gumbel_argmax(
 
 def paged_attention(
     q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
+    k_cache: PagedCache,
+    v_cache: PagedCache,
     attention: AttentionMetadata,
     scale: float,
     window: int,
@@ -276,8 +281,8 @@ def _buckets(rows: list[int], contexts: list[int]) -> Iterator[list[int]]:
 
 def _attend_chunk(
     q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
+    k_cache: PagedCache,
+    v_cache: PagedCache,
     table: torch.Tensor,
     context: int,
     kind: _Kind,
@@ -293,7 +298,7 @@ def _attend_chunk(
     offset = first_block * block_size
     length = context - offset
     keys, values = (
-        cache[blocks].flatten(0, 1)[:length].to(q.dtype).transpose(0, 1).unsqueeze(1)
+        cache[blocks].to(q.dtype).flatten(0, 1)[:length].transpose(0, 1).unsqueeze(1)
         for cache in (k_cache, v_cache)
     )  # [K, 1, length, D]
     queries = q.view(size, kv_heads, heads // kv_heads, dim).permute(1, 2, 0, 3)
@@ -309,8 +314,8 @@ def _attend_chunk(
 
 def _attend_decode(
     q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
+    k_cache: PagedCache,
+    v_cache: PagedCache,
     tables: torch.Tensor,
     lengths: torch.Tensor,
     longest: int,
@@ -331,8 +336,8 @@ def _attend_decode(
     # Slots that are not the row's may hold NaN, which neither a mask nor a weight of zero stops.
     keys, values = (
         cache[blocks]
-        .flatten(1, 2)
         .to(q.dtype)
+        .flatten(1, 2)
         .masked_fill_(~visible[:, :, None, None], 0)
         .transpose(1, 2)
         for cache in (k_cache, v_cache)

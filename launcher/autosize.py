@@ -47,7 +47,9 @@ _ARITHMETIC = {
     "highest": ", float32 arithmetic",
     "medium": ", products with inputs rounded to it, float32 sums",
 }
-_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8_e4m3fn": 1, "fp8_e5m2": 1}
+_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_KV_ITEM_BYTES = {**_ITEM_BYTES, "fp8_e4m3fn": 1, "fp8_e5m2": 1, "int8": 1}
+_KV_SCALE_BYTES = {"int8": 4}  # for every token and head
 _FP8_CAPABILITY = {"fp8_e4m3fn": 8.9, "fp8_e5m2": 8.0}  # of GPUs that convert it
 # Of a quantised weight: its value, and its share of the group's scale (and minimum).
 _QUANTISED_BYTES = {
@@ -249,7 +251,8 @@ def choose_kv_cache_dtype(config: LauncherConfig, dtype: str, gpus: tuple[Gpu, .
 
 def kv_bytes_per_token(model: ModelFacts, num_shard: int, kv_dtype: str) -> tuple[int, int]:
     """(bytes on the rank that holds most, bytes on all ranks) for one token's keys and values."""
-    per_head = 2 * model.num_layers * model.head_dim * _ITEM_BYTES[kv_dtype]
+    head = model.head_dim * _KV_ITEM_BYTES[kv_dtype] + _KV_SCALE_BYTES.get(kv_dtype, 0)
+    per_head = 2 * model.num_layers * head
     heads = [model.kv_heads_on(rank, num_shard) for rank in range(num_shard)]
     return max(heads) * per_head, sum(heads) * per_head
 

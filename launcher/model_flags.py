@@ -114,8 +114,9 @@ MODEL = (
     Flag(
         "kv-cache-dtype",
         Kind.TEXT,
-        "How keys and values are stored; the arithmetic stays what it is.",
-        choices=("auto", "float32", "bfloat16", "float16", "fp8_e4m3fn", "fp8_e5m2"),
+        "How keys and values are stored; the arithmetic stays what it is. int8: with a scale for "
+        "every token and head.",
+        choices=("auto", "float32", "bfloat16", "float16", "fp8_e4m3fn", "fp8_e5m2", "int8"),
         default="auto",
         default_text="auto: float32 on a CPU, float16 with --quantize or --matmul-precision "
         "medium; the dtype on a GPU",

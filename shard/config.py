@@ -19,6 +19,7 @@ KV_DTYPES = {
     **DTYPES,
     "fp8_e4m3fn": torch.float8_e4m3fn,
     "fp8_e5m2": torch.float8_e5m2,
+    "int8": torch.int8,  # with scales, see headgate.kernels.int8_cache
 }
 _SIZES = re.compile(r" *[0-9]+ *(, *[0-9]+ *)*")
 DEVICES = ("cpu", "cuda")

@@ -5,11 +5,13 @@ Which block belongs to whom is the router's knowledge; this file only holds memo
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 
 from headgate.kernels.huge_pages import map_zeros
+from headgate.kernels.int8_cache import SCALE_BYTES, Int8Cache, PagedCache
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,21 +22,18 @@ class KVCacheLayout:
     block_size: int  # positions per block
     num_kv_heads: int  # on this rank
     head_dim: int
-    dtype: torch.dtype
+    dtype: torch.dtype  # floating, or int8
 
     @property
     def bytes_per_block(self) -> int:
-        """Bytes that one block takes on this rank: keys and values of all layers."""
-        return bytes_per_block(
-            self.num_layers, self.block_size, self.num_kv_heads, self.head_dim, self.dtype
-        )
+        """Bytes that one block takes on this rank: keys and values of all layers, with scales."""
+        head = self.head_dim * self.dtype.itemsize + (SCALE_BYTES if self.scaled else 0)
+        return 2 * self.num_layers * self.block_size * self.num_kv_heads * head
 
-
-def bytes_per_block(
-    num_layers: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
-) -> int:
-    """Bytes of one block's keys and values in all layers."""
-    return 2 * num_layers * block_size * num_kv_heads * head_dim * dtype.itemsize
+    @property
+    def scaled(self) -> bool:
+        """Whether keys and values are Int8Caches."""
+        return self.dtype == torch.int8
 
 
 class KVCache:
@@ -51,23 +50,25 @@ class KVCache:
         self.layout = layout
         self.num_blocks = num_blocks
         # One tensor, so that copying a block is one operation for all layers.
-        shape = (
-            layout.num_layers,
-            2,
-            num_blocks,
-            layout.block_size,
-            layout.num_kv_heads,
-            layout.head_dim,
-        )
-        if torch.device(device).type == "cpu":
-            memory = _untouched_zeros(self.num_bytes)
-        else:
-            memory = torch.zeros(self.num_bytes, dtype=torch.uint8, device=device)
-        self.data = memory.view(layout.dtype).view(shape)
+        positions, heads = layout.block_size, layout.num_kv_heads
+        caches = (layout.num_layers, 2, num_blocks)
+        self.data = _zeros((*caches, positions, heads, layout.head_dim), layout.dtype, device)
+        self.scales: torch.Tensor | None = None
+        if layout.scaled:
+            self.scales = _zeros((*caches, heads, positions), torch.float32, device)
         # Per layer (k, v), each [num_blocks, block_size, num_kv_heads, head_dim], contiguous.
-        self.layers: list[tuple[torch.Tensor, torch.Tensor]] = [
-            (layer[0], layer[1]) for layer in self.data
+        self.layers: list[tuple[PagedCache, PagedCache]] = [
+            (self._cache(layer, 0), self._cache(layer, 1)) for layer in range(layout.num_layers)
         ]
+
+    def _cache(self, layer: int, which: int) -> PagedCache:
+        values = self.data[layer, which]
+        return values if self.scales is None else Int8Cache(values, self.scales[layer, which])
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """All that it holds, each [num_layers, 2, num_blocks, ..]."""
+        return [self.data] if self.scales is None else [self.data, self.scales]
 
     @property
     def num_bytes(self) -> int:
@@ -78,8 +79,18 @@ class KVCache:
 
         Every source is read before any target is written.
         """
-        data = self.data.view(torch.uint8)  # few operations take float8
-        data[:, :, targets] = data[:, :, sources]
+        for tensor in self.tensors:
+            data = tensor.view(torch.uint8)  # few operations take float8
+            data[:, :, targets] = data[:, :, sources]
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
+    size = math.prod(shape) * dtype.itemsize
+    if torch.device(device).type == "cpu":
+        memory = _untouched_zeros(size)
+    else:
+        memory = torch.zeros(size, dtype=torch.uint8, device=device)
+    return memory.view(dtype).view(shape)
 
 
 def _untouched_zeros(num_bytes: int) -> torch.Tensor:

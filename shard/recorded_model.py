@@ -62,7 +62,7 @@ class RecordedModel:
 
     def bind(self, kv_cache: KVCache) -> None:
         """From now on steps use this cache, of the layout it was recorded with."""
-        self._step.bind([tensor.data_ptr() for tensor in _tensors(kv_cache)])
+        self._step.bind([tensor.data_ptr() for tensor in _layer_tensors(kv_cache)])
 
     def forward(self, inputs: StepInputs) -> torch.Tensor:
         """Normed hidden states [T, hidden_size], valid until the next step."""
@@ -208,7 +208,7 @@ class _Attempt:
             buffers.fill(step)
             step = buffers.placed(step)
             sizes = (sum(counts.values()), len(counts), sampled)
-            with Recording(sizes, _tensors(cache)) as recording:
+            with Recording(sizes, _layer_tensors(cache)) as recording:
                 hidden = self._model.forward(step.input_ids, step.positions, cache, step.attention)
                 rows = ops.take_rows(hidden, buffers.sample_tokens[:sampled])
                 logits = self._model.logits(rows)
@@ -246,7 +246,7 @@ class _Attempt:
                 obstacle = (
                     f"a replay of {len(step.input_ids)} tokens differs from the model's own step"
                 )
-        if not obstacle and not _same_bits(ours.data, theirs.data):
+        if not obstacle and not all(map(_same_bits, ours.tensors, theirs.tensors)):
             obstacle = "a replay leaves other keys and values"
         self._vote(obstacle)
 
@@ -274,8 +274,9 @@ class _Attempt:
 
 
 def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return torch.equal(one.contiguous().view(torch.int16), other.contiguous().view(torch.int16))
+    return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
 
 
-def _tensors(cache: KVCache) -> list[torch.Tensor]:
-    return [tensor for pair in cache.layers for tensor in pair]
+def _layer_tensors(cache: KVCache) -> list[torch.Tensor]:
+    """What the calls get: keys and values of each layer, and their scales where there are any."""
+    return [part for tensor in cache.tensors for layer in tensor for part in layer]

@@ -26,6 +26,7 @@ from headgate.kernels.cpu.products import (
     rms_norm_linear,
 )
 from headgate.kernels.cpu.rows import as_matrix, is_rows
+from headgate.kernels.int8_cache import Int8Cache, PagedCache
 from headgate.kernels.philox import Draw
 
 if TYPE_CHECKING:
@@ -176,8 +177,8 @@ def rotary_and_write_kv(
     v: torch.Tensor,
     positions: torch.Tensor,
     cos_sin: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
+    k_cache: PagedCache,
+    v_cache: PagedCache,
     slot_mapping: torch.Tensor,
     norms: tuple[torch.Tensor, torch.Tensor, float] | None = None,
 ) -> torch.Tensor:
@@ -219,8 +220,10 @@ def rotary_and_write_kv(
     return q
 
 
-def _cache_code(k_cache: torch.Tensor, v_cache: torch.Tensor) -> int | None:
+def _cache_code(k_cache: PagedCache, v_cache: PagedCache) -> int | None:
     """The C++ name of the caches' dtype; None where it takes no such caches."""
+    if isinstance(k_cache, Int8Cache) or isinstance(v_cache, Int8Cache):
+        return None
     if not (k_cache.is_contiguous() and v_cache.is_contiguous() and k_cache.dtype == v_cache.dtype):
         return None
     return DTYPES.get(k_cache.dtype)
@@ -229,8 +232,8 @@ def _cache_code(k_cache: torch.Tensor, v_cache: torch.Tensor) -> int | None:
 def write_kv(
     k: torch.Tensor,
     v: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
+    k_cache: PagedCache,
+    v_cache: PagedCache,
     slot_mapping: torch.Tensor,
 ) -> None:
     code = _cache_code(k_cache, v_cache)
@@ -258,8 +261,8 @@ def write_kv(
 
 def paged_attention(
     q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
+    k_cache: PagedCache,
+    v_cache: PagedCache,
     attention: AttentionMetadata,
     scale: float,
     window: int,

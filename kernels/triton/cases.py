@@ -16,6 +16,7 @@ import torch
 
 from headgate.kernels import triton as kernels
 from headgate.kernels.int4_weight import Int4Weight
+from headgate.kernels.int8_cache import SCALE_BYTES, Int8Cache, PagedCache
 from headgate.kernels.quantised import KINDS, QuantKind
 from headgate.kernels.reference_products import FP8, FP8_BLOCK
 from headgate.kernels.sampled_rows import MaskedRows, PenalisedRows, RowsToSample
@@ -167,9 +168,26 @@ def token_cases(model: ModelShape, step: StepShape) -> Iterator[Case]:
 
 def attention_cases(model: ModelShape, step: StepShape) -> Iterator[Case]:
     """Rotation with the write of KV, the write alone, and attention."""
-    tokens, heads, kv_heads, dim = step.tokens, model.heads, model.kv_heads, model.dim
+    yield from _cached_cases(model, step, DTYPE)
 
-    def made(maker: Maker) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor], Any]:
+
+def int8_cache_cases(model: ModelShape, step: StepShape) -> Iterator[Case]:
+    """The same with keys and values in int8."""
+    yield from _cached_cases(model, step, torch.int8)
+
+
+def _cached_cases(model: ModelShape, step: StepShape, kept: torch.dtype) -> Iterator[Case]:
+    tokens, heads, kv_heads, dim = step.tokens, model.heads, model.kv_heads, model.dim
+    int8 = kept == torch.int8
+
+    def cache(maker: Maker, *shape: int) -> PagedCache:
+        if not int8:
+            return maker.normal(*shape)
+        blocks, block_size, *_ = shape
+        scales = maker.filled(torch.float32, blocks, kv_heads, block_size)
+        return Int8Cache(maker.filled(kept, *shape), scales)
+
+    def made(maker: Maker) -> tuple[torch.Tensor, tuple[PagedCache, PagedCache], Any]:
         blocks = -(-step.context // _BLOCK_SIZE)
         order = torch.randperm(step.rows * blocks, generator=torch.Generator().manual_seed(0))
         metadata = SimpleNamespace(  # the fields of AttentionMetadata
@@ -182,7 +200,7 @@ def attention_cases(model: ModelShape, step: StepShape) -> Iterator[Case]:
         )
         shape = (step.rows * blocks, _BLOCK_SIZE, kv_heads, dim)
         fused = maker.normal(tokens, heads + 2 * kv_heads, dim)
-        return fused, (maker.normal(*shape), maker.normal(*shape)), metadata
+        return fused, (cache(maker, *shape), cache(maker, *shape)), metadata
 
     def rotary(maker: Maker) -> Callable[[], Any]:
         fused, caches, metadata = made(maker)
@@ -202,13 +220,14 @@ def attention_cases(model: ModelShape, step: StepShape) -> Iterator[Case]:
         q = fused[:, :heads]
         return lambda: kernels.OPS["paged_attention"](q, *caches, metadata, dim**-0.5, 0, 0.0)
 
-    kv = 2 * kv_heads * dim * DTYPE.itemsize
+    new = 2 * kv_heads * dim * DTYPE.itemsize  # a token's keys and values, and as they are kept
+    kv = 2 * kv_heads * (dim * kept.itemsize + (SCALE_BYTES if int8 else 0))
     queries = heads * dim * DTYPE.itemsize
-    turned = tokens * (2 * (queries + kv) + 4 * dim)
+    turned = tokens * (2 * queries + new + kv + 4 * dim)
     pairs = step.rows * (step.query * step.context - step.query * (step.query - 1) / 2)
     listed = [
         ("rotary_and_write_kv", rotary, turned, 3 * tokens * (heads + kv_heads) * dim),
-        ("write_kv", write, 2 * tokens * kv, 0),
+        ("write_kv", write, tokens * (new + kv), 0),
         (
             "paged_attention",
             attend,
@@ -217,7 +236,8 @@ def attention_cases(model: ModelShape, step: StepShape) -> Iterator[Case]:
         ),
     ]
     for op, make, nbytes, operations in listed:
-        yield Case(op, model.name, step.name, make, nbytes, operations)
+        name = f"{op}, int8 cache" if int8 else op
+        yield Case(name, model.name, step.name, make, nbytes, operations)
 
 
 def product_cases(model: ModelShape, step: StepShape) -> Iterator[Case]:
@@ -369,6 +389,7 @@ def sampling_cases(model: ModelShape, step: StepShape) -> Iterator[Case]:
 GENERATORS: tuple[Callable[[ModelShape, StepShape], Iterator[Case]], ...] = (
     token_cases,
     attention_cases,
+    int8_cache_cases,
     product_cases,
     grouped_cases,
     sampling_cases,

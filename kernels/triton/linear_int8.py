@@ -21,10 +21,10 @@ import triton.language as tl
 
 from headgate.kernels.quantised import QuantisedTensor, QuantKind
 from headgate.kernels.triton.launch import dot, launch
+from headgate.kernels.triton.narrow import quantised, scale_of
 from headgate.kernels.triton.product import multiply, num_splits, store_tile
 from headgate.kernels.triton.tuning import LinearTile, tuned
 
-_SMALLEST_INPUT = 1e-30  # as in headgate.kernels.quantised
 _TILE = LinearTile(rows=64, columns=64, inner=128, warps=4, stages=3)
 _QUANTISED_AT_ONCE = 1024
 
@@ -67,7 +67,6 @@ def quantise_rows_kernel(
     x_stride,
     inner,
     num_groups,
-    SMALLEST: tl.constexpr,
     GROUP: tl.constexpr,
     COLUMNS: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -78,15 +77,8 @@ def quantise_rows_kernel(
     k = groups[:, None] * GROUP + within[None, :]
     here = (groups < num_groups)[:, None] & (within < GROUP)[None, :]
     x = tl.load(x_ptr + row * x_stride + k, here & (k < inner), 0.0).to(tl.float32)
-    largest = tl.max(tl.abs(x), 1)
-    largest = tl.where(largest < SMALLEST, 0.0, largest)
-    # The reciprocal first, as torch divides a number by a tensor: the same bits as the reference.
-    zero = largest == 0.0
-    inverse = tl.where(zero, 0.0, tl.div_rn(1.0, tl.where(zero, 1.0, largest)) * 127.0)
-    # To the nearest whole number, halves to even: what adding and taking away 1.5 * 2^23 does.
-    rounded = (x * inverse[:, None] + 12582912.0) - 12582912.0
-    tl.store(values_ptr + row * num_groups * GROUP + k, rounded.to(tl.int8), here)
-    scale = tl.div_rn(largest, 127.0)
+    scale, inverse = scale_of(tl.max(tl.abs(x), 1))
+    tl.store(values_ptr + row * num_groups * GROUP + k, quantised(x, inverse), here)
     tl.store(scales_ptr + row * num_groups + groups, scale, groups < num_groups)
 
 
@@ -103,7 +95,6 @@ def quantise_rows(x: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tens
         (rows, triton.cdiv(groups, at_once)),
         (values, scales, x, x.stride(0), inner, groups),
         {
-            "SMALLEST": _SMALLEST_INPUT,
             "GROUP": group,
             "COLUMNS": columns,
             "GROUPS": at_once,

@@ -5,8 +5,11 @@ flash-decoding's split over the keys with a reduction afterwards (Dao et al., 20
 
 Shapes: q[T, H, D], caches [blocks, block_size, K, D] -> [T, H, D]; D up to 256, any block size, H a
 multiple of K. dtypes: q float32, bfloat16 or float16; caches any of these or float8_e4m3fn /
-float8_e5m2, which are widened to q's. Scores and sums are float32, weights of values are rounded to
-q's dtype for the tensor cores. Kinds: sliding window, soft cap (Gemma 2), ALiBi (Press et al.,
+float8_e5m2, which are widened to q's, or an Int8Cache. Of that, keys go to the tensor cores as the
+whole numbers they are, which every dtype of q holds, and their scales multiply the scores: less to
+multiply, and nothing is rounded. Values are scaled before they are multiplied: their scales may be
+too small for weights in float16. Scores and sums are float32, weights of values are rounded to q's
+dtype for the tensor cores. Kinds: sliding window, soft cap (Gemma 2), ALiBi (Press et al.,
 2021). Bytes moved: each row's keys and values once per tile of queries (all heads of a group and,
 in a chunk, `rows` / (H/K) tokens share a tile), q and the result once; where keys are split, one
 partial result of D + 2 float32 per token, head and 512 keys is written and read. Operations: 4 D
@@ -32,7 +35,9 @@ import triton
 import triton.language as tl
 
 from headgate.kernels import reference
-from headgate.kernels.triton.launch import chip, dot, launch
+from headgate.kernels.int8_cache import Int8Cache, PagedCache
+from headgate.kernels.triton.launch import INTERPRETED, chip, dot, launch
+from headgate.kernels.triton.narrow import parts_of
 from headgate.kernels.triton.tuning import AttentionTile, tuned
 
 if TYPE_CHECKING:
@@ -77,6 +82,8 @@ def attention_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
+    k_scales_ptr,  # with INT8
+    v_scales_ptr,
     slopes_ptr,
     starts_ptr,
     contexts_ptr,
@@ -102,6 +109,7 @@ def attention_kernel(
     WINDOW: tl.constexpr,
     SOFT_CAP: tl.constexpr,
     ALIBI: tl.constexpr,
+    INT8: tl.constexpr,
 ):
     GROUP: tl.constexpr = HEADS // KV_HEADS
     TOKENS: tl.constexpr = ROWS // GROUP
@@ -162,8 +170,15 @@ def attention_kernel(
             slot = block.to(tl.int64) * BLOCK_SIZE + key % BLOCK_SIZE
             kv_at = (slot * (KV_HEADS * DIM) + kv_head * DIM)[:, None] + dims[None, :]
             inside = there[:, None] & (dims < DIM)[None, :]
-            k = tl.load(k_ptr + kv_at, inside, 0.0).to(q.dtype)
-            scores = dot(q, tl.trans(k), tl.full([ROWS, KEYS], 0.0, tl.float32)) * scale
+            k = tl.load(k_ptr + kv_at, inside, 0.0)
+            if INT8 and INTERPRETED:  # which has no way from whole numbers to bfloat16
+                k = k.to(tl.float32)
+            k = k.to(q.dtype)
+            scores = dot(q, tl.trans(k), tl.full([ROWS, KEYS], 0.0, tl.float32))
+            if INT8:
+                scale_at = (block * KV_HEADS + kv_head) * BLOCK_SIZE + key % BLOCK_SIZE
+                scores *= tl.load(k_scales_ptr + scale_at, there, 0.0)[None, :]
+            scores *= scale
             if SOFT_CAP:  # cap * tanh(x / cap), tanh(y) = 1 - 2 / (1 + exp(2 y))
                 scores = soft_cap * (1.0 - 2.0 / (1.0 + tl.exp(2.0 * scores / soft_cap)))
             if ALIBI:
@@ -177,7 +192,10 @@ def attention_kernel(
             weights = tl.exp2(scores - safe[:, None])
             share = tl.exp2(part_top - safe)
             part_total = tl.fma(part_total, share, tl.sum(weights, 1))
-            v = tl.load(v_ptr + kv_at, inside, 0.0).to(q.dtype)
+            v = tl.load(v_ptr + kv_at, inside, 0.0)
+            if INT8:
+                v = v.to(tl.float32) * tl.load(v_scales_ptr + scale_at, there, 0.0)[:, None]
+            v = v.to(q.dtype)
             part_out = dot(weights.to(q.dtype), v, part_out * share[:, None])
             part_top = new
         if SPLIT:
@@ -252,8 +270,8 @@ def merge_kernel(
 
 def paged_attention(
     q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
+    k_cache: PagedCache,
+    v_cache: PagedCache,
     attention: AttentionMetadata,
     scale: float,
     window: int,
@@ -302,7 +320,7 @@ def paged_attention(
     return out
 
 
-def _takes(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> bool:
+def _takes(q: torch.Tensor, k_cache: PagedCache, v_cache: PagedCache) -> bool:
     whole = k_cache.is_contiguous() and v_cache.is_contiguous() and q.stride(2) == 1
     return whole and q.shape[2] <= _MAX_HEAD_DIM and q.shape[1] // k_cache.shape[2] <= 64
 
@@ -320,10 +338,12 @@ def _attend(
     block_size, kv_heads = k_cache.shape[1:3]
     rows = attention.context_lens.shape[0]
     decode = attention.max_query_len == 1 and rows == tokens
-    tile = _tile(q.dtype, heads // kv_heads, dim)
+    int8 = isinstance(k_cache, Int8Cache)
+    tile = _tile(q.dtype, heads // kv_heads, dim, int8)
     tile_rows, warps = (tile.decode_rows, tile.decode_warps) if decode else (tile.rows, tile.warps)
     tiles = rows if decode else tokens // (tile_rows // (heads // kv_heads)) + rows
     tables = attention.block_tables
+    (keys, k_scales), (values, v_scales) = parts_of(k_cache), parts_of(v_cache)
     launch(
         attention_kernel,
         (tiles, kv_heads, splits),
@@ -331,8 +351,10 @@ def _attend(
             out,
             *(sums or (out, out)),
             q,
-            k_cache,
-            v_cache,
+            keys,
+            values,
+            k_scales,
+            v_scales,
             slopes,
             attention.cu_query_lens,
             attention.context_lens,
@@ -357,6 +379,7 @@ def _attend(
             "KEYS": tile.keys,
             "SPLIT": sums is not None,
             "DECODE": decode,
+            "INT8": int8,
             **kinds,
         },
         warps=warps,
@@ -364,9 +387,10 @@ def _attend(
     )
 
 
-def _tile(dtype: torch.dtype, group: int, dim: int) -> AttentionTile:
+def _tile(dtype: torch.dtype, group: int, dim: int, int8: bool) -> AttentionTile:
     """The same for any number of tokens but for the height, which does not reach the bits: within a
-    chip both heights use the same instruction (mma.sync takes 16 rows, wgmma 64 for four warps)."""
+    chip both heights use the same instruction (mma.sync takes 16 rows, wgmma 64 for four warps).
+    int8 keys and values take registers for what they become."""
     large = dim > 128
     if dtype == torch.float32:
         default = AttentionTile(rows=64, decode_rows=64, keys=32, warps=8, decode_warps=8, stages=1)
@@ -383,7 +407,7 @@ def _tile(dtype: torch.dtype, group: int, dim: int) -> AttentionTile:
         default = AttentionTile(
             rows=64 if large else 128,
             decode_rows=64,
-            keys=32 if large else 64,
+            keys=32 if large or int8 else 64,
             warps=8,
             decode_warps=8 if large else 4,
             stages=2,
@@ -391,6 +415,12 @@ def _tile(dtype: torch.dtype, group: int, dim: int) -> AttentionTile:
     else:
         keys = 16 if large else 64
         default = AttentionTile(
-            rows=64, decode_rows=64, keys=keys, warps=8, decode_warps=8, stages=2
+            rows=64,
+            decode_rows=64,
+            keys=keys,
+            warps=8,
+            decode_warps=8,
+            stages=3 if int8 else 2,  # two make ptxas spill a few bytes
         )
-    return tuned("paged_attention", f"{dtype}/{group}/{dim}".removeprefix("torch."), default)
+    key = f"{dtype}/{group}/{dim}{'/int8' if int8 else ''}".removeprefix("torch.")
+    return tuned("paged_attention", key, default)

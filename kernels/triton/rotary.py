@@ -2,9 +2,10 @@
 
 Shapes: q[T, H, D], k, v[T, K, D], positions int64[T], cos_sin float32[P, r], caches
 [blocks, block_size, K, D], slots int64[T]. q, k and v may be views with strides. dtypes: q, k, v
-float32, bfloat16 or float16; caches any of these, or float8_e4m3fn / float8_e5m2; values are cut to
-the range of float16 and float8 before they are rounded. Bytes moved: q, k and v read and written
-once, r float32 a token. Operations: 6 for each pair rotated, so it runs at the speed of memory.
+float32, bfloat16 or float16; caches any of these, or float8_e4m3fn / float8_e5m2, or an Int8Cache;
+values are cut to the range of float16 and float8 before they are rounded. Bytes moved: q, k and v
+read and written once, r float32 a token. Operations: 6 for each pair rotated, so it runs at the
+speed of memory.
 
 One program has one token, and no token has an influence on another. Slots below zero are skipped:
 they are what pads a CUDA graph's batch.
@@ -17,15 +18,17 @@ import triton
 import triton.language as tl
 
 from headgate.kernels import reference
+from headgate.kernels.int8_cache import Int8Cache, PagedCache
 from headgate.kernels.triton.launch import launch
+from headgate.kernels.triton.narrow import (
+    largest_of,
+    limit_of,
+    narrowed,
+    parts_of,
+    quantised,
+    scale_of,
+)
 from headgate.kernels.triton.rms_norm import rms_norm
-
-
-def limit_of(cache: torch.Tensor, x: torch.Tensor) -> float:
-    """What x is cut to, before it is stored in `cache`; 0: to nothing, as by the reference."""
-    if cache.dtype in (x.dtype, torch.float32, torch.bfloat16):
-        return 0.0
-    return float(torch.finfo(cache.dtype).max)
 
 
 @triton.jit
@@ -37,13 +40,6 @@ def _rotated(x_ptr, inside, far, cos, sin):
 
 
 @triton.jit
-def narrowed(x, LIMIT: tl.constexpr, dtype: tl.constexpr):
-    if LIMIT > 0:
-        x = tl.minimum(tl.maximum(x.to(tl.float32), -LIMIT), LIMIT)
-    return x.to(dtype)
-
-
-@triton.jit
 def rotary_kernel(
     q_ptr,
     k_ptr,
@@ -52,6 +48,8 @@ def rotary_kernel(
     cos_sin_ptr,
     k_cache_ptr,
     v_cache_ptr,
+    k_scales_ptr,  # with INT8
+    v_scales_ptr,
     slots_ptr,
     q_stride,
     q_head_stride,
@@ -68,7 +66,9 @@ def rotary_kernel(
     HALF: tl.constexpr,
     HALF_BLOCK: tl.constexpr,
     CACHE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
     LIMIT: tl.constexpr,
+    INT8: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     pair = tl.arange(0, HALF_BLOCK)
@@ -98,15 +98,33 @@ def rotary_kernel(
             dims = tl.arange(0, DIM_BLOCK)[None, :]
             place = slot * (KV_HEADS * DIM) + heads * DIM
             to = k_cache_ptr + place + pair[None, :]
-            tl.store(to, narrowed(first, LIMIT, kept), inside)
-            tl.store(to + HALF, narrowed(second, LIMIT, kept), inside)
             whole = (heads < KV_HEADS) & (dims < DIM)
-            if DIM > 2 * HALF:  # what is not rotated
-                rest = whole & (dims >= 2 * HALF)
-                x = tl.load(k_ptr + token * k_stride + heads * k_head_stride + dims, rest, 0.0)
-                tl.store(k_cache_ptr + place + dims, narrowed(x, LIMIT, kept), rest)
-            x = tl.load(v_ptr + token * v_stride + heads * v_head_stride + dims, whole, 0.0)
-            tl.store(v_cache_ptr + place + dims, narrowed(x, LIMIT, kept), whole)
+            rest = whole & (dims >= 2 * HALF)  # what is not rotated
+            v = tl.load(v_ptr + token * v_stride + heads * v_head_stride + dims, whole, 0.0)
+            if DIM > 2 * HALF:
+                unturned = k_ptr + token * k_stride + heads * k_head_stride + dims
+                others = tl.load(unturned, rest, 0.0)
+            if INT8:
+                head = tl.arange(0, KV_BLOCK)
+                of = (slot // BLOCK_SIZE * KV_HEADS + head) * BLOCK_SIZE + slot % BLOCK_SIZE
+                largest = tl.maximum(largest_of(first), largest_of(second), tl.PropagateNan.ALL)
+                if DIM > 2 * HALF:
+                    largest = tl.maximum(largest, largest_of(others), tl.PropagateNan.ALL)
+                scale, inverse = scale_of(largest)
+                tl.store(k_scales_ptr + of, scale, head < KV_HEADS)
+                tl.store(to, quantised(first, inverse), inside)
+                tl.store(to + HALF, quantised(second, inverse), inside)
+                if DIM > 2 * HALF:
+                    tl.store(k_cache_ptr + place + dims, quantised(others, inverse), rest)
+                scale, inverse = scale_of(largest_of(v))
+                tl.store(v_scales_ptr + of, scale, head < KV_HEADS)
+                tl.store(v_cache_ptr + place + dims, quantised(v, inverse), whole)
+            else:
+                tl.store(to, narrowed(first, LIMIT, kept), inside)
+                tl.store(to + HALF, narrowed(second, LIMIT, kept), inside)
+                if DIM > 2 * HALF:
+                    tl.store(k_cache_ptr + place + dims, narrowed(others, LIMIT, kept), rest)
+                tl.store(v_cache_ptr + place + dims, narrowed(v, LIMIT, kept), whole)
 
 
 def rotary_embedding(
@@ -125,8 +143,8 @@ def rotary_and_write_kv(
     v: torch.Tensor,
     positions: torch.Tensor,
     cos_sin: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
+    k_cache: PagedCache,
+    v_cache: PagedCache,
     slot_mapping: torch.Tensor,
     norms: tuple[torch.Tensor, torch.Tensor, float] | None = None,
 ) -> torch.Tensor:
@@ -155,17 +173,18 @@ def _launch(
     v: torch.Tensor | None,
     positions: torch.Tensor,
     cos_sin: torch.Tensor,
-    caches: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
+    caches: tuple[PagedCache, PagedCache, torch.Tensor] | None,
 ) -> None:
     v = k if v is None else v
     tokens, heads, dim = q.shape
     kv_heads, half = k.shape[1], cos_sin.shape[1] // 2
     k_cache, v_cache, slots = caches or (k, k, positions)
+    (keys, k_scales), (values, v_scales) = parts_of(k_cache), parts_of(v_cache)
     strides = (x.stride(axis) for x in (q, k, v) for axis in (0, 1))
     launch(
         rotary_kernel,
         (tokens,),
-        (q, k, v, positions, cos_sin, k_cache, v_cache, slots, *strides),
+        (q, k, v, positions, cos_sin, keys, values, k_scales, v_scales, slots, *strides),
         {
             "HEADS": heads,
             "KV_HEADS": kv_heads,
@@ -176,7 +195,9 @@ def _launch(
             "HALF": half,
             "HALF_BLOCK": triton.next_power_of_2(half),
             "CACHE": caches is not None,
-            "LIMIT": limit_of(k_cache, k),
+            "BLOCK_SIZE": k_cache.shape[1],
+            "LIMIT": limit_of(k_cache),
+            "INT8": isinstance(k_cache, Int8Cache),
         },
         warps=4,
     )

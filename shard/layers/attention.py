@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from headgate.kernels import ops
+from headgate.kernels.int8_cache import PagedCache
 from headgate.shard.attention_metadata import AttentionMetadata
 from headgate.shard.layers.linear import ColumnLinear, RowLinear
 from headgate.shard.layers.norm import RMSNorm
@@ -50,7 +51,7 @@ class Attention:
         x: torch.Tensor,
         residual: torch.Tensor | None,
         positions: torch.Tensor,
-        kv: tuple[torch.Tensor, torch.Tensor],
+        kv: tuple[PagedCache, PagedCache],
         attention: AttentionMetadata,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """x, residual[T, hidden_size] to (what it makes of the norm of their sum, or parts of it

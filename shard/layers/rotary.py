@@ -21,6 +21,7 @@ import math
 import torch
 
 from headgate.kernels import ops
+from headgate.kernels.int8_cache import PagedCache
 from headgate.shard.errors import ModelError
 from headgate.shard.rope_config import RopeConfig
 
@@ -40,7 +41,7 @@ class RotaryEmbedding:
         k: torch.Tensor,
         v: torch.Tensor,
         positions: torch.Tensor,
-        kv: tuple[torch.Tensor, torch.Tensor],
+        kv: tuple[PagedCache, PagedCache],
         slot_mapping: torch.Tensor,
         norms: HeadNorms | None = None,
     ) -> torch.Tensor:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from headgate.kernels.int8_cache import PagedCache
 from headgate.shard.attention_metadata import AttentionMetadata
 from headgate.shard.layers.attention import Attention
 from headgate.shard.layers.embedding import VocabEmbedding, VocabHead
@@ -58,7 +59,7 @@ class DecoderLayer:
         x: torch.Tensor,
         residual: torch.Tensor | None,
         positions: torch.Tensor,
-        kv: tuple[torch.Tensor, torch.Tensor],
+        kv: tuple[PagedCache, PagedCache],
         attention: AttentionMetadata,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(the MLP's output, the sum of all before it); the next norm adds the two."""

@@ -11,8 +11,9 @@ import torch
 pytest.importorskip("triton")
 
 from headgate.kernels import reference
+from headgate.kernels.int8_cache import Int8Cache, PagedCache
 from headgate.kernels.triton import paged_attention as module
-from tests.kernels.paged_rows import Chunk, Row, make_step
+from tests.kernels.paged_rows import Chunk, Row, make_step, widened
 from tests.kernels.randoms import DTYPES, Randoms, assert_near
 
 # Heads, key/value heads, head dim: the embedded model's, MHA, MQA, groups that don't divide a tile.
@@ -45,7 +46,7 @@ def attend(
     window, cap, alibi = kind
     q, k_cache, v_cache, step = make_step(chunks, block_size, dtypes[1], seed=len(chunks))
     q = q.to(device, dtypes[0])
-    k_cache, v_cache = k_cache.to(device), v_cache.to(device)
+    k_cache, v_cache = on(device, k_cache), on(device, v_cache)
     step = replace(
         step,
         **{
@@ -58,27 +59,47 @@ def attend(
         slopes = torch.tensor([2.0 ** -(1 + head % 8) for head in range(q.shape[1])]).to(device)
     call = (step, 0.3, window, cap, slopes)
     out = module.paged_attention(q, k_cache, v_cache, *call)
-    return out, reference.paged_attention(q.float(), k_cache.float(), v_cache.float(), *call)
+    return out, reference.paged_attention(q.float(), widened(k_cache), widened(v_cache), *call)
+
+
+def on(device: str, cache: PagedCache) -> PagedCache:
+    if isinstance(cache, Int8Cache):
+        return Int8Cache(cache.values.to(device), cache.scales.to(device))
+    return cache.to(device)
 
 
 @pytest.mark.parametrize(
-    ("shape", "kind"),
-    [((9, 3, 24), KINDS[0]), ((5, 1, 32), KINDS[3]), ((6, 2, 16), KINDS[4])]
-    + [pytest.param(*case, marks=pytest.mark.exhaustive) for case in product(SHAPES, KINDS)],
+    ("shape", "kind", "kept"),
+    [
+        ((9, 3, 24), KINDS[0], torch.float32),
+        ((5, 1, 32), KINDS[3], torch.int8),
+        ((6, 2, 16), KINDS[4], torch.float32),
+        ((6, 2, 20), KINDS[0], torch.int8),
+    ]
+    + [
+        pytest.param(*case, marks=pytest.mark.exhaustive)
+        for case in product(SHAPES, KINDS, (torch.float32, torch.int8))
+    ],
     ids=str,
 )
 def test_ragged_rows_give_what_the_reference_gives(
-    randoms: Randoms, shape: tuple[int, int, int], kind: tuple[int, float, bool]
+    randoms: Randoms,
+    shape: tuple[int, int, int],
+    kind: tuple[int, float, bool],
+    kept: torch.dtype,
 ) -> None:
     chunks = [
         Chunk(row, end - count, end)
         for row, end, count in zip(random_rows(randoms, ENDS, shape), ENDS, COUNTS, strict=True)
     ]
-    out, wanted = attend(randoms.device, chunks, kind, block_size=16 if kind[0] else 7)
+    dtypes, block_size = (torch.float32, kept), 16 if kind[0] else 7
+    out, wanted = attend(randoms.device, chunks, kind, block_size, dtypes)
     assert_near(out, wanted, 4)
 
 
-@pytest.mark.parametrize("kept", [*DTYPES, torch.float8_e5m2, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize(
+    "kept", [*DTYPES, torch.float8_e5m2, torch.float8_e4m3fn, torch.int8], ids=str
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dtypes(randoms: Randoms, dtype: torch.dtype, kept: torch.dtype) -> None:
     one, other = random_rows(randoms, [80, 81], (6, 2, 64))
@@ -123,11 +144,17 @@ def test_large_scores_neither_overflow_nor_vanish(triton_device: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "shape", "kind"),
-    [(torch.float32, (6, 2, 24), KINDS[0])]
+    ("dtype", "kept", "shape", "kind"),
+    [
+        (torch.float32, torch.float32, (6, 2, 24), KINDS[0]),
+        (torch.bfloat16, torch.int8, (4, 2, 16), KINDS[0]),
+    ]
     + [
-        pytest.param(*case, marks=pytest.mark.exhaustive)
-        for case in product(DTYPES, [(9, 3, 64), (4, 1, 40)], [KINDS[0], KINDS[3], KINDS[4]])
+        pytest.param(*dtypes, *case, marks=pytest.mark.exhaustive)
+        for dtypes, case in product(
+            [*zip(DTYPES, DTYPES, strict=True), *((dtype, torch.int8) for dtype in DTYPES)],
+            product([(9, 3, 64), (4, 1, 40)], [KINDS[0], KINDS[3], KINDS[4]]),
+        )
     ],
     ids=str,
 )
@@ -135,6 +162,7 @@ def test_bits_depend_on_nothing_but_the_sequence(
     randoms: Randoms,
     monkeypatch: pytest.MonkeyPatch,
     dtype: torch.dtype,
+    kept: torch.dtype,
     shape: tuple[int, int, int],
     kind: tuple[int, float, bool],
 ) -> None:
@@ -143,7 +171,7 @@ def test_bits_depend_on_nothing_but_the_sequence(
 
     def run(chunks: list[Chunk], workspace: int, block_size: int = 16) -> torch.Tensor:
         monkeypatch.setattr(module, "_WORKSPACE", workspace)
-        return attend(randoms.device, chunks, kind, block_size, (dtype, dtype))[0]
+        return attend(randoms.device, chunks, kind, block_size, (dtype, kept))[0]
 
     whole = run([Chunk(row, 0, 140)], 0)
     for workspace in (0, 1 << 30):

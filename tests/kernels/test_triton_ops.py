@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
 from headgate.kernels import ops, reference, triton
-from tests.kernels.randoms import DTYPES, Randoms, assert_near
+from headgate.kernels.int8_cache import Int8Cache
+from tests.kernels.paged_rows import empty_cache
+from tests.kernels.randoms import DTYPES, TOLERANCE, Randoms, assert_near
 
 OPS = triton.OPS
 
@@ -146,6 +150,74 @@ def test_rotary(randoms: Randoms, dtype: torch.dtype, shape: tuple[int, int, int
         untouched = torch.ones(15, dtype=torch.bool, device=q.device)
         untouched[written] = False
         assert rows[untouched].isnan().all()
+
+
+def assert_same_int8(got: Int8Cache, wanted: Int8Cache) -> None:
+    """But for a number halfway between two, which a GPU's fused operations may round to either."""
+    torch.testing.assert_close(got.scales, wanted.scales, rtol=1e-6, atol=0, equal_nan=True)
+    apart = (got.values.int() - wanted.values.int()).abs()
+    assert apart.max() <= 1 and apart.float().mean() < 1e-3
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", ROTARY_SHAPES, ids=str)
+def test_into_an_int8_cache(
+    randoms: Randoms, dtype: torch.dtype, shape: tuple[int, int, int, int]
+) -> None:
+    """With rotation and without; heads of any size, with nothing in them, infinities and NaN."""
+    heads, kv_heads, dim, rotated = shape
+    fused = randoms(7, heads + 2 * kv_heads, dim, dtype=dtype)
+    fused *= torch.logspace(-4, 4, 7, device=fused.device).to(dtype)[:, None, None]
+    fused[1, -1] = 0
+    fused[2, -1, dim // 2], fused[3, -1, dim - 1] = torch.inf, torch.nan
+    q, k, v = fused.split((heads, kv_heads, kv_heads), dim=1)
+    positions, table = randoms.integers(0, 50, 7), randoms(50, rotated)
+    slots = torch.tensor([14, 0, 7, 3, -1, 9, 1], device=q.device)
+    there = slots >= 0
+    _, turned = OPS["rotary_embedding"](q.clone(), k.clone(), positions, table)
+
+    def caches() -> list[Any]:
+        return [empty_cache((5, 3, kv_heads, dim), torch.int8, q.device) for _ in "kv"]
+
+    wanted, got, unturned = caches(), caches(), caches()
+    reference.write_kv(turned[there], v[there], *wanted, slots[there])
+    OPS["write_kv"](turned, v, *unturned, slots)
+    OPS["rotary_and_write_kv"](q, k, v, positions, table, *got, slots)
+    for ours, also_ours, theirs in zip(got, unturned, wanted, strict=True):
+        read = ours[:].flatten(0, 1)
+        if theirs is wanted[1]:
+            assert not read[0, -1].any() and read[7, -1].isnan().all() and read[3, -1].isnan().all()
+            for cache in (ours, also_ours, theirs):  # which numbers are with a NaN is all the same
+                for slot in (7, 3):
+                    cache.values[slot // 3, slot % 3, -1] = 0
+        assert_same_int8(ours, theirs)
+        assert_same_int8(also_ours, theirs)
+        assert read[2].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_float16_cannot_hold_is_cut(randoms: Randoms, dtype: torch.dtype) -> None:
+    """No infinity gets into the cache; NaN does."""
+    k, v = randoms(3, 2, 16, dtype=dtype) * 3e4, randoms(3, 2, 16, dtype=dtype) * 3e4
+    k[0, 0, :3] = v[0, 0, :3] = torch.tensor([torch.inf, -torch.inf, torch.nan])
+    slots, positions = torch.arange(3, device=k.device), torch.zeros(3, dtype=torch.int64)
+    table = torch.ones(1, 16, device=k.device)  # sums and differences: beyond float16's range
+    calls = {
+        "write_kv": lambda ops, caches: ops["write_kv"](k, v, *caches, slots),
+        "rotary_and_write_kv": lambda ops, caches: ops["rotary_and_write_kv"](
+            k.clone(), k.clone(), v, positions.to(k.device), table, *caches, slots
+        ),
+    }
+    for call in calls.values():
+        written = []
+        for ops_of in (OPS, reference.OPS):
+            caches = [torch.zeros(1, 3, 2, 16, device=k.device).half() for _ in "kv"]
+            call(ops_of, caches)
+            written.append(torch.stack(caches))
+        got, wanted = written
+        assert not got.isinf().any() and not wanted.isinf().any()
+        assert (wanted.abs() == 65504).any() and wanted.isnan().any()
+        torch.testing.assert_close(got, wanted, rtol=TOLERANCE[dtype], atol=1, equal_nan=True)
 
 
 @pytest.mark.parametrize("kept", [*DTYPES, torch.float8_e4m3fn, torch.float8_e5m2], ids=str)

@@ -30,8 +30,8 @@ class PagedRows:
         )
         self._model = model
         self._cache = KVCache(layout, num_blocks)
-        for tensors in self._cache.layers:
-            for tensor in tensors:
+        for tensor in self._cache.tensors:
+            if tensor.is_floating_point():
                 tensor.fill_(float("nan"))  # what a row may not see must not reach it
         generator = torch.Generator().manual_seed(7)
         order = torch.randperm(num_blocks, generator=generator)

@@ -113,6 +113,7 @@ def test_kv_bytes_follow_the_heads(shards: int, largest: int, everyone: int) -> 
     head = 2 * 30 * 64 * 4
     assert kv_bytes_per_token(SMALL, shards, "float32") == (largest * head, everyone * head)
     assert kv_bytes_per_token(SMALL, shards, "bfloat16")[0] == largest * head // 2
+    assert kv_bytes_per_token(SMALL, shards, "int8")[1] == everyone * 2 * 30 * (64 + 4)
 
 
 def test_medium_precision_is_for_bfloat16_weights_on_a_cpu() -> None:

@@ -87,11 +87,11 @@ def test_a_replayed_step_allocates_nothing_and_waits_for_nothing(made: Any) -> N
     assert watch.names <= views | {"aten::copy_", "aten::fill_.Scalar", "aten::zero_"}
 
 
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
-def test_a_model_with_a_float8_cache_gives_what_the_reference_gives(
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8], ids=str)
+def test_a_model_with_a_narrow_cache_gives_what_the_reference_gives(
     made: Any, dtype: torch.dtype
 ) -> None:
-    """But for the write: the interpreter rounds to float8 wrongly now and then."""
+    """But for float8's write: the interpreter rounds to float8 wrongly now and then."""
     model, _, _, layout = made
     narrow = replace(layout, dtype=dtype)
     kinds = (("triton", narrow), ("reference", narrow), ("reference", layout))
@@ -102,12 +102,13 @@ def test_a_model_with_a_float8_cache_gives_what_the_reference_gives(
         states = []
         for (backend, _), cache in zip(kinds, caches, strict=True):
             ops.use(backend)
-            ops._table["rotary_and_write_kv"] = reference.rotary_and_write_kv
+            if dtype != torch.int8:
+                ops._table["rotary_and_write_kv"] = reference.rotary_and_write_kv
             with torch.inference_mode():
                 states.append(model.forward(step.input_ids, step.positions, cache, step.attention))
         ours, theirs, exact = states
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-        assert (theirs - exact).abs().mean() > 1e-2
+        assert (theirs - exact).abs().mean() > 1e-3
 
 
 def test_graphs_unused_for_longest_are_dropped(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:

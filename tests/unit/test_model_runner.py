@@ -444,7 +444,9 @@ def test_keys_and_values_in_fewer_bits(tiny_llama: Path, backend: str) -> None:
         # A few times what rounding does to one value.
         for name, dtype in KV_DTYPES.items():
             error = (logits(name) - expected).abs().max() / expected.abs().max()
-            assert error <= 3 * torch.finfo(dtype).eps, name
+            # int8: of a head's largest, twice the others' size.
+            step = 2 / 127 if dtype == torch.int8 else torch.finfo(dtype).eps
+            assert error <= 3 * step, name
             assert name == "float32" or error > 0
     finally:
         ops.use(before)
@@ -461,3 +463,19 @@ def test_blocks_take_memory_only_once_written() -> None:
     narrow.layers[1][0][2] = 1.5
     narrow.copy_blocks(torch.tensor([2, 4]), torch.tensor([4, 2]))
     assert (narrow.data[1, 0, 4].float() == 1.5).all() and not narrow.data[:, :, 2].float().any()
+
+
+def test_a_copied_block_has_its_scales() -> None:
+    layout = KVCacheLayout(2, 4, 3, 8, torch.int8)
+    cache = KVCache(layout, 5)
+    assert layout.bytes_per_block == 2 * 2 * 4 * 3 * (8 + 4)
+    assert cache.num_bytes == sum(tensor.nbytes for tensor in cache.tensors)
+    for layer in cache.layers:
+        for kept in layer:
+            kept.store(1 + torch.rand(4, 3, 8), torch.arange(8, 12))  # block 2
+    written = [[kept[:][2] for kept in layer] for layer in cache.layers]
+    cache.copy_blocks(torch.tensor([2, 4]), torch.tensor([4, 2]))
+    for layer, before in zip(cache.layers, written, strict=True):
+        for kept, block in zip(layer, before, strict=True):
+            assert block.all() and torch.equal(kept[:][4], block)
+            assert not kept[:][2].any()
