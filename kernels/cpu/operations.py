@@ -183,11 +183,11 @@ def rotary_and_write_kv(
     norms: tuple[torch.Tensor, torch.Tensor, float] | None = None,
 ) -> torch.Tensor:
     """In place."""
-    code = _cache_code(k_cache, v_cache)
+    caches = _caches(k_cache, v_cache)
     indices, weights = (positions, slot_mapping), norms[:2] if norms else ()
     plain = all(index.is_contiguous() and index.dtype == torch.int64 for index in indices)
     rows = all(map(is_rows, (q, k, v, cos_sin, *weights))) and cos_sin.is_contiguous()
-    if code is None or not (plain and rows):
+    if caches is None or not (plain and rows):
         return reference.rotary_and_write_kv(
             q, k, v, positions, cos_sin, k_cache, v_cache, slot_mapping, norms
         )
@@ -208,9 +208,7 @@ def rotary_and_write_kv(
         positions.data_ptr(),
         cos_sin.data_ptr(),
         cos_sin.shape[1],
-        k_cache.data_ptr(),
-        v_cache.data_ptr(),
-        code,
+        *caches,
         slot_mapping.data_ptr(),
         len(q),
         q.shape[1],
@@ -220,13 +218,15 @@ def rotary_and_write_kv(
     return q
 
 
-def _cache_code(k_cache: PagedCache, v_cache: PagedCache) -> int | None:
-    """The C++ name of the caches' dtype; None where it takes no such caches."""
+def _caches(k_cache: PagedCache, v_cache: PagedCache) -> tuple[int, int, int] | None:
+    """What the C++ takes for a layer's caches; None where it takes no such caches."""
     if isinstance(k_cache, Int8Cache) or isinstance(v_cache, Int8Cache):
         return None
-    if not (k_cache.is_contiguous() and v_cache.is_contiguous() and k_cache.dtype == v_cache.dtype):
+    code = DTYPES.get(k_cache.dtype)
+    contiguous = k_cache.is_contiguous() and v_cache.is_contiguous()
+    if code is None or not contiguous or k_cache.dtype != v_cache.dtype:
         return None
-    return DTYPES.get(k_cache.dtype)
+    return k_cache.data_ptr(), v_cache.data_ptr(), code
 
 
 def write_kv(
@@ -236,9 +236,9 @@ def write_kv(
     v_cache: PagedCache,
     slot_mapping: torch.Tensor,
 ) -> None:
-    code = _cache_code(k_cache, v_cache)
+    caches = _caches(k_cache, v_cache)
     plain = slot_mapping.is_contiguous() and slot_mapping.dtype == torch.int64
-    if code is None or not (plain and is_rows(k) and is_rows(v)):
+    if caches is None or not (plain and is_rows(k) and is_rows(v)):
         reference.write_kv(k, v, k_cache, v_cache, slot_mapping)
         return
     call(
@@ -249,9 +249,7 @@ def write_kv(
         v.data_ptr(),
         v.stride(0),
         v.stride(1),
-        k_cache.data_ptr(),
-        v_cache.data_ptr(),
-        code,
+        *caches,
         slot_mapping.data_ptr(),
         slot_mapping.shape[0],
         k.shape[1],
@@ -269,12 +267,12 @@ def paged_attention(
     soft_cap: float,
     alibi_slopes: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    code = _cache_code(k_cache, v_cache)
+    caches = _caches(k_cache, v_cache)
     _, heads, dim = q.shape
     tables = attention.block_tables
     plain = tables.stride(-1) == 1 and tables.dtype == torch.int32
     taken = plain and is_rows(q) and dim <= _MAX_HEAD_DIM and alibi_slopes is None
-    if code is None or not taken:
+    if caches is None or not taken:
         return reference.paged_attention(
             q, k_cache, v_cache, attention, scale, window, soft_cap, alibi_slopes
         )
@@ -284,9 +282,7 @@ def paged_attention(
         q.data_ptr(),
         q.stride(0),
         q.stride(1),
-        k_cache.data_ptr(),
-        v_cache.data_ptr(),
-        code,
+        *caches,
         attention.cu_query_lens.data_ptr(),
         attention.context_lens.data_ptr(),
         tables.data_ptr(),
