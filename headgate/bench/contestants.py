@@ -115,7 +115,8 @@ def _openvino(python: str, folder: Path, kind: str, model_path: str) -> Contesta
 
 def _llama_cpp(program: str, file: Path, kind: str) -> Contestant:
     def command(port: int) -> list[str]:
-        flags = ["--parallel", "32", "--cont-batching", "-c", "32768", "--no-webui"]
+        threads = str(len(os.sched_getaffinity(0)))  # its own default counts physical cores
+        flags = ["-t", threads, "--parallel", "32", "--cont-batching", "-c", "32768", "--no-webui"]
         return [program, "-m", str(file), "--host", "127.0.0.1", "--port", str(port), *flags]
 
     return Contestant("llama.cpp", kind, command)
