@@ -35,9 +35,20 @@ def reference_kernels() -> Iterator[None]:
 
 
 @pytest.fixture
-def unwatched_triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Triton's kernels in use; what they do is the device's doing."""
+def triton_kernels() -> Iterator[None]:
+    """Operations are Triton's during the test, by the interpreter where there is no GPU."""
+    pytest.importorskip("triton")
     from headgate.kernels import ops
+
+    before = ops.active()
+    ops.use("triton")
+    yield
+    ops.use(before)
+
+
+@pytest.fixture
+def unwatched_triton(triton_kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's kernels in use; what they do is the device's doing."""
     from tests.unit.fake_device import Unwatched
 
     interpreter = pytest.importorskip("triton.runtime.interpreter")
@@ -48,7 +59,3 @@ def unwatched_triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             return run(*args, **kwargs)
 
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", unwatched)
-    before = ops.active()
-    ops.use("triton")
-    yield
-    ops.use(before)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,15 +18,8 @@ from headgate.shard.models.registry import load_model
 from headgate.shard.trial_steps import TrialSteps
 from tests.unit.fake_device import FakeDevice, Watch
 
-
-@pytest.fixture(autouse=True)
-def triton_kernels() -> Iterator[None]:
-    """They know that padding writes nowhere."""
-    pytest.importorskip("triton")
-    before = ops.active()
-    ops.use("triton")
-    yield
-    ops.use(before)
+# Triton's kernels know that padding writes nowhere.
+pytestmark = pytest.mark.usefixtures("triton_kernels")
 
 
 @pytest.fixture

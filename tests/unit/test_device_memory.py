@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from headgate.kernels import ops
 from headgate.shard import warmup
 from headgate.shard.config import ShardIdentity
 from headgate.shard.distributed import single_group
@@ -19,14 +17,7 @@ from headgate.shard.models.registry import load_model
 from tests.unit.fake_device import FakeDevice
 from tests.unit.fake_model import FakeModel, shard_config
 
-
-@pytest.fixture(autouse=True)
-def triton_kernels() -> Iterator[None]:
-    pytest.importorskip("triton")
-    before = ops.active()
-    ops.use("triton")
-    yield
-    ops.use(before)
+pytestmark = pytest.mark.usefixtures("triton_kernels")
 
 
 def runner_on(device: FakeDevice, model: Any = None, **config: Any) -> ModelRunner:
