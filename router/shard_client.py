@@ -226,7 +226,13 @@ class ShardedClient:
                 task.cancel()
         # Where one shard is silent, the others stall for its sake.
         silent = next((watch for watch in watches if watch.silent_since is not None), None)
-        return silent.no_heartbeat() if silent is not None else done.pop().result()
+        if silent is not None:
+            return silent.no_heartbeat()
+        # GPUs that wait for each other's tensors stand still together: all are told.
+        verdict = done.pop().result()
+        stalled = ", ".join(str(watch.rank) for watch in watches if watch.stalled)
+        alike = f" (shards {stalled} alike)" if "," in stalled else ""
+        return GroupBroken(verdict.rank, verdict.reason + alike)
 
     async def close(self) -> None:
         await asyncio.gather(*(client.close() for client in self._clients))
@@ -276,6 +282,15 @@ class RankWatch:
             verdict = await self._ask()
             if verdict is not None:
                 return verdict
+
+    @property
+    def rank(self) -> int:
+        return self._client.rank
+
+    @property
+    def stalled(self) -> bool:
+        """Whether it is busy and has made no progress lately."""
+        return self._stalled_since is not None
 
     def no_heartbeat(self) -> GroupBroken:
         return GroupBroken(self._client.rank, f"no heartbeat for {self._timeout:g} s")

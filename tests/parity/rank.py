@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from headgate.kernels import ops
-from headgate.shard.distributed import Group, init_group
+from headgate.shard.distributed import Group, ProcessGroup, init_group
 from headgate.shard.kv_cache import KVCacheLayout
 from headgate.shard.models.base import CausalLM
 from headgate.shard.models.registry import load_model
@@ -83,6 +83,9 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO)
     checkpoints, output = Path(sys.argv[1]), Path(sys.argv[2])
     group = init_group("cpu", timeout=60)
+    # As on GPUs: ranks' parts are gathered, and added by the norm that reads them.
+    gathering = ProcessGroup(group.rank, group.world_size, gathers=True)
+    groups = {"reference": gathering if group.world_size > 1 else group, "cpu": group}
     results: dict[tuple[str, str], torch.Tensor | str | None] = {}
     by_name = {case.name: case for case in CASES}
     work = [(case, "") for case in CASES] + [(by_name[name], kind) for name, kind in QUANTISED]
@@ -92,7 +95,7 @@ def main() -> None:
             tolerance = QUANTISED_TOLERANCE[kernels] if kind else TOLERANCE
             key = kernels, f"{case.name} {kind}".strip()
             try:
-                results[key] = run_case(case, checkpoints, group, kind, tolerance)
+                results[key] = run_case(case, checkpoints, groups[kernels], kind, tolerance)
             except AssertionError as error:
                 results[key] = str(error)
     if group.rank == 0:

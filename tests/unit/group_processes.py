@@ -12,10 +12,11 @@ REPOSITORY = Path(__file__).parents[2]
 TIMEOUT = 120  # seconds
 
 
-def outputs_of(module: str, world_size: int) -> list[str]:
+def outputs_of(module: str, world_size: int, **environment_of_all: str) -> list[str]:
     """What `python -m module` printed as each rank, once all have ended."""
     environment = {
         **os.environ,
+        **environment_of_all,
         "WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
