@@ -4,7 +4,9 @@ The only place that asks what hardware this is. Callers write `ops.rms_norm(x, w
 never learn which implementation ran. What each operation means, its shapes and its dtypes, is said
 in `headgate.kernels.reference`. A back end is a module with `available() -> bool` and
 `OPS: dict[str, Callable]` holding the operations it has; the reference does the rest, but for the
-few in OPTIONAL: whoever uses those asks `optional` first, and has another way. `rms_norm_linear`
+few in OPTIONAL: whoever uses those asks `optional` first, and has another way. A back end that can
+give a row the same bits whatever is in the batch has `BATCH_INVARIANT`, with the operations that
+then take the place of those in OPS. `rms_norm_linear`
 and `gated_linear` are made of other operations here, where the back end does not have them as one.
 """
 
@@ -47,10 +49,11 @@ class BackendUnavailable(RuntimeError):
     """The back end asked for is not built or does not run on this machine."""
 
 
-def use(name: str = "", device: str = "cpu") -> str:
+def use(name: str = "", device: str = "cpu", *, batch_invariant: bool = False) -> str:
     """Fills the table from back end `name` ("" = the best there is for `device`); returns its name.
 
-    Raises BackendUnavailable when a back end asked for by name cannot run here.
+    batch_invariant: a row's bits must not depend on the rows beside it, at whatever cost. Raises
+    BackendUnavailable when a back end asked for by name cannot run here, or none can do that.
     """
     global _active
     if name and name not in BACKENDS:
@@ -65,6 +68,15 @@ def use(name: str = "", device: str = "cpu") -> str:
     _table.clear()
     _table.update({**reference.OPS, **(offered or {})})
     _active = wanted if offered is not None else "reference"
+    if batch_invariant:
+        module = sys.modules.get(f"headgate.kernels.{_active}")
+        invariant = getattr(module, "BATCH_INVARIANT", None)
+        if invariant is None:
+            raise BackendUnavailable(
+                f"--batch-invariant: products of the {_active!r} kernels depend on the number of "
+                "rows, those of cpu and triton need not"
+            )
+        _table.update(invariant)
     return _active
 
 

@@ -32,6 +32,7 @@ def shard_config(
         "matmul_precision": sizes.matmul_precision,
         "device": sizes.device,
         "kernels": "" if config.kernels == "auto" else config.kernels,
+        "batch_invariant": config.batch_invariant,
         "cuda_graphs": config.cuda_graphs,
         "num_threads": sizes.threads_per_shard,
         "block_size": sizes.block_size,

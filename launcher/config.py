@@ -49,6 +49,7 @@ class LauncherConfig:
     num_shard: int | None
     threads_per_shard: int | None
     kernels: str
+    batch_invariant: bool
     cuda_graphs: str
     cuda_memory_fraction: float
     shard_uds_path: str

@@ -36,6 +36,15 @@ SHARDS = (
         own=True,
     ),
     Flag(
+        "batch-invariant",
+        Kind.SWITCH,
+        "What else is in the batch never changes the bits of an answer, on a GPU either: weights "
+        "that are not quantised are multiplied by Triton's kernel instead of cuBLAS, which may "
+        "take longer. On a CPU it never does.",
+        default=False,
+        own=True,
+    ),
+    Flag(
         "cuda-memory-fraction",
         Kind.NUMBER,
         "Share of each GPU's memory that a shard may use.",

@@ -119,7 +119,7 @@ def _load(config: ShardConfig, identity: ShardIdentity) -> Runner:
     if config.device == "cuda":
         _take_gpu(config, identity)
     group = init_group(config.device, config.process_group_timeout)
-    kernels = ops.use(config.kernels, config.device)
+    kernels = ops.use(config.kernels, config.device, batch_invariant=config.batch_invariant)
     started = time.monotonic()
     try:
         model = load_model(

@@ -42,6 +42,7 @@ class ShardConfig:
     kernels: str = ""  # "": the best for the device
     cuda_graphs: str = ""  # batch sizes to capture, "1,2,4"; "": those that occur; "0": none
     quantize: str = ""  # a kind of headgate.kernels.quantised; "": none
+    batch_invariant: bool = False  # a row's bits don't depend on the batch, at whatever cost
     matmul_precision: str = "highest"  # "medium": products' inputs are rounded to bfloat16
     block_size: int = 16  # positions per KV block
     num_blocks: int = 0  # 0: as many as fit, found out at warm-up (cuda)

@@ -280,14 +280,17 @@ def measure(
     batches: Sequence[int],
     context: int,
     bandwidth: float,
-    steps: int = _STEPS + _WARM_STEPS,
+    steps: int,
 ) -> Iterator[dict[str, Any]]:
-    """A record for each batch. The cache must be allocated."""
+    """A record for each batch. The cache must be allocated. Raises RuntimeError where a step does
+    not give every row a token, whose time would mean nothing."""
     for batch in batches:
         rows, warm = make_rows(batch, context, steps), min(_WARM_STEPS, steps // 2)
         ends = []
-        for _ in begun_ahead(runner, _plans(rows, steps)):
+        for tokens in begun_ahead(runner, _plans(rows, steps)):
             ends.append(time.perf_counter())
+            if len(tokens) != batch:
+                raise RuntimeError(f"a step of {batch} rows gave {len(tokens)} tokens")
         seconds = (ends[-2] - ends[warm - 1]) / (len(ends) - 1 - warm)
         needed = bytes_of_step(
             runner.model, batch, context + steps // 2, runner.kv_layout.bytes_per_block
@@ -338,11 +341,11 @@ def write(content: dict[str, Any], docs: Path) -> None:
     (docs / "gpu.md").write_text(text + section(content), encoding="utf-8")
 
 
-def time_steps(name: str) -> None:
-    device = CudaDevice()
+def time_steps(name: str, device: Device, config: dict[str, Any]) -> None:
+    """Writes the figures. config: fields of ShardConfig; kernels must be chosen before."""
     memory = device.memory()
     shape = LARGE if memory.free > _LARGE_BYTES else SMALL
-    runner = make_runner(shape, device, {})
+    runner = make_runner(shape, device, config)
     if not isinstance(runner.recorded, GraphedModel):
         raise SystemExit("steps are not captured as graphs here")
     block = runner.kv_layout.bytes_per_block
@@ -352,9 +355,9 @@ def time_steps(name: str) -> None:
         context //= 2
     needed = -(-(context + _STEPS + _WARM_STEPS) // _BLOCK) * max(_BATCHES)
     runner.allocate(needed)
-    bandwidth, source = bandwidth_of(name, "cuda")
+    bandwidth, source = bandwidth_of(name, runner.config.device)
     records = []
-    for record in measure(runner, _BATCHES, context, bandwidth):
+    for record in measure(runner, _BATCHES, context, bandwidth, _STEPS + _WARM_STEPS):
         print(json.dumps(record), flush=True)
         records.append(record)
     content = {"gpu": name, "model": shape.name, "bandwidth": bandwidth, "bandwidth_from": source}
@@ -372,7 +375,7 @@ def main() -> int:
         return 2
     ops.use("triton", "cuda")
     if options.command == "time":
-        time_steps(name)
+        time_steps(name, CudaDevice(), {})
         return 0
     problems = check(CudaDevice(), {}, _no_synchronisation, make_rows(5, 40, 8))
     problems += check_nccl()

@@ -7,12 +7,17 @@ other too, but for norms and softmax sums, which follow the vectors' width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from headgate.kernels.cpu import library
 from headgate.kernels.cpu.operations import OPS
 
-__all__ = ["OPS", "available", "can_record", "set_num_threads"]
+__all__ = ["BATCH_INVARIANT", "OPS", "available", "can_record", "set_num_threads"]
+
+BATCH_INVARIANT: dict[str, Callable[..., Any]] = {}  # OPS are so already
 
 
 def available() -> bool:

@@ -17,6 +17,7 @@ from headgate.kernels.triton import (
     grouped_linear,
     layer_norm,
     linear,
+    linear_dense,
     linear_fp8,
     linear_int4,
     linear_int8,
@@ -31,7 +32,7 @@ from headgate.kernels.triton import (
 )
 from headgate.kernels.triton.launch import INTERPRETED
 
-__all__ = ["OPS", "available"]
+__all__ = ["BATCH_INVARIANT", "OPS", "available"]
 
 
 def available() -> bool:
@@ -64,3 +65,6 @@ OPS: dict[str, Callable[..., Any]] = {
         logprobs.token_logprobs,
     )
 }
+
+# What takes the place of OPS's with `--batch-invariant`.
+BATCH_INVARIANT: dict[str, Callable[..., Any]] = {"linear": linear_dense.linear}

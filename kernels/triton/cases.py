@@ -17,13 +17,14 @@ import torch
 from headgate.kernels import triton as kernels
 from headgate.kernels.int4_weight import Int4Weight
 from headgate.kernels.int8_cache import SCALE_BYTES, Int8Cache, PagedCache
-from headgate.kernels.quantised import KINDS, QuantKind
+from headgate.kernels.quantised import KINDS, QuantisedTensor, QuantKind
 from headgate.kernels.reference_products import FP8, FP8_BLOCK
 from headgate.kernels.sampled_rows import MaskedRows, PenalisedRows, RowsToSample
+from headgate.kernels.triton import linear
 from headgate.kernels.triton.linear_int8 import PackedQuantised
 
-CHIPS = ("sm_80", "sm_90", "sm_100")  # whose kernels are compiled for the report
-FP8_CHIPS = ("sm_90", "sm_100")
+CHIPS = ("sm_80", "sm_89", "sm_90", "sm_100")  # whose kernels are compiled for the report
+FP8_CHIPS = ("sm_89", "sm_90", "sm_100")
 
 _BLOCK_SIZE = 16
 _GROUP = 128  # of int4 checkpoints
@@ -45,11 +46,12 @@ class ModelShape:
     vocabulary: int
     qk_norm: bool = False
     experts: int = 0  # of which each token takes 2
+    ranks: int = 1
 
 
 MODELS = (
     ModelShape("Llama-3-8B", 4096, 14336, 32, 8, 128, 128256),
-    ModelShape("Llama-3-70B / 8", 8192, 3584, 8, 1, 128, 16032),
+    ModelShape("Llama-3-70B / 8", 8192, 3584, 8, 1, 128, 16032, ranks=8),
     ModelShape("Qwen3-0.6B", 1024, 3072, 16, 8, 128, 151936, qk_norm=True),
     ModelShape("Mixtral-8x7B", 4096, 14336, 32, 8, 128, 32000, experts=8),
 )
@@ -83,9 +85,13 @@ class Maker:
             return torch.empty(shape, dtype=dtype, device="meta")
         return torch.randn(shape, device=self.device).to(dtype)
 
-    def filled(self, dtype: torch.dtype, *shape: int) -> torch.Tensor:
-        """Any values that fit: no product's time depends on them."""
-        return torch.ones(shape, device=self.device).to(dtype)
+    def scales(self, *shape: int, dtype: torch.dtype = DTYPE) -> torch.Tensor:
+        """Positive numbers around 1."""
+        return self.normal(*shape, dtype=torch.float32).abs().add(0.5).to(dtype)
+
+    def whole(self, low: int, high: int, *shape: int, dtype: torch.dtype) -> torch.Tensor:
+        """Whole numbers in [low, high)."""
+        return torch.randint(low, high, shape, device=self.device, dtype=dtype)
 
     def integers(self, values: torch.Tensor, dtype: torch.dtype = torch.int64) -> torch.Tensor:
         return values.to(dtype).to(self.device)
@@ -120,12 +126,14 @@ def token_cases(model: ModelShape, step: StepShape) -> Iterator[Case]:
     tokens, width, inner = step.tokens, model.hidden, model.intermediate
     row = tokens * width * DTYPE.itemsize
 
-    def norm(maker: Maker, residual: bool) -> Callable[[], Any]:
+    def norm(maker: Maker) -> Callable[[], Any]:
         x, weight = maker.normal(tokens, width), maker.normal(width)
-        if residual:
-            beside = maker.normal(tokens, width)
-            return lambda: kernels.OPS["rms_norm_residual"](x, beside, weight, 1e-5)
         return lambda: kernels.OPS["rms_norm"](x, weight, 1e-5)
+
+    def residual_norm(maker: Maker, *parts: int) -> Callable[[], Any]:
+        x, weight = maker.normal(*parts, tokens, width), maker.normal(width)
+        beside = maker.normal(tokens, width)
+        return lambda: kernels.OPS["rms_norm_residual"](x, beside, weight, 1e-5)
 
     def head_norm(maker: Maker) -> Callable[[], Any]:
         fused = maker.normal(tokens, model.heads + 2 * model.kv_heads, model.dim)
@@ -147,8 +155,8 @@ def token_cases(model: ModelShape, step: StepShape) -> Iterator[Case]:
 
     gate_bytes = 3 * tokens * inner * DTYPE.itemsize
     listed = [
-        ("rms_norm", lambda maker: norm(maker, False), 2 * row, 4 * tokens * width),
-        ("rms_norm_residual", lambda maker: norm(maker, True), 4 * row, 5 * tokens * width),
+        ("rms_norm", norm, 2 * row, 4 * tokens * width),
+        ("rms_norm_residual", residual_norm, 4 * row, 5 * tokens * width),
         ("layer_norm", layer_norm, 2 * row, 6 * tokens * width),
         ("silu_and_mul", lambda maker: gate(maker, "silu_and_mul"), gate_bytes, 5 * tokens * inner),
         (
@@ -162,6 +170,15 @@ def token_cases(model: ModelShape, step: StepShape) -> Iterator[Case]:
     if model.qk_norm:
         heads = tokens * model.heads * model.dim
         listed.append(("rms_norm of heads", head_norm, 2 * heads * DTYPE.itemsize, 4 * heads))
+    if model.ranks > 1:
+        listed.append(
+            (
+                "rms_norm_residual of parts",
+                lambda maker: residual_norm(maker, model.ranks),
+                (3 + model.ranks) * row,
+                (4 + model.ranks) * tokens * width,
+            )
+        )
     for op, make, nbytes, operations in listed:
         yield Case(op, model.name, step.name, make, nbytes, operations)
 
@@ -184,8 +201,8 @@ def _cached_cases(model: ModelShape, step: StepShape, kept: torch.dtype) -> Iter
         if not int8:
             return maker.normal(*shape)
         blocks, block_size, *_ = shape
-        scales = maker.filled(torch.float32, blocks, kv_heads, block_size)
-        return Int8Cache(maker.filled(kept, *shape), scales)
+        scales = maker.scales(blocks, kv_heads, block_size, dtype=torch.float32) / 64  # keys near 1
+        return Int8Cache(maker.whole(-127, 128, *shape, dtype=kept), scales)
 
     def made(maker: Maker) -> tuple[torch.Tensor, tuple[PagedCache, PagedCache], Any]:
         blocks = -(-step.context // _BLOCK_SIZE)
@@ -241,7 +258,7 @@ def _cached_cases(model: ModelShape, step: StepShape, kept: torch.dtype) -> Iter
 
 
 def product_cases(model: ModelShape, step: StepShape) -> Iterator[Case]:
-    """Linear layers with quantised weights, at the shape of gate and up."""
+    """Linear layers, at the shape of gate and up."""
     tokens, width, inner = step.tokens, 2 * model.intermediate, model.hidden
 
     def bytes_of(kind: QuantKind) -> float:
@@ -250,34 +267,36 @@ def product_cases(model: ModelShape, step: StepShape) -> Iterator[Case]:
 
     def quantised(maker: Maker, kind: QuantKind) -> Callable[[], Any]:
         groups = inner // kind.group
-        if kind.offset:
-            values = maker.filled(torch.uint8, width, inner // 2)
-        else:
-            values = maker.filled(torch.int8, width, inner)
-        scales = maker.filled(torch.bfloat16, groups, width)
-        weight = PackedQuantised(kind, inner, values, scales, scales if kind.offset else None)
+        low, high = (0, 16) if kind.offset else (-127, 128)
+        values = maker.whole(low, high, width, groups, kind.group, dtype=torch.int8)
+        scales = maker.scales(width, groups)
+        quantised = QuantisedTensor(kind, inner, values, scales, -scales if kind.offset else None)
+        weight: Any = quantised  # as the reference takes it
+        if kernels.OPS["linear"] is linear.linear:
+            weight = PackedQuantised.of(quantised)
         x = maker.normal(tokens, inner)
         return lambda: kernels.OPS["linear"](x, weight, None)
 
+    def dense(maker: Maker) -> Callable[[], Any]:
+        weight, x = maker.normal(width, inner), maker.normal(tokens, inner)
+        return lambda: kernels.BATCH_INVARIANT["linear"](x, weight, None)
+
     def int8(maker: Maker) -> Callable[[], Any]:
-        weight, x = maker.filled(torch.int8, width, inner), maker.normal(tokens, inner)
-        scales = maker.filled(torch.float32, width)
+        weight = maker.whole(-127, 128, width, inner, dtype=torch.int8)
+        x, scales = maker.normal(tokens, inner), maker.scales(width, dtype=torch.float32)
         return lambda: kernels.OPS["linear_int8"](x, weight, scales, None)
 
     def fp8(maker: Maker, *scaled: int) -> Callable[[], Any]:
-        weight, x = maker.filled(FP8, width, inner), maker.normal(tokens, inner)
-        scales = maker.filled(torch.float32, *scaled)
+        weight, x = maker.normal(width, inner, dtype=FP8), maker.normal(tokens, inner)
+        scales = maker.scales(*scaled, dtype=torch.float32)
         return lambda: kernels.OPS["linear_fp8"](x, weight, scales, None)
 
     def int4(maker: Maker, awq: bool) -> Callable[[], Any]:
         packed = (inner, width // 8) if awq else (inner // 8, width)
-        weight = Int4Weight(
-            "awq" if awq else "gptq",
-            maker.filled(torch.int32, *packed),
-            maker.filled(torch.int32, inner // _GROUP, width // 8),
-            maker.filled(DTYPE, inner // _GROUP, width),
-            _GROUP,
-        )
+        zeros = (inner // _GROUP, width // 8)
+        words = partial(maker.whole, -(2**31), 2**31, dtype=torch.int32)
+        scales = maker.scales(inner // _GROUP, width)
+        weight = Int4Weight("awq" if awq else "gptq", words(*packed), words(*zeros), scales, _GROUP)
         x = maker.normal(tokens, inner)
         return lambda: kernels.OPS["linear_int4"](x, weight, None)
 
@@ -288,6 +307,7 @@ def product_cases(model: ModelShape, step: StepShape) -> Iterator[Case]:
             (f"linear {kind.name}", partial(quantised, kind=kind), values * bytes_of(kind))
             for kind in KINDS.values()
         ),
+        ("linear, batch-invariant", dense, values * DTYPE.itemsize),
         ("linear_int8", int8, values),
         ("linear_fp8, a tensor's scale", lambda maker: fp8(maker, 1), values),
         ("linear_fp8, channels", lambda maker: fp8(maker, width), values),
@@ -310,7 +330,7 @@ def grouped_cases(model: ModelShape, step: StepShape) -> Iterator[Case]:
         x, y = maker.normal(tokens, width), maker.normal(tokens, width)
         a, b = maker.normal(_ADAPTERS, _RANK, width), maker.normal(_ADAPTERS, width, _RANK)
         slots = maker.integers(torch.arange(tokens) % _ADAPTERS, torch.int32)
-        scaling = maker.filled(torch.float32, _ADAPTERS)
+        scaling = maker.scales(_ADAPTERS, dtype=torch.float32)
         return lambda: kernels.OPS["add_lora"](y, x, slots, a, b, scaling)
 
     def route(maker: Maker) -> Callable[[], Any]:
@@ -321,7 +341,7 @@ def grouped_cases(model: ModelShape, step: StepShape) -> Iterator[Case]:
         x = maker.normal(tokens, width)
         numbers = torch.arange(tokens * _TOP_K) % model.experts
         experts = maker.integers(numbers.view(tokens, _TOP_K), torch.int32)
-        weights = maker.filled(torch.float32, tokens, _TOP_K)
+        weights = maker.scales(tokens, _TOP_K, dtype=torch.float32)
         gate_up = maker.normal(model.experts, 2 * inner, width)
         down = maker.normal(model.experts, width, inner)
         return lambda: kernels.OPS["moe_mlp"](x, experts, weights, gate_up, down)

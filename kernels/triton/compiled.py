@@ -20,8 +20,27 @@ from triton.compiler import ASTSource
 
 from headgate.kernels.triton.launch import Launch
 
-# Shared memory that one program may have, in bytes.
-SHARED_LIMIT = {"sm_80": 163 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}
+_REGISTERS = 64 << 10  # of a processor; a thread's are given out by eights
+_PROGRAMS_SHARED = 1 << 10  # bytes of shared memory that each program takes beside its own
+_LEAST_WARPS = 8  # of a processor: two for each scheduler, one of which waits for memory
+
+
+@dataclass(frozen=True, slots=True)
+class Processor:
+    """What the programs on one streaming multiprocessor share."""
+
+    shared: int  # bytes
+    warps: int
+    programs: int
+
+
+# CUDA C++ Programming Guide, technical specifications per compute capability.
+PROCESSORS = {
+    "sm_80": Processor(164 << 10, 64, 32),
+    "sm_89": Processor(100 << 10, 48, 24),
+    "sm_90": Processor(228 << 10, 64, 32),
+    "sm_100": Processor(228 << 10, 64, 32),
+}
 
 _POINTERS = {
     torch.float32: "*fp32",
@@ -48,6 +67,7 @@ class Compiled:
 
     kernel: str
     chip: str
+    warps: int  # of a program
     registers: int  # per thread
     spilled: int  # bytes per thread that did not fit
     shared: int  # bytes of shared memory per program
@@ -56,13 +76,29 @@ class Compiled:
     has_dot: bool
 
     @property
+    def warps_at_once(self) -> int:
+        """Warps that a processor holds at a time, as registers and shared memory allow."""
+        processor = PROCESSORS[self.chip]
+        registers = -(-self.registers // 8) * 8 * 32 * self.warps
+        programs = min(
+            processor.programs,
+            processor.warps // self.warps,
+            _REGISTERS // registers,
+            processor.shared // (self.shared + _PROGRAMS_SHARED),
+        )
+        return programs * self.warps
+
+    @property
     def problems(self) -> list[str]:
         """What must not be; nothing where all is well."""
         found = []
         if self.spilled:
             found.append(f"{self.spilled} bytes of registers spilled")
-        if self.shared > SHARED_LIMIT[self.chip]:
-            found.append(f"{self.shared} bytes of shared memory, {SHARED_LIMIT[self.chip]} allowed")
+        allowed = PROCESSORS[self.chip].shared - _PROGRAMS_SHARED
+        if self.shared > allowed:
+            found.append(f"{self.shared} bytes of shared memory, {allowed} allowed")
+        elif self.warps_at_once < _LEAST_WARPS:
+            found.append(f"{self.warps_at_once} warps on a processor, {_LEAST_WARPS} hide waits")
         if self.has_dot and not self.products:
             found.append("a product without tensor cores")
         return found
@@ -84,6 +120,7 @@ def compile_for(launch: Launch, chip: str) -> Compiled:
     return Compiled(
         kernel=launch.kernel.__name__,
         chip=chip,
+        warps=launch.warps,
         registers=usage["REG"],
         spilled=usage["STACK"] + usage["LOCAL"],
         shared=compiled.metadata.shared,

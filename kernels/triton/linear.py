@@ -1,7 +1,8 @@
 """The linear layer: cuBLAS for weights as they are, linear_int8.py for quantised ones.
 
 Shapes: x[T, K] -> [T, N]. cuBLAS chooses its order of summation by T too: on a GPU a row's bits may
-depend on how many rows are computed beside it, unless its weights are quantised.
+depend on how many rows are computed beside it, unless its weights are quantised. With
+`--batch-invariant` linear_dense.py takes the place of cuBLAS, and says what that costs.
 """
 
 from __future__ import annotations

@@ -87,6 +87,24 @@ def quantise_fp8(x: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tenso
     return values, scales
 
 
+@triton.jit
+def _scaled(
+    part,
+    x_scales_ptr,
+    scales_ptr,
+    rows,
+    columns,
+    num_rows,
+    WIDTH: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """A split's sum times its scales, before splits are added, whoever adds them. The last product
+    is a fused one, so that the compiler cannot fuse it with that addition in one kernel only."""
+    part *= tl.load(scales_ptr + columns * CHANNELS, columns < WIDTH, 0.0).to(tl.float32)[None, :]
+    x_scale = tl.load(x_scales_ptr + rows, rows < num_rows, 0.0)[:, None]
+    return tl.fma(part, tl.broadcast_to(x_scale, part.shape), tl.zeros_like(part))
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def linear_fp8_kernel(
     target_ptr,
@@ -136,11 +154,11 @@ def linear_fp8_kernel(
                 scale = tl.load(scales_ptr + at, column_inside, 0.0).to(tl.float32)
                 x_scale = tl.load(x_scales_ptr + rows * groups + group, row_inside, 0.0)
                 part = tl.fma(sums, scale[None, :] * x_scale[:, None], part)
+        if SERIAL and not BLOCKS:
+            part = _scaled(part, x_scales_ptr, scales_ptr, rows, columns, num_rows, WIDTH, CHANNELS)
         total += part
-    if not BLOCKS:
-        scale = tl.load(scales_ptr + columns * CHANNELS, column_inside, 0.0).to(tl.float32)
-        total *= tl.load(x_scales_ptr + rows, row_inside, 0.0)[:, None]
-        total *= scale[None, :]
+    if not SERIAL and not BLOCKS:
+        total = _scaled(total, x_scales_ptr, scales_ptr, rows, columns, num_rows, WIDTH, CHANNELS)
     store_tile(target_ptr, bias_ptr, total, rows, columns, num_rows, WIDTH, BIAS)
 
 

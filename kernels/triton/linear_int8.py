@@ -161,7 +161,7 @@ def linear_int8_kernel(
                 inside = row_inside[:, None] & (k < (padded if INPUTS else INNER))[None, :]
                 x = tl.load(x_ptr + rows[:, None] * x_stride + k[None, :], inside, 0)
                 if INPUTS:
-                    sums = tl.dot(x, tl.trans(weight), sums)
+                    sums = tl.dot(x, tl.trans(weight), sums, out_dtype=tl.int32)
                     if OFFSET:
                         totals += tl.sum(x.to(tl.int32), 1)
                 else:

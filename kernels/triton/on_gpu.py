@@ -28,25 +28,38 @@ from headgate.kernels.triton.launch import INTERPRETED, chip
 from headgate.kernels.triton.report import GPUS
 
 _DOCS = Path(__file__).resolve().parents[2] / "docs"
+_DEVICE = "cuda"
 _SEED = 11
 _TOLERANCE = 3e-2  # of bfloat16 results, several roundings deep
+# Heads (two for each of keys and values), head size, dtypes of queries and of the cache, block
+# size, window, soft cap, ALiBi.
+_KINDS: tuple[tuple[int, int, torch.dtype, torch.dtype, int, int, float, bool], ...] = (
+    (4, 32, torch.float32, torch.float32, 16, 0, 0.0, False),
+    (4, 64, torch.float16, torch.float16, 32, 300, 0.0, False),
+    (2, 80, torch.bfloat16, torch.bfloat16, 7, 0, 30.0, False),
+    (8, 96, torch.bfloat16, torch.float8_e5m2, 16, 0, 0.0, True),
+    (2, 256, torch.float16, torch.float16, 16, 700, 30.0, False),
+)
 
 
 @contextmanager
 def _reference_ops() -> Iterator[None]:
     """The cases' calls go to the reference."""
-    ours = dict(kernels.OPS)
-    kernels.OPS.update({name: op for name, op in reference.OPS.items() if name in ours})
+    tables = (kernels.OPS, kernels.BATCH_INVARIANT)
+    before = [dict(table) for table in tables]
+    for table in tables:
+        table.update({name: op for name, op in reference.OPS.items() if name in table})
     try:
         yield
     finally:
-        kernels.OPS.update(ours)
+        for table, ours in zip(tables, before, strict=True):
+            table.update(ours)
 
 
 def _made(case: Case) -> Callable[[], Any]:
     """The call, with the same random inputs each time it is made."""
     torch.manual_seed(_SEED)
-    return case.make(Maker("cuda"))
+    return case.make(Maker(_DEVICE))
 
 
 def _has_reference(case: Case) -> bool:
@@ -83,7 +96,7 @@ def check(model: str) -> list[str]:
         print(f"{'FAILED' if problem else 'ok':8}{case.name}", flush=True)
         if problem:
             problems.append(f"{case.name}: {problem}")
-    return problems + _bits_of_attention()
+    return problems + kinds_of_attention() + _bits_of_attention()
 
 
 def _difference(case: Case) -> str:
@@ -107,15 +120,39 @@ def _tensors(result: Any) -> tuple[torch.Tensor, ...]:
     return result if isinstance(result, tuple) else (result,)
 
 
+def kinds_of_attention(context: int = 1100) -> list[str]:
+    """What the models' cases don't have: head sizes, windows, soft caps, ALiBi, narrow caches."""
+    problems = []
+    for heads, dim, dtype, kept, block_size, window, cap, alibi in _KINDS:
+        torch.manual_seed(_SEED)
+        blocks = -(-context // block_size)
+        q = torch.randn(context, heads, dim, device=_DEVICE).to(dtype)
+        caches = torch.randn(2, blocks, block_size, heads // 2, dim, device=_DEVICE).to(kept)
+        table = torch.randperm(blocks, device=_DEVICE).int()
+        slopes = torch.linspace(0.1, 0.9, heads, device=_DEVICE) if alibi else None
+        chunks = [(0, min(90, context)), (context - 1, context), (context // 2, context // 2 + 3)]
+        call = (table, chunks, window, cap, slopes)
+        ours = _attend(q, caches, *call)
+        with _reference_ops():
+            theirs = _attend(q.float(), caches.float(), *call)
+        error = float((ours.float() - theirs).abs().max() / theirs.abs().max())
+        case = f"attention, {heads} heads of {dim}, {dtype} over {kept}, blocks of {block_size}"
+        case += f", window {window}, soft cap {cap:g}{', ALiBi' if alibi else ''}"
+        print(f"{'ok' if error <= _TOLERANCE else 'FAILED':8}{case}", flush=True)
+        if not error <= _TOLERANCE:
+            problems.append(f"{case}: differs by {error:.3g} of the largest value")
+    return problems
+
+
 def _bits_of_attention() -> list[str]:
     """Whether a token's bits are the same in a chunk, alone and among other rows."""
     problems = []
     for heads, kv_heads, dim in ((32, 8, 128), (8, 1, 128), (9, 3, 64), (8, 4, 256)):
         torch.manual_seed(_SEED)
         length, blocks = 1500, 94
-        q = torch.randn(length, heads, dim, device="cuda", dtype=DTYPE)
-        caches = torch.randn(2, blocks, 16, kv_heads, dim, device="cuda", dtype=DTYPE)
-        table = torch.randperm(blocks, device="cuda").int()
+        q = torch.randn(length, heads, dim, device=_DEVICE, dtype=DTYPE)
+        caches = torch.randn(2, blocks, 16, kv_heads, dim, device=_DEVICE, dtype=DTYPE)
+        table = torch.randperm(blocks, device=_DEVICE).int()
         whole = _attend(q, caches, table, [(0, length)])
         chunk = _attend(q, caches, table, [(600, 730)])
         token = _attend(q, caches, table, [(1100, 1101)])
@@ -133,20 +170,27 @@ def _bits_of_attention() -> list[str]:
 
 
 def _attend(
-    q: torch.Tensor, caches: torch.Tensor, table: torch.Tensor, chunks: list[tuple[int, int]]
+    q: torch.Tensor,
+    caches: torch.Tensor,
+    table: torch.Tensor,
+    chunks: list[tuple[int, int]],
+    window: int = 0,
+    soft_cap: float = 0.0,
+    slopes: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of some chunks (first, end) of one sequence, each as a row of its own."""
     counts = [end - first for first, end in chunks]
     step = SimpleNamespace(  # the fields of AttentionMetadata
-        cu_query_lens=torch.tensor([0, *counts]).cumsum(0).int().cuda(),
-        context_lens=torch.tensor([end for _, end in chunks]).int().cuda(),
+        cu_query_lens=torch.tensor([0, *counts]).cumsum(0).int().to(_DEVICE),
+        context_lens=torch.tensor([end for _, end in chunks]).int().to(_DEVICE),
         block_tables=table.expand(len(chunks), -1).contiguous(),
         max_query_len=max(counts),
         max_context_len=max(end for _, end in chunks),
     )
     rows = torch.cat([q[first:end] for first, end in chunks])
     scale = q.shape[2] ** -0.5
-    return kernels.OPS["paged_attention"](rows, *caches.unbind(0), step, scale, 0, 0.0)
+    kind = (window, soft_cap, slopes)
+    return kernels.OPS["paged_attention"](rows, *caches.unbind(0), step, scale, *kind)
 
 
 # ------------------------------------------------------------------ time

@@ -74,7 +74,7 @@ def _merged(top, total, out, part_top, part_total, part):
     return new, total, tl.fma(part, share, out * old_share[:, None])
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_tokens"])
+@triton.jit(do_not_specialize=["num_rows", "num_tokens", "table_stride"])
 def attention_kernel(
     out_ptr,  # the result, or with SPLIT float32[splits, T, H, D]
     tops_ptr,  # with SPLIT float32[splits, T, H]: largest scores

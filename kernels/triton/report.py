@@ -2,7 +2,8 @@
 
 Writes the table of docs/kernels.md and the page docs/roofline.md, or with --check compares them
 with what is found. Fails when a kernel does not compile, spills registers, wants more shared memory
-than the chip has, multiplies without tensor cores or loads less than 16 bytes at once.
+than the chip has, leaves a processor too few warps, multiplies without tensor cores, loads less
+than 16 bytes at once, or has other machine code in other batches.
 """
 
 from __future__ import annotations
@@ -11,15 +12,25 @@ import argparse
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 
-from headgate.kernels.triton.cases import CHIPS, Case, Maker, all_cases
+from headgate.kernels.triton.cases import (
+    CHIPS,
+    GENERATORS,
+    MODELS,
+    Case,
+    Maker,
+    StepShape,
+    all_cases,
+)
 from headgate.kernels.triton.compiled import Compiled, compile_for
 from headgate.kernels.triton.launch import INTERPRETED, Launch, recording
 
 _DOCS = Path(__file__).resolve().parents[2] / "docs"
 _BEGIN, _END = "<!-- made by `make kernels-report`: begin -->", "<!-- end -->"
 _WIDE = 16  # bytes that a load on a hot path moves
+_BATCHES = ((1, 600), (7, 4096), (64, 1100))  # rows and context of decode steps
 _SMALL = ("count_kernel", "mask_kernel", "pick_kernel")  # which read a few numbers a row, or bits
 
 
@@ -63,7 +74,11 @@ class Row:
 
 
 def _cell(found: Compiled) -> str:
-    parts = [f"{found.registers} r", f"{found.shared / 1024:.3g} KB"]
+    parts = [
+        f"{found.registers} r",
+        f"{found.shared / 1024:.3g} KB",
+        f"{found.warps_at_once} w",
+    ]
     return ", ".join([*parts, *([found.products] if found.products else [])])
 
 
@@ -116,6 +131,19 @@ def _kind(value: float, parameter: object) -> str:
     if isinstance(value, float) or getattr(parameter, "do_not_specialize", False):
         return "number"
     return "one" if value == 1 else "divisible" if value % 16 == 0 else "other"
+
+
+def batch_dependent(chips: Iterable[str]) -> Iterator[str]:
+    """Operations whose machine code differs with the rows of a decode step, or with the longest
+    context: their bits could too, and a server would compile while it serves."""
+    steps = [StepShape("", rows, 1, context) for rows, context in _BATCHES]
+    for chip, model, generate in product(chips, MODELS, GENERATORS):
+        for alike in zip(*(generate(model, step) for step in steps), strict=True):
+            forms = {
+                tuple(_identity(launch, chip) for launch in _launches(case, chip)) for case in alike
+            }
+            if len(forms) > 1:
+                yield f"{alike[0].op} on {chip} ({model.name}): other machine code in other batches"
 
 
 def problems_of(rows: Iterable[Row]) -> Iterator[str]:
@@ -206,7 +234,7 @@ def main() -> int:
     partial = bool(options.only) or options.chips != ",".join(CHIPS)
     cases = [case for case in all_cases() if options.only in ("", case.op)]
     rows = rows_of(cases, options.chips.split(","))
-    problems = list(problems_of(rows))
+    problems = [*problems_of(rows), *batch_dependent(options.chips.split(","))]
     page = _DOCS / "kernels.md"
     if options.check:
         problems += differences(rows, page.read_text(encoding="utf-8"))

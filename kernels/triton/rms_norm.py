@@ -24,7 +24,7 @@ _MAX_WIDTH = 65536  # a row must fit a program's registers
 _PROGRAM = 1024  # elements that are worth a program: shorter rows share one
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows", "part_rows"])
 def rms_norm_kernel(
     out_ptr,
     x_ptr,
@@ -36,13 +36,13 @@ def rms_norm_kernel(
     inner_stride,
     out_stride,
     residual_stride,
-    part_stride,
+    part_rows,  # from one part of x to the next, as rows `outer_stride` apart
     eps,
     WIDTH: tl.constexpr,
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
     RESIDUAL: tl.constexpr,
-    PARTS: tl.constexpr,  # of x, each `part_stride` after the one before
+    PARTS: tl.constexpr,  # of x
 ):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)
@@ -50,7 +50,8 @@ def rms_norm_kernel(
     places = (rows // inner).to(tl.int64) * outer_stride + (rows % inner) * inner_stride
     x = tl.load(x_ptr + places[:, None] + columns[None, :], inside, 0.0)
     for part in tl.static_range(1, PARTS):
-        more = tl.load(x_ptr + part * part_stride + places[:, None] + columns[None, :], inside, 0.0)
+        beyond = x_ptr + part_rows.to(tl.int64) * part * outer_stride
+        more = tl.load(beyond + places[:, None] + columns[None, :], inside, 0.0)
         x = (x.to(tl.float32) + more.to(tl.float32)).to(x.dtype)
     if RESIDUAL:
         at = rows.to(tl.int64)[:, None] * residual_stride + columns[None, :]
@@ -87,6 +88,7 @@ def rms_norm_residual(
     first = parts[0] if len(parts) else x
     rows = first.dim() == 2 and first.shape == residual.shape
     plain = x.dtype == residual.dtype == weight.dtype and x.stride(-1) == residual.stride(-1) == 1
+    plain = plain and parts.stride(0) % max(1, first.stride(0)) == 0
     if not (rows and plain) or x.shape[-1] > _MAX_WIDTH:
         return reference.rms_norm_residual(x, residual, weight, eps)
     _launch(first, parts, residual, weight, (1, first.stride(0), 0), eps)
@@ -117,7 +119,7 @@ def _launch(
             *layout,
             out.stride(0) if out.dim() == 2 else width,
             0 if residual is None else residual.stride(0),
-            0 if residual is None else x.stride(0),
+            0 if residual is None else x.stride(0) // max(1, out.stride(0)),
             eps,
         ),
         {

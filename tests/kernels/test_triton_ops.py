@@ -238,24 +238,17 @@ def test_write_kv_into_any_cache(randoms: Randoms, kept: torch.dtype) -> None:
         torch.testing.assert_close(got.float(), want.float(), rtol=step, atol=step)
 
 
-def test_a_row_has_the_same_bits_in_any_batch(randoms: Randoms) -> None:
-    x, weight = randoms(40, 192), randoms(192)
-    calls = {
-        "rms_norm": lambda rows: OPS["rms_norm"](rows, weight, 1e-5),
-        "layer_norm": lambda rows: OPS["layer_norm"](rows, weight, weight, 1e-5),
-        "silu_and_mul": OPS["silu_and_mul"],
-    }
-    for name, call in calls.items():
-        whole = call(x.clone())
-        for row in (0, 1, 17, 39):
-            assert torch.equal(call(x[row : row + 1].clone())[0], whole[row]), name
-
-
 def test_the_table_takes_the_kernels_and_the_rest_is_the_reference(triton_device: str) -> None:
     before = ops.active()
     try:
         assert ops.use("triton", triton_device) == "triton"
         assert ops.active() == "triton"
+        assert ops._table["linear"] is OPS["linear"]
+        ops.use("triton", triton_device, batch_invariant=True)
+        assert ops._table["linear"] is triton.BATCH_INVARIANT["linear"]
+        ops.use("cpu", batch_invariant=True)
+        with pytest.raises(ops.BackendUnavailable, match="--batch-invariant: products of the"):
+            ops.use("reference", batch_invariant=True)
     finally:
         ops.use(before)
     assert set(OPS) <= set(reference.OPS) | ops.OPTIONAL

@@ -28,7 +28,7 @@ def report(*flags: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(
-    ("op", "chip"), [("paged_attention", "sm_90"), ("rms_norm_residual", "sm_80")]
+    ("op", "chip"), [("paged_attention", "sm_90"), ("rms_norm_residual", "sm_89")]
 )
 def test_a_sample_is_as_the_page_says(op: str, chip: str) -> None:
     done = report("--check", "--only", op, "--chips", chip)
@@ -36,7 +36,7 @@ def test_a_sample_is_as_the_page_says(op: str, chip: str) -> None:
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("chip", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("chip", ["sm_80", "sm_89", "sm_90", "sm_100"])
 def test_every_kernel_is_as_the_page_says(chip: str) -> None:
     done = report("--check", "--chips", chip)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -46,14 +46,17 @@ def test_a_kernel_that_spills_or_loads_narrowly_is_named() -> None:
     from headgate.kernels.triton.compiled import Compiled
     from headgate.kernels.triton.report import Row, differences, problems_of
 
-    bad = Compiled("kernel", "sm_80", 255, 8, 200 << 10, "", 8, has_dot=True)
+    bad = Compiled("kernel", "sm_80", 8, 255, 8, 200 << 10, "", 8, has_dot=True)
     row = Row("op", "kernel", ["shape"], {"sm_80": bad})
     found = list(problems_of([row]))
     assert len(found) == 4
     for text in ("8 bytes of registers", "shared memory", "tensor cores", "loads of 8 bytes"):
         assert any(text in problem for problem in found)
-    assert list(differences([row], "| op | kernel | shape | 255 r, 1 KB | x | x |"))
-    line = "| op | kernel | shape | 255 r, 200 KB | x | x |"
+    crowded = replace(bad, spilled=0, shared=120 << 10, warps=4, products="mma.sync")
+    assert crowded.problems == ["4 warps on a processor, 8 hide waits"]
+    assert replace(crowded, registers=64, shared=30 << 10).warps_at_once == 20
+    assert list(differences([row], "| op | kernel | shape | 255 r, 1 KB, 0 w | x | x | x |"))
+    line = "| op | kernel | shape | 255 r, 200 KB, 0 w | x | x | x |"
     assert not list(differences([row], line))
     # A kernel that an operation starts twice has two lines, in order.
     other = Row("op", "kernel", ["shape"], {"sm_80": replace(bad, registers=9)})

@@ -125,15 +125,22 @@ def test_biases_come_before_penalties(randoms: Randoms) -> None:
     assert ours[0] == 3 and ours[1] == ours[3] == 9
 
 
-def test_a_row_has_the_same_token_in_any_batch(randoms: Randoms) -> None:
-    rows = made_rows(randoms, 300)
-    logits = randoms(len(rows), 300) * 2
-    whole, _ = both(logits, rows)
-    for index in range(len(rows)):
-        histories = {0: rows.histories[index]} if index in rows.histories else {}
-        part = slice(index, index + 1)
-        alone = SampledRows(rows.params[part], rows.output_positions[part], histories)
-        assert both(logits[part], alone)[0] == [whole[index]]
+def test_a_row_has_the_same_token_at_1_7_and_64_rows(randoms: Randoms) -> None:
+    kinds = [KINDS[5], *KINDS[9:], *([KINDS[1]] * 57)]
+    params = params_array([RowSampling(9, seed=n, **kind) for n, kind in enumerate(kinds)])
+    histories = {index: History(np.arange(40), 20) for index in (4, 5, 6)}
+    logits = randoms(len(kinds), 300) * 2
+
+    def tokens(first: int, last: int) -> list[int]:
+        part = {row - first: history for row, history in histories.items() if first <= row < last}
+        rows = SampledRows(params[first:last], np.arange(first, last), part)
+        described = rows_to_sample(rows, 300, upload_to(logits.device))
+        return sampling.sample_tokens(logits[first:last], described).tolist()
+
+    whole = tokens(0, 64)
+    assert tokens(0, 7) == whole[:7]
+    for row in (3, 6):
+        assert tokens(row, row + 1) == whole[row : row + 1]
 
 
 def test_noise_is_philox_s(randoms: Randoms) -> None:

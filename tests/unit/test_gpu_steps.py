@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
 from headgate.bench import gpu_steps
+from headgate.kernels.triton import on_gpu
+from headgate.kernels.triton.cases import GENERATORS, ModelShape, StepShape
 from tests.unit.fake_device import FakeDevice, Waits
 
 CONFIG = {"device": "cpu", "dtype": "float32", "kv_cache_dtype": "float32", "num_blocks": 64}
@@ -26,44 +29,89 @@ def never_waiting() -> Iterator[None]:
     assert not waits.found
 
 
-def test_steps_are_checked_and_timed(
-    unwatched_triton: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_steps_are_checked(unwatched_triton: None, capsys: pytest.CaptureFixture[str]) -> None:
     rows = gpu_steps.make_rows(2, 20, 4)
     assert gpu_steps.check(FakeDevice(), CONFIG, never_waiting, rows) == []
     assert capsys.readouterr().out.count("ok      tokens of steps") == 4
 
-    runner = gpu_steps.make_runner(gpu_steps.TINY, FakeDevice(), CONFIG)
-    runner.allocate(64)
-    (record,) = gpu_steps.measure(runner, [2], 20, bandwidth=1e9, steps=6)
-    model = runner.model
-    table = 512 * 256 * 4  # only looked up; the head, as large, is read
-    cached = 2 * 23 * runner.kv_layout.bytes_per_block / 16
-    assert record["bytes"] == model.weight_bytes - table + cached
-    assert record["ratio"] == pytest.approx(record["seconds"] / record["floor_seconds"])
-    bandwidth, source = gpu_steps.bandwidth_of("NVIDIA H100 80GB HBM3", "cpu")
-    assert (bandwidth, source) == (3.35e12, "published")
 
-    (tmp_path / "gpu.json").write_text(json.dumps({"gpu": "H100", "cases": []}))
-    content = {"gpu": "H100", "model": "tiny", "bandwidth": bandwidth, "bandwidth_from": source}
+def test_every_operation_and_steps_are_timed_into_one_file_and_one_page(
+    unwatched_triton: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`make bench-gpu` with small shapes, on the CPU; what a GPU alone has is put in its place."""
+    name = "NVIDIA H100 80GB HBM3"
+    shape = ModelShape("tiny", 128, 128, 8, 2, 16, 300, qk_norm=True, experts=4, ranks=2)
+    step = StepShape("decode 3 at 40", 3, 1, 40)
+    cases = [case for generate in GENERATORS for case in generate(shape, step)]
+    monkeypatch.setattr(on_gpu, "_DEVICE", "cpu")
+    monkeypatch.setattr(on_gpu, "_DOCS", tmp_path)
+    monkeypatch.setattr(on_gpu, "gpu_name", lambda: name)
+    monkeypatch.setattr(on_gpu, "cases_here", lambda model: cases)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    runs: list[object] = []
+
+    def do_bench(run: Callable[[], object], return_mode: str) -> float:
+        runs.append(run())
+        return 0.5  # ms
+
+    monkeypatch.setattr(on_gpu.triton.testing, "do_bench", do_bench)
+    # The interpreter rounds to 8 bits wrongly now and then.
+    problems = [on_gpu._difference(case) for case in cases if "fp8" not in case.op]
+    assert not any(problems)
+    assert not on_gpu.kinds_of_attention(context=70)
+    monkeypatch.setattr(sys, "argv", ["on_gpu", "time"])
+    assert on_gpu.main() == 0
+    compared = sum(on_gpu._has_reference(case) for case in cases)
+    assert len(runs) == len(cases) + 2 * compared and compared == len(cases) - 2
+
+    for constant, value in (("LARGE", gpu_steps.TINY), ("SMALL", gpu_steps.TINY)):
+        monkeypatch.setattr(gpu_steps, constant, value)
+    for constant, number in (("_CONTEXT", 20), ("_STEPS", 4), ("_WARM_STEPS", 2)):
+        monkeypatch.setattr(gpu_steps, constant, number)
+    monkeypatch.setattr(gpu_steps, "_BATCHES", (1, 2))
+    monkeypatch.setattr(gpu_steps, "_DOCS", tmp_path)
     for _ in range(2):  # the second time takes the place of the first
-        gpu_steps.write({**content, "steps": [record]}, tmp_path)
+        gpu_steps.time_steps(name, FakeDevice(), {**CONFIG, "max_total_tokens": 64})
     kept = json.loads((tmp_path / "gpu.json").read_text())
-    assert kept["cases"] == [] and kept["decode_steps"]["steps"] == [record]
+    assert [record["op"] for record in kept["cases"]] == [case.op for case in cases]
+    assert all(record["seconds"] == 5e-4 for record in kept["cases"])
+    steps = kept["decode_steps"]
+    assert (steps["bandwidth"], steps["bandwidth_from"]) == (3.35e12, "published")
+    one, two = steps["steps"]
+    cached = 2 * 2 * 2 * 64 * 4  # of a position: keys and values, layers, heads, dims, float32
+    assert two["bytes"] - one["bytes"] == 23 * cached
+    weights = (2 * (256 * (4 + 2 + 2 + 4) * 64 + 3 * 256 * 512 + 2 * 256) + 256 + 512 * 256) * 4
+    assert one["bytes"] == weights + 23 * cached  # the embedding is only looked up, the head read
+    assert one["ratio"] == pytest.approx(one["seconds"] / one["floor_seconds"])
     page = (tmp_path / "gpu.md").read_text()
+    assert page.count("| tiny | decode 3 at 40 | 500.0 |") == len(cases)
     assert page.count("## Decode steps") == 1 and "| 2 | 20 |" in page
 
 
 def test_a_bare_checkout_with_torch_and_triton_is_enough() -> None:
-    """The GPU's commands import neither stubs, which have to be made, nor other packages."""
+    """The GPU's commands import neither stubs, which have to be made, nor packages beside PyTorch's
+    own and safetensors."""
     code = """
-import sys, types
+import importlib.metadata, re, sys
+def needs(package, found):
+    if package not in found:
+        found.add(package)
+        for line in importlib.metadata.requires(package) or ():
+            if "extra ==" not in line:
+                try:
+                    needs(re.match(r"[\\w.-]+", line)[0].lower().replace("_", "-"), found)
+                except importlib.metadata.PackageNotFoundError:
+                    pass
+    return found
+there = needs("torch", needs("triton", needs("safetensors", {"numpy"})))
 class Refuse:
-    names = {"google", "grpc", "tokenizers", "transformers", "llguidance", "fastapi", "uvicorn",
-             "pydantic", "httpx", "psutil", "prometheus_client", "jinja2"}
+    names = {name for name, packages in importlib.metadata.packages_distributions().items()
+             if not any(package.lower().replace("_", "-") in there for package in packages)}
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in self.names or name.startswith("headgate.proto.shard_pb2"):
+        if name.split(".")[0] in self.names - {"headgate"} or "shard_pb2" in name:
             raise ImportError(name)
+assert {"grpc", "transformers", "pydantic", "httpx"} <= Refuse.names, Refuse.names
 sys.meta_path.insert(0, Refuse())
 import headgate.bench.gpu_steps, headgate.kernels.triton.tune
 sys.argv[1:] = ["check"]
