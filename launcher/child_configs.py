@@ -19,6 +19,10 @@ from headgate.launcher.run_directory import RunDirectory
 
 GATEWAY_SHUTDOWN_SECONDS = 5.0  # for writing the last answers, after all requests have ended
 
+# gRPC's event engine hands each message from thread to thread. Without it the thread that polls
+# reads and writes by itself: half of the wake-ups, a third less CPU for a message (gRPC 1.85).
+_GRPC_EXPERIMENTS = "-event_engine_client,-event_engine_listener"
+
 
 def shard_config(
     config: LauncherConfig, sizes: Sizes, files: ModelFiles, run: RunDirectory
@@ -137,6 +141,7 @@ def child_environment(
     environment.setdefault("TOKENIZERS_PARALLELISM", "false")
     # torch's idle threads would spin on the cores that the kernels' and the router's threads need.
     environment.setdefault("OMP_WAIT_POLICY", "passive")
+    environment.setdefault("GRPC_EXPERIMENTS", _GRPC_EXPERIMENTS)
     if not environment.get("HF_TOKEN") and environment.get("HF_API_TOKEN"):
         environment["HF_TOKEN"] = environment["HF_API_TOKEN"]
     if config.huggingface_hub_cache:

@@ -176,7 +176,7 @@ def pack_ids(ids: Iterable[int]) -> bytes:
 
 
 def unpack_ids(data: bytes) -> list[int]:
-    return _from_bytes("I", data).tolist()
+    return _from_bytes("I", data).tolist() if data else []
 
 
 def pack_floats(values: Iterable[float]) -> bytes:
@@ -210,61 +210,90 @@ _SAMPLING_FIELDS = tuple(
 )
 
 
+# Most plans have rows, their counts and at times new blocks, most results tokens: what a message
+# does not have is not touched, here and below. At each step all of this code is cold.
+
+
 def encode_plan(plan: StepPlan) -> shard_pb2.StepPlan:
-    return shard_pb2.StepPlan(
+    message = shard_pb2.StepPlan(
         epoch=plan.epoch,
         sequence=plan.sequence,
-        reset=plan.reset,
-        removed=pack_ids(plan.removed),
-        new_rows=[_encode_row(row) for row in plan.new_rows],
-        forks=[
-            shard_pb2.Fork(
-                parent=fork.parent,
-                child=fork.child,
-                sample_index=fork.sample_index,
-                block_ids=pack_ids(fork.block_ids),
-                num_tokens=fork.num_tokens,
-                token_ids=pack_ids(fork.token_ids),
-            )
-            for fork in plan.forks
-        ],
-        copy_from=pack_ids(source for source, _ in plan.copies),
-        copy_to=pack_ids(target for _, target in plan.copies),
-        block_rows=pack_ids(plan.block_rows),
-        block_ids=pack_ids(plan.block_ids),
         rows=pack_ids(plan.rows),
         counts=pack_ids(plan.counts),
-        chosen_rows=pack_ids(row for row, _ in plan.choices),
-        chosen_ids=pack_ids(token for _, token in plan.choices),
     )
+    if plan.block_rows or plan.block_ids:
+        message.block_rows = pack_ids(plan.block_rows)
+        message.block_ids = pack_ids(plan.block_ids)
+    if plan.removed:
+        message.removed = pack_ids(plan.removed)
+    if plan.new_rows:
+        message.new_rows.extend(_encode_row(row) for row in plan.new_rows)
+    if plan.forks:
+        message.forks.extend(_encode_fork(fork) for fork in plan.forks)
+    if plan.copies:
+        message.copy_from = pack_ids(source for source, _ in plan.copies)
+        message.copy_to = pack_ids(target for _, target in plan.copies)
+    if plan.choices:
+        message.chosen_rows = pack_ids(row for row, _ in plan.choices)
+        message.chosen_ids = pack_ids(token for _, token in plan.choices)
+    if plan.reset:
+        message.reset = True
+    return message
 
 
 def decode_plan(message: shard_pb2.StepPlan) -> StepPlan:
+    epoch, sequence = message.epoch, message.sequence
+    rows, counts = unpack_ids(message.rows), unpack_ids(message.counts)
+    block_rows, block_ids = unpack_ids(message.block_rows), unpack_ids(message.block_ids)
+    changed = (
+        message.removed
+        or message.reset
+        or message.new_rows
+        or message.forks
+        or message.copy_from
+        or message.copy_to
+        or message.chosen_rows
+        or message.chosen_ids
+    )
+    if not changed:
+        return StepPlan(epoch, sequence, rows, counts, block_rows=block_rows, block_ids=block_ids)
     return StepPlan(
-        epoch=message.epoch,
-        sequence=message.sequence,
-        rows=unpack_ids(message.rows),
-        counts=unpack_ids(message.counts),
+        epoch=epoch,
+        sequence=sequence,
+        rows=rows,
+        counts=counts,
         new_rows=[_decode_row(row) for row in message.new_rows],
         removed=unpack_ids(message.removed),
-        block_rows=unpack_ids(message.block_rows),
-        block_ids=unpack_ids(message.block_ids),
+        block_rows=block_rows,
+        block_ids=block_ids,
         copies=list(zip(unpack_ids(message.copy_from), unpack_ids(message.copy_to), strict=True)),
-        forks=[
-            Fork(
-                fork.parent,
-                fork.child,
-                fork.sample_index,
-                unpack_ids(fork.block_ids),
-                fork.num_tokens,
-                unpack_ids(fork.token_ids),
-            )
-            for fork in message.forks
-        ],
+        forks=[_decode_fork(fork) for fork in message.forks],
         choices=list(
             zip(unpack_ids(message.chosen_rows), unpack_ids(message.chosen_ids), strict=True)
         ),
         reset=message.reset,
+    )
+
+
+def _encode_fork(fork: Fork) -> shard_pb2.Fork:
+    return shard_pb2.Fork(
+        parent=fork.parent,
+        child=fork.child,
+        sample_index=fork.sample_index,
+        block_ids=pack_ids(fork.block_ids),
+        num_tokens=fork.num_tokens,
+        token_ids=pack_ids(fork.token_ids),
+    )
+
+
+def _decode_fork(message: shard_pb2.Fork) -> Fork:
+    return Fork(
+        message.parent,
+        message.child,
+        message.sample_index,
+        unpack_ids(message.block_ids),
+        message.num_tokens,
+        unpack_ids(message.token_ids),
     )
 
 
@@ -344,53 +373,85 @@ def _unpack_top(counts: bytes, ids: bytes, logprobs: bytes) -> list[TopTokens]:
 
 
 def encode_result(result: StepResult) -> shard_pb2.StepResult:
-    top = _PackedTop.of(result.top)
-    return shard_pb2.StepResult(
+    message = shard_pb2.StepResult(
         epoch=result.epoch,
         sequence=result.sequence,
-        refused=result.refused,
         rows=pack_ids(result.rows),
         token_ids=pack_ids(result.token_ids),
         logprobs=pack_floats(result.logprobs),
         ends=bytes(result.ends),
-        top_counts=pack_ids(top.counts),
-        top_ids=pack_ids(top.ids),
-        top_logprobs=pack_floats(top.logprobs),
-        prompt_logprobs=[_encode_prompt_logprobs(entry) for entry in result.prompt_logprobs],
         forward_ns=result.forward_ns,
         total_ns=result.total_ns,
-        pooled=[
-            shard_pb2.PooledStates(
-                row=entry.row,
-                start=entry.start,
-                stop=entry.stop,
-                sums=_to_bytes(array("d", entry.sums)),
-            )
-            for entry in result.pooled
-        ],
-        failures=result.failures,
     )
+    if result.refused:
+        message.refused = result.refused
+    if result.top:
+        top = _PackedTop.of(result.top)
+        message.top_counts = pack_ids(top.counts)
+        message.top_ids = pack_ids(top.ids)
+        message.top_logprobs = pack_floats(top.logprobs)
+    if result.prompt_logprobs:
+        message.prompt_logprobs.extend(map(_encode_prompt_logprobs, result.prompt_logprobs))
+    if result.pooled:
+        message.pooled.extend(map(_encode_pooled, result.pooled))
+    if result.failures:
+        message.failures.update(result.failures)
+    return message
 
 
 def decode_result(message: shard_pb2.StepResult) -> StepResult:
+    epoch, sequence = message.epoch, message.sequence
+    rows, token_ids = unpack_ids(message.rows), unpack_ids(message.token_ids)
+    logprobs = unpack_floats(message.logprobs)
+    ends = [_ROW_ENDS[end] for end in message.ends]
+    forward_ns, total_ns = message.forward_ns, message.total_ns
+    more = (
+        message.refused
+        or message.top_counts
+        or message.prompt_logprobs
+        or message.pooled
+        or message.failures
+    )
+    if not more:
+        return StepResult(
+            epoch,
+            sequence,
+            rows,
+            token_ids,
+            logprobs,
+            ends,
+            forward_ns=forward_ns,
+            total_ns=total_ns,
+        )
     return StepResult(
-        epoch=message.epoch,
-        sequence=message.sequence,
-        rows=unpack_ids(message.rows),
-        token_ids=unpack_ids(message.token_ids),
-        logprobs=unpack_floats(message.logprobs),
-        ends=[_ROW_ENDS[end] for end in message.ends],
+        epoch=epoch,
+        sequence=sequence,
+        rows=rows,
+        token_ids=token_ids,
+        logprobs=logprobs,
+        ends=ends,
         top=_unpack_top(message.top_counts, message.top_ids, message.top_logprobs),
         prompt_logprobs=[_decode_prompt_logprobs(entry) for entry in message.prompt_logprobs],
         refused=message.refused,
-        forward_ns=message.forward_ns,
-        total_ns=message.total_ns,
-        pooled=[
-            PooledStates(entry.row, entry.start, entry.stop, _from_bytes("d", entry.sums).tolist())
-            for entry in message.pooled
-        ],
+        forward_ns=forward_ns,
+        total_ns=total_ns,
+        pooled=[_decode_pooled(entry) for entry in message.pooled],
         failures=dict(message.failures),
     )
+
+
+def _encode_pooled(entry: PooledStates) -> shard_pb2.PooledStates:
+    return shard_pb2.PooledStates(
+        row=entry.row,
+        start=entry.start,
+        stop=entry.stop,
+        sums=_to_bytes(array("d", entry.sums)),
+    )
+
+
+def _decode_pooled(message: shard_pb2.PooledStates) -> PooledStates:
+    sums = _from_bytes("d", message.sums).tolist()
+    return PooledStates(message.row, message.start, message.stop, sums)
 
 
 def _encode_prompt_logprobs(entry: PromptLogprobs) -> shard_pb2.PromptLogprobs:

@@ -1,9 +1,9 @@
 """InputBatch: every row the shard holds, as columns that live from step to step.
 
-`apply` takes a StepPlan's changes, `advance` a step's tokens; nothing else changes it. Where tokens
-become known later, `expect` and `settle` take the place of `advance`, and a plan may be applied in
-between. It knows neither tensors on the device nor how tokens are chosen. All ranks hold the same
-rows.
+`apply` takes a StepPlan's changes, `advance` a step's tokens; nothing else changes it but
+DecodeRows, which does both for rows that go on as before. Where tokens become known later, `expect`
+and `settle` take the place of `advance`, and a plan may be applied in between. It knows neither
+tensors on the device nor how tokens are chosen. All ranks hold the same rows.
 """
 
 from __future__ import annotations
@@ -73,14 +73,16 @@ class InputBatch:
 
     def __init__(self, limits: BatchLimits, eos_token_ids: Sequence[int]) -> None:
         self.limits = limits
-        self._eos = np.array(
+        self.eos_token_ids = np.array(
             sorted(token for token in eos_token_ids if token < limits.vocab_size), np.int64
         )
         self._num_tenants = 0  # rows ever held
+        self.changes = 0  # grows whenever rows come, go, move or get another token
         self.clear()
 
     def clear(self) -> None:
         """Forgets all rows."""
+        self.changes += 1
         self._slots: dict[int, int] = {}
         self._free: list[int] = []
         self._allocate(max(1, self.limits.expected_rows))
@@ -141,15 +143,20 @@ class InputBatch:
             self._choose(self.slot_of(row_id), token)
         for pair in plan.copies:
             self._check_blocks(pair, "a block copy")
+        self.take_blocks(plan)
+        return self.schedule(plan)
+
+    def take_blocks(self, plan: StepPlan) -> None:
+        """Appends the plan's new blocks to their rows' tables. Raises PlanError."""
         if len(plan.block_rows) != len(plan.block_ids):
             raise PlanError(f"{len(plan.block_ids)} new blocks for {len(plan.block_rows)} rows")
         for row_id, block in zip(plan.block_rows, plan.block_ids, strict=True):
             self._append_blocks(self.slot_of(row_id), (block,))
-        return self._schedule(plan)
 
     def _remove(self, row_id: int) -> None:
         slot = self._slots.pop(row_id, None)
         if slot is not None:
+            self.changes += 1
             self.grammars[slot] = None
             self.tenants[slot] = 0
             self._free.append(slot)
@@ -159,6 +166,7 @@ class InputBatch:
             raise PlanError(f"row {row_id} is already here")
         if not self._free:
             self._grow()
+        self.changes += 1
         slot = self._slots[row_id] = self._free.pop()
         self.ids[slot] = row_id
         self._num_tenants += 1
@@ -169,7 +177,7 @@ class InputBatch:
 
     def _grow(self) -> None:
         columns = [name for name, value in vars(self).items() if isinstance(value, np.ndarray)]
-        columns.remove("_eos")
+        columns.remove("eos_token_ids")
         old = {name: getattr(self, name) for name in columns}
         lists = {name: value for name, value in vars(self).items() if isinstance(value, list)}
         capacity = len(self.ids)
@@ -280,6 +288,7 @@ class InputBatch:
         if last < self.num_prompt[slot] or self.num_computed[slot] > last:
             raise PlanError(f"row {self.ids[slot]} has no last token that could be replaced")
         self.token_ids[slot, last] = token
+        self.changes += 1
 
     def _append_blocks(self, slot: int, blocks: Sequence[int]) -> None:
         row_id = self.ids[slot]
@@ -295,7 +304,8 @@ class InputBatch:
             if not 0 <= block < self.limits.num_blocks:
                 raise PlanError(f"{owner} refers to block {block} of {self.limits.num_blocks}")
 
-    def _schedule(self, plan: StepPlan) -> ScheduledRows:
+    def schedule(self, plan: StepPlan) -> ScheduledRows:
+        """The rows to compute of a plan whose changes have been taken. Raises PlanError."""
         if len(plan.rows) != len(plan.counts):
             raise PlanError(f"{len(plan.counts)} counts for {len(plan.rows)} rows")
         if len(set(plan.rows)) != len(plan.rows):
@@ -365,7 +375,7 @@ class InputBatch:
             if self.stop_ids[slot] and int(tokens[index]) in self.stop_ids[slot]:
                 ends[index] = RowEnd.STOP_TOKEN
         # Faster than isin, for there are few.
-        is_eos = (tokens[:, None] == self._eos).any(axis=1)
+        is_eos = (tokens[:, None] == self.eos_token_ids).any(axis=1)
         ends[is_eos & self.heeds_eos[slots]] = RowEnd.EOS
         ends[failed] = RowEnd.FAILED
         if not self.plain[slots].all():
@@ -440,7 +450,7 @@ class InputBatch:
         if early:
             ids.update(token for token in self.stop_ids[slot] if token < self.limits.vocab_size)
         if self.constrained[slot] or not self.params["ignore_eos"][slot]:
-            ids.update(self._eos.tolist())
+            ids.update(self.eos_token_ids.tolist())
         return np.array(sorted(ids), np.int64)
 
 

@@ -30,6 +30,7 @@ from headgate.proto.messages import (
 from headgate.shard import samplers
 from headgate.shard.config import ShardConfig, ShardIdentity
 from headgate.shard.cuda_graphs import MAX_HEAD_DIM, GraphedModel, GraphLimits, usual_sizes
+from headgate.shard.decode_rows import DecodeRows
 from headgate.shard.device import CudaDevice, Device
 from headgate.shard.distributed import Group
 from headgate.shard.errors import ModelError
@@ -92,6 +93,7 @@ class ModelRunner:
         self._last_done = 0  # when the last step was settled
         self._kv_cache: KVCache | None = None
         self._batch: InputBatch | None = None
+        self._decode_rows: DecodeRows | None = None  # of the last plan
         self._refusing = ""  # why every plan is refused until one resets
         self._sequence = 0  # of the last plan; 0: any may follow
 
@@ -186,7 +188,7 @@ class ModelRunner:
     def release(self) -> None:
         """Gives the KV cache back."""
         self._drop_steps()
-        self._kv_cache = self._batch = None
+        self._kv_cache = self._batch = self._decode_rows = None
         if isinstance(self.recorded, GraphedModel):
             self.recorded.release()
 
@@ -220,6 +222,8 @@ class ModelRunner:
         """
         self.heartbeat.busy = True
         try:
+            if torch.is_inference_mode_enabled():  # by the model's thread
+                return self._begin(plan, is_current, problem)
             with torch.inference_mode():
                 return self._begin(plan, is_current, problem)
         finally:
@@ -230,10 +234,15 @@ class ModelRunner:
         self._settle(plan)
         self.heartbeat.busy = True  # a step settled may have said otherwise
         answer = StepResult(plan.epoch, plan.sequence)
-        scheduled: ScheduledRows | None = None
-        inputs: StepInputs | None = None
+        prepared: _Prepared | DecodeRows | None = None
         if not problem:
-            scheduled, inputs, problem = self._prepare(plan)
+            try:
+                prepared = self._prepare(plan)
+            except (PlanError, MemoryError, RuntimeError) as error:
+                if not isinstance(error, PlanError) and not is_out_of_memory(error):
+                    raise
+                reason = str(error) if isinstance(error, PlanError) else "out of memory"
+                problem = f"shard {self.identity.rank}: {reason}"
         if self.group.world_size > 1:
             refusing = vote(self.group, plan_tag(plan), not problem, is_current)
             if refusing and not problem:
@@ -244,8 +253,10 @@ class ModelRunner:
             logger.warning("plan refused", extra={"fields": fields})
             refused = replace(answer, refused=problem, total_ns=time.perf_counter_ns() - started)
             return PendingStep.done(refused)
-        assert scheduled is not None  # only None beside a problem
-        return self._execute(plan, scheduled, inputs, _Clock(answer, started))
+        assert prepared is not None  # only None beside a problem
+        if isinstance(prepared, DecodeRows):
+            return PendingStep.done(self._decode(plan, prepared, started))
+        return self._execute(plan, *prepared, _Clock(answer, started))
 
     def _settle(self, plan: StepPlan) -> None:
         """The step before may stay under way, if the plan can do without its tokens."""
@@ -254,22 +265,30 @@ class ModelRunner:
         must = self._batch is None or self._batch.must_settle(plan)
         self._under_way.settle(leave=0 if must else 1)
 
-    def _prepare(self, plan: StepPlan) -> tuple[ScheduledRows | None, StepInputs | None, str]:
-        """(rows, inputs, ""), or (None, None, why the plan is refused); no inputs without rows."""
-        try:
-            self._check_order(plan)
-            assert self._batch is not None  # _check_order
-            scheduled = self._batch.apply(plan)
-            if not len(scheduled.slots):
-                return scheduled, None, ""
-            # A recorded model takes its inputs from the host's memory.
-            device = self.config.device if self.recorded is None else "cpu"
-            return scheduled, build_inputs(self._batch, scheduled, device), ""
-        except (PlanError, MemoryError, RuntimeError) as error:
-            if not isinstance(error, PlanError) and not is_out_of_memory(error):
-                raise
-            reason = str(error) if isinstance(error, PlanError) else "out of memory"
-            return None, None, f"shard {self.identity.rank}: {reason}"
+    def _prepare(self, plan: StepPlan) -> _Prepared | DecodeRows:
+        """The step's rows and inputs; rows that go on as before are laid out where a replay finds
+        them.
+
+        Raises PlanError, and MemoryError or RuntimeError for a lack of memory.
+        """
+        self._check_order(plan)
+        batch, decode_rows = self._batch, self._decode_rows
+        assert batch is not None  # _check_order
+        if decode_rows is not None and decode_rows.continues(plan):
+            batch.take_blocks(plan)
+            if decode_rows.place():
+                return decode_rows
+            scheduled = batch.schedule(plan)
+        else:
+            scheduled = batch.apply(plan)
+        if isinstance(self.recorded, RecordedModel):
+            inputs = self.recorded.decode_inputs
+            self._decode_rows = DecodeRows.of(batch, plan, scheduled, inputs)
+        if not len(scheduled.slots):
+            return scheduled, None
+        # A recorded model takes its inputs from the host's memory.
+        device = self.config.device if self.recorded is None else "cpu"
+        return scheduled, build_inputs(batch, scheduled, device)
 
     def _check_order(self, plan: StepPlan) -> None:
         if self._batch is None:
@@ -323,6 +342,36 @@ class ModelRunner:
             return step
         tokens = self._host_sampler.sample(self._batch, slots, masks, logits_of)
         return PendingStep.done(self._finisher(scheduled, lambda: tokens, masks, clock)())
+
+    def _decode(self, plan: StepPlan, rows: DecodeRows, started: int) -> StepResult:
+        """The step whose inputs `rows` has laid out. The same result as _execute's."""
+        began = time.perf_counter_ns()
+        batch, recorded = self._batch, self.recorded
+        assert batch is not None and isinstance(recorded, RecordedModel)
+        recorded.decode(len(rows))
+        logprobs = [0.0] * len(rows)
+        top: list[TopTokens] = []
+        if rows.greedy and len(rows) <= recorded.most_logits and self.group.world_size == 1:
+            ends = rows.settle(*recorded.first_logits)
+        else:
+            found = self._host_sampler.sample(batch, rows.slots, NO_MASKS, recorded.logits)
+            rows.tokens[:], logprobs, top = found.tokens, found.logprobs, found.top
+            ends = rows.settle()
+        self._last_done = done = time.perf_counter_ns()
+        forward_ns, total_ns = done - began, done - started
+        if self.group.rank:
+            return StepResult(plan.epoch, plan.sequence, forward_ns=forward_ns, total_ns=total_ns)
+        return StepResult(
+            plan.epoch,
+            plan.sequence,
+            plan.rows,
+            rows.tokens.tolist(),
+            logprobs,
+            ends,
+            top,
+            forward_ns=forward_ns,
+            total_ns=total_ns,
+        )
 
     def _logits(
         self, hidden: torch.Tensor, sample_tokens: torch.Tensor, first: int
@@ -410,6 +459,9 @@ class ModelRunner:
         if self.group.rank:
             return None
         return PromptLogprobs(chunk.row_id, chunk.start, values, top)
+
+
+_Prepared = tuple[ScheduledRows, StepInputs | None]  # no inputs without rows
 
 
 class _Clock:

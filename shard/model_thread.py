@@ -53,9 +53,10 @@ class ModelThread:
 
     def _run(self) -> None:
         torch.set_num_threads(self._num_threads)
-        while True:
-            job = self._jobs.get()
-            try:
-                job()
-            except BaseException as error:
-                self._fatal(error)
+        with torch.inference_mode():
+            while True:
+                job = self._jobs.get()
+                try:
+                    job()
+                except BaseException as error:
+                    self._fatal(error)

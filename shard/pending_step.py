@@ -22,7 +22,7 @@ class PendingStep:
 
     @classmethod
     def done(cls, result: StepResult) -> PendingStep:
-        step = cls(lambda: result, lambda: None, StepQueue())
+        step = cls(lambda: result, _no_wait, _NO_QUEUE)
         step._result = result
         return step
 
@@ -71,3 +71,10 @@ class StepQueue:
         """All."""
         while self._steps:
             self._steps.popleft().drop(nothing)
+
+
+_NO_QUEUE = StepQueue()  # of steps that are done at once
+
+
+def _no_wait() -> None:
+    """Of a step that is done."""

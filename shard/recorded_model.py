@@ -18,6 +18,7 @@ from headgate.kernels import ops
 from headgate.kernels.cpu.program import Program
 from headgate.kernels.cpu.recording import NotRecordable, Recording
 from headgate.shard import trial_steps
+from headgate.shard.decode_rows import DecodeInputs
 from headgate.shard.distributed import Group
 from headgate.shard.kv_cache import KVCache, KVCacheLayout
 from headgate.shard.models.base import CausalLM
@@ -58,7 +59,11 @@ class RecordedModel:
         self._head = head
         self._beats = beats
         self.most_logits = inputs.most_logits  # that come with a step
-        self._sample_tokens = inputs.sample_tokens[:0]  # of the last step
+        self._sample_tokens = inputs.sample_tokens  # of the last step, at the front
+        self._num_samples = 0
+        self.first_logits = (0, 0)  # address and columns of a step's first rows, on rank 0
+        if len(step.outputs) > 1:
+            self.first_logits = step.outputs[1].data_ptr(), step.outputs[1].shape[1]
 
     def bind(self, kv_cache: KVCache) -> None:
         """From now on steps use this cache, of the layout it was recorded with."""
@@ -68,20 +73,30 @@ class RecordedModel:
         """Normed hidden states [T, hidden_size], valid until the next step."""
         self._model.check_lengths(inputs.attention)
         self._inputs.fill(inputs)
-        self._sample_tokens = inputs.sample_tokens
+        self._sample_tokens, self._num_samples = inputs.sample_tokens, len(inputs.sample_tokens)
         tokens, rows = len(inputs.input_ids), len(inputs.attention.context_lens)
-        sampled = min(len(inputs.sample_tokens), self.most_logits)
+        sampled = min(self._num_samples, self.most_logits)
         self._step.run((tokens, rows, sampled), self._beats)
         return self._step.outputs[0][:tokens]
+
+    @property
+    def decode_inputs(self) -> DecodeInputs:
+        """Where `decode` finds its inputs."""
+        return self._inputs.for_decoding
+
+    def decode(self, rows: int) -> None:
+        """A step of one token of each row, whose inputs are in `decode_inputs` already."""
+        self._sample_tokens, self._num_samples = self._inputs.row_numbers, rows
+        self._step.run((rows, rows, min(rows, self.most_logits)), self._beats)
 
     def logits(self, first: int) -> torch.Tensor | None:
         """Of the last step's sample_tokens from place `first` on, StepLimits.logits_rows of them or
         all that are left: like the model's; valid until the next call."""
-        count = min(len(self._sample_tokens) - first, self.most_logits)
+        count = min(self._num_samples - first, self.most_logits)
         found = self._step.outputs[1:]
         if first:  # those before came with the step
             rows = self._sample_tokens[first : first + count]
-            self._inputs.sample_tokens[:count] = rows
+            self._inputs.for_decoding.sample_tokens[:count] = rows.numpy()
             self._head.run((count,), self._beats)
             found = self._head.outputs
         return found[0][:count] if found else None  # rank 0 alone has them
@@ -112,35 +127,32 @@ class _StepBuffers:
         self.most_logits = limits.logits_rows
         recorded = max(_RECORDED_LOGITS)  # maybe more than will ever be replayed
         self.sample_tokens = torch.zeros(max(self.most_logits, recorded), dtype=torch.int64)
+        self.row_numbers = torch.arange(tokens)
         # NumPy's copies of a few numbers cost less than torch's.
-        self._arrays = tuple(
-            tensor.numpy()
-            for tensor in (
-                self.block_tables,
-                self.input_ids,
-                self.positions,
-                self.slot_mapping,
-                self.cu_query_lens,
-                self.context_lens,
-                self.sample_tokens,
-            )
+        self.for_decoding = DecodeInputs(
+            input_ids=self.input_ids.numpy(),
+            positions=self.positions.numpy(),
+            slot_mapping=self.slot_mapping.numpy(),
+            cu_query_lens=self.cu_query_lens.numpy(),
+            context_lens=self.context_lens.numpy(),
+            block_tables=self.block_tables.numpy(),
+            sample_tokens=self.sample_tokens.numpy(),
         )
 
     def fill(self, inputs: StepInputs) -> None:
         """Copies a step's inputs to here, of its sample_tokens those that there is room for."""
-        attention = inputs.attention
+        attention, arrays = inputs.attention, self.for_decoding
         rows, blocks = attention.block_tables.shape
-        self._arrays[0][:rows, :blocks] = attention.block_tables.numpy()
+        arrays.block_tables[:rows, :blocks] = attention.block_tables.numpy()
         sampled = inputs.sample_tokens[: len(self.sample_tokens)]
-        sources = (
-            inputs.input_ids,
-            inputs.positions,
-            attention.slot_mapping,
-            attention.cu_query_lens,
-            attention.context_lens,
-            sampled,
-        )
-        for array, source in zip(self._arrays[1:], sources, strict=True):
+        for array, source in (
+            (arrays.input_ids, inputs.input_ids),
+            (arrays.positions, inputs.positions),
+            (arrays.slot_mapping, attention.slot_mapping),
+            (arrays.cu_query_lens, attention.cu_query_lens),
+            (arrays.context_lens, attention.context_lens),
+            (arrays.sample_tokens, sampled),
+        ):
             array[: len(source)] = source.numpy()
 
     def placed(self, inputs: StepInputs) -> StepInputs:

@@ -64,10 +64,10 @@ class Sampled:
         return self
 
 
-def _parts(batch: InputBatch, slots: IntArray) -> list[IntArray]:
-    """Places of the rows that get a token, in pieces."""
+def _parts(batch: InputBatch, slots: IntArray, plain: bool = False) -> list[IntArray]:
+    """Places of the rows that get a token, in pieces. `plain`: known to be plain, all of them."""
     drawn = np.arange(len(slots))
-    if not batch.plain[slots].all():
+    if not plain and not batch.plain[slots].all():
         drawn = np.flatnonzero(batch.params["pooling"][slots] == Pooling.NONE)
     return [drawn[start : start + LOGITS_ROWS] for start in range(0, len(drawn), LOGITS_ROWS)]
 
@@ -91,8 +91,8 @@ class HostSampler:
         self, batch: InputBatch, slots: IntArray, masks: Masks, logits_of: Logits
     ) -> Sampled:
         """slots: int64[S], of the rows."""
-        sampled, plain = Sampled.nothing(len(slots)), batch.plain[slots].all()
-        for index, part in enumerate(_parts(batch, slots)):
+        sampled, plain = Sampled.nothing(len(slots)), bool(batch.plain[slots].all())
+        for index, part in enumerate(_parts(batch, slots, plain)):
             logits = logits_of(index * LOGITS_ROWS)
             if logits is None:
                 continue

@@ -19,8 +19,9 @@ FLOATS = (_F, _D)  # argument types that travel in floating-point registers
 # Arguments of a product, the last six for what comes before it.
 _PRODUCT = (*(_P, _L, _L, _L, _P, _I, _L, _P, _P, _L), *(_P, _F, _P, _L, _P, _I))
 
-# Result and arguments of each function in interface.cpp, then of those in shared_sum.cpp and in
-# replay.cpp. Where a function has a result of 32 bits and may be recorded, 0 is success.
+# Result and arguments of each function in interface.cpp, then of those in shared_sum.cpp, in
+# replay.cpp and in decode_rows.cpp. Where a function has a result of 32 bits and may be recorded, 0
+# is success.
 SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "hg_init": (ctypes.c_char_p, (ctypes.c_char_p,)),
     "hg_set_num_threads": (None, (_I,)),
@@ -58,7 +59,10 @@ SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "hg_shared_broadcast": (_I, (_P, _P, _L)),
     "hg_replay_most_integers": (_I, ()),
     "hg_replay_most_floats": (_I, ()),
-    "hg_replay": (_I, (_P, _L, _P, _P, _I, _P, _P, _P)),
+    "hg_replay_arguments": (None, (_P, _L, _P, _I, _P)),
+    "hg_replay": (_I, (_P, _L, _P, _P, _P, _P)),
+    "hg_decode_place": (_I, (_P,)),
+    "hg_decode_settle": (_I, (_P, _P, _L)),
 }
 
 

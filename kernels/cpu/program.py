@@ -63,11 +63,12 @@ class Program:
         self.offsets, self.planned_bytes = plan_memory(self.lifetimes)
         self._arena = torch.empty(self.planned_bytes, dtype=torch.uint8)
         self._num_sizes = len(largest)
-        self._sizes = (ctypes.c_int64 * len(largest))()
+        self._sizes: tuple[int, ...] = ()  # that `_values` are for
         self._failed = ctypes.c_int64()
         self._nanoseconds: np.ndarray | None = None
         self._externals: list[tuple[int, int, int]] = []  # (row of the table, which, offset)
         self._table = self._lay_out_arguments(arguments)
+        self._values = np.zeros(len(self._table), np.int64)  # of the arguments
         self._call_table = self._lay_out_calls(arguments)
         self.outputs = [
             self._memory(place, tensors[0].dtype, _solve_shape(recordings, tensors, largest))
@@ -78,9 +79,7 @@ class Program:
         self._before = (
             self._call_table.ctypes.data,
             len(self.calls),
-            self._table.ctypes.data,
-            ctypes.addressof(self._sizes),
-            self._num_sizes,
+            self._values.ctypes.data,
         )
         self._failed_at = ctypes.addressof(self._failed)
         self._times_at: int | None = None
@@ -94,13 +93,25 @@ class Program:
         """Says where the externals are from now on, by address."""
         for row, which, offset in self._externals:
             self._table[row, 0] = externals[which] + offset
+        self._sizes = ()
 
-    def run(self, sizes: Sequence[int], beats: int) -> None:
+    def run(self, sizes: tuple[int, ...], beats: int) -> None:
         """Makes all calls; `beats`: the address of an int64 that counts them."""
-        self._sizes[:] = list(sizes)
+        if sizes != self._sizes:  # a step that decodes is often like the one before
+            self._work_out_arguments(sizes)
         status = self._replay(*self._before, beats, self._failed_at, self._times_at)
         if status:
             raise self.calls[self._failed.value].failure(status)
+
+    def _work_out_arguments(self, sizes: tuple[int, ...]) -> None:
+        self._sizes = sizes
+        _library().hg_replay_arguments(
+            self._table.ctypes.data,
+            len(self._table),
+            (ctypes.c_int64 * len(sizes))(*sizes),
+            self._num_sizes,
+            self._values.ctypes.data,
+        )
 
     def time_calls(self) -> np.ndarray:
         """From now on each call's nanoseconds are added up, in the array returned: int64[calls]."""

@@ -69,24 +69,28 @@ HG_API int32_t hg_replay_most_integers() { return HG_CAN_REPLAY ? kRegisters + k
 HG_API int32_t hg_replay_most_floats() { return kFloats; }
 
 // An argument is a constant and, for each of the `num_sizes` sizes, what it grows by with it:
-// 1 + num_sizes words. A float is the constant's bits. `beats` is raised by one after each call.
-// Stops at the first call that fails and returns its status, with its number in `failed`. Each
-// call's time is added to its place in `nanoseconds`, unless that is null.
-HG_API int32_t hg_replay(const void* calls, int64_t count, const int64_t* arguments,
-                         const int64_t* sizes, int32_t num_sizes, int64_t* beats, int64_t* failed,
-                         int64_t* nanoseconds) {
+// 1 + num_sizes words. Its value goes to `values`.
+HG_API void hg_replay_arguments(const int64_t* arguments, int64_t count, const int64_t* sizes,
+                                int32_t num_sizes, int64_t* values) {
+  for (int64_t i = 0; i < count; ++i) {
+    I value = *arguments++;
+    for (int32_t s = 0; s < num_sizes; ++s) value += *arguments++ * sizes[s];
+    values[i] = value;
+  }
+}
+
+// Makes the calls with `values` of their arguments; a float's is its bits. `beats` is raised by one
+// after each call. Stops at the first call that fails and returns its status, with its number in
+// `failed`. Each call's time is added to its place in `nanoseconds`, unless that is null.
+HG_API int32_t hg_replay(const void* calls, int64_t count, const int64_t* values, int64_t* beats,
+                         int64_t* failed, int64_t* nanoseconds) {
   const Call* all = static_cast<const Call*>(calls);
   for (int64_t c = 0; c < count; ++c) {
     const Call& call = all[c];
     I integers[kRegisters + kStack] = {};
     F floats[kFloats] = {};
-    const int64_t* word = arguments + call.first * (1 + num_sizes);
-    for (int64_t i = 0; i < call.integers; ++i) {
-      I value = *word++;
-      for (int32_t s = 0; s < num_sizes; ++s) value += *word++ * sizes[s];
-      integers[i] = value;
-    }
-    for (int64_t i = 0; i < call.floats; ++i, word += 1 + num_sizes) memcpy(&floats[i], word, 8);
+    memcpy(integers, values + call.first, call.integers * sizeof *values);
+    memcpy(floats, values + call.first + call.integers, call.floats * sizeof *values);
     const int64_t began = nanoseconds ? now_ns() : 0;
     const int64_t result = invoke(call.function, integers, floats);
     if (nanoseconds) nanoseconds[c] += now_ns() - began;

@@ -102,3 +102,5 @@ def test_the_environment_of_children() -> None:
     assert "PORT" not in found and "HOSTNAME" not in found
     assert (found["HF_TOKEN"], found["HF_HUB_CACHE"]) == ("t", "/cache")
     assert (found["LOG_LEVEL"], found["RANK"]) == ("debug", "1")
+    assert "event_engine" in found["GRPC_EXPERIMENTS"]
+    assert child_environment({"GRPC_EXPERIMENTS": ""}, config)["GRPC_EXPERIMENTS"] == ""

@@ -6,6 +6,7 @@ import logging
 import mmap
 import os
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ import pytest
 import torch
 
 from headgate.kernels import ops
-from headgate.proto.messages import NewRow, RowSampling, StepPlan, StepResult
+from headgate.proto.messages import NewRow, RowEnd, RowSampling, StepPlan, StepResult
 from headgate.shard.config import ShardIdentity
+from headgate.shard.decode_rows import DecodeRows
 from headgate.shard.distributed import SharedMemoryGroup, single_group
 from headgate.shard.kv_cache import KVCache
 from headgate.shard.model_runner import ModelRunner
@@ -97,6 +99,64 @@ def test_replayed_steps_give_the_models_results(
             assert (ours.top, ours.prompt_logprobs) == (theirs.top, theirs.prompt_logprobs)
         assert runner.heartbeat.beats - before > len(got) * model.num_layers
     assert not forwards, "the model's own code did not run"
+
+
+def decode(runner: ModelRunner, row_sampling: list[RowSampling]) -> list[StepResult]:
+    """A row for each sampling, given blocks as it needs them; until step 14 all are planned."""
+    block, room = runner.config.block_size, 12  # blocks of a row
+    runner.allocate(len(row_sampling) * room)
+    known = [1 + row % 7 for row in range(len(row_sampling))]
+    new = [
+        NewRow(row, PROMPT[:length], sampling, block_ids=range(row * room, row * room + 2))
+        for row, (length, sampling) in enumerate(zip(known, row_sampling, strict=True))
+    ]
+    rows, results = list(range(len(new))), []
+    for number in range(1, 15):
+        step: dict[str, Any] = {"new_rows": new, "counts": known}
+        if number > 1:
+            known = [length + 1 for length in known]
+            grown = [row for row in rows if known[row] > 2 * block and known[row] % block == 1]
+            ids = [row * room + known[row] // block for row in grown]
+            step = {"counts": [1] * len(rows), "block_rows": grown, "block_ids": ids}
+        results.append(runner.step(StepPlan(1, number, rows, **step)))
+    return results
+
+
+def test_rows_that_go_on_decoding_get_the_same(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load(tiny_llama)
+    config = shard_config(max_batch_prefill_tokens=300, max_batch_size=70)
+    runner = ModelRunner(model, single_group(), config, ShardIdentity(0, 1, epoch=1))
+    runner.record()
+    greedy = RowSampling(40, ignore_eos=True)
+    model.config = replace(model.config, eos_token_ids=(decode(runner, [greedy])[9].token_ids[0],))
+    batches = [
+        [greedy, replace(greedy, ignore_eos=False), replace(greedy, max_new_tokens=5)],
+        [greedy, replace(greedy, temperature=0.8, seed=3), replace(greedy, logprobs=True)],
+        [greedy, replace(greedy, stop_token_ids=(7,))],
+        [greedy] * 70,  # more than the rows whose logits come with a step
+    ]
+    settled = DecodeRows.settle
+    for expected_fast, batch in zip((3, 12, 0, 12), batches, strict=True):
+        fast: list[int] = []
+
+        def settle(rows: DecodeRows, *logits: int, fast: list[int] = fast) -> list[RowEnd]:
+            fast.append(len(rows))
+            return settled(rows, *logits)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(DecodeRows, "settle", settle)
+            got = decode(runner, batch)
+        with monkeypatch.context() as patched:
+            patched.setattr(DecodeRows, "of", lambda *_: None)
+            expected = decode(runner, batch)
+        assert [without_times(result) for result in got] == [*map(without_times, expected)]
+        assert len(fast) >= expected_fast and bool(fast) == bool(expected_fast)
+
+
+def without_times(result: StepResult) -> StepResult:
+    return replace(result, forward_ns=0, total_ns=0, top=list(result.top), pooled=())
 
 
 def test_activations_share_memory(tiny_llama: Path) -> None:
