@@ -10,6 +10,9 @@
 //  - partitions are merged in ascending order.
 // Keys a token may not see weigh exactly zero, and blocks without any leave the state as it is.
 //
+// Where keys and values are bytes with scales, sums are of the bytes: a score is multiplied by its
+// key's scale, a weight by its value's, once it has been added to the sum of weights.
+//
 // Two ways lead to the same numbers, on every instruction set with fused multiply-adds. Few query
 // rows (decode): vectors hold the chains of a score, and keys and values are widened as they are
 // read. Many: vectors run over query rows, and keys, a block of which is widened first, are
@@ -26,6 +29,7 @@ template <int DTYPE>
 HG_INLINE vf load_value(const void* value, int at) {
   if constexpr (DTYPE == kBFloat16) return load_bf16((const uint16_t*)value + at);
   else if constexpr (DTYPE == kFloat16) return load_f16((const uint16_t*)value + at);
+  else if constexpr (DTYPE == kScaledBytes) return load_i8((const int8_t*)value + at);
   else return load((const float*)value + at);
 }
 
@@ -33,6 +37,7 @@ template <int DTYPE>
 HG_INLINE vf load_value_n(const void* value, int at, int n) {
   if constexpr (DTYPE == kBFloat16) return load_bf16_n((const uint16_t*)value + at, n);
   else if constexpr (DTYPE == kFloat16) return load_f16_n((const uint16_t*)value + at, n);
+  else if constexpr (DTYPE == kScaledBytes) return load_i8_n((const int8_t*)value + at, n);
   else return load_n((const float*)value + at, n);
 }
 
@@ -54,7 +59,7 @@ void weigh_tile(Tile& t, int query, int dim_at, int first, int last, int query_s
     for (int v = 0; v < V; ++v) sums[r][v] = load(values + r * padded_dim + v * VL) * scale;
   }
   for (int k = first; k < last; ++k) {
-    if (k < ahead) fetch_ahead(t, t.job->v_cache, k);
+    if (k < ahead) fetch_value(t, k);
     vf x[V];
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v)
@@ -130,6 +135,7 @@ Few choose_few(const Tile& t) {
   if (!is_few(t.queries, t.dim)) return {nullptr, nullptr};
   if (t.job->cache_dtype == kBFloat16) return few_of<kBFloat16>(t.queries);
   if (t.job->cache_dtype == kFloat16) return few_of<kFloat16>(t.queries);
+  if (t.job->cache_dtype == kScaledBytes) return few_of<kScaledBytes>(t.queries);
   return few_of<kFloat32>(t.queries);
 }
 
@@ -144,11 +150,11 @@ void attend_block(Tile& t, int32_t base, int32_t first, int32_t last, const Few&
     soften_few(t, base, group_first, group_last);
     few.weigh(t, a, b, kKeyBlock, 1);
     // What a short block left over.
-    for (int i = group_last * VL; i < t.ahead; ++i) fetch_ahead(t, t.job->k_cache, i);
-    for (int i = b; i < t.ahead; ++i) fetch_ahead(t, t.job->v_cache, i);
+    for (int i = group_last * VL; i < t.ahead; ++i) fetch_key(t, i);
+    for (int i = b; i < t.ahead; ++i) fetch_value(t, i);
     return;
   }
-  for (int i = 0; i < t.ahead; ++i) fetch_ahead(t, t.job->k_cache, i);
+  for (int i = 0; i < t.ahead; ++i) fetch_key(t, i);
   bool edge = false;
   for (int i = 0; i < t.padded_queries; ++i) edge |= t.low[i] > first || t.high[i] < last - 1;
   score_many(t, a, b);

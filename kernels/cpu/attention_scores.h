@@ -18,6 +18,7 @@ template <int DTYPE>
 HG_INLINE vf load_keys(const void* const* keys, int i, int at) {
   if constexpr (DTYPE == kBFloat16) return load_lanes_bf16((const uint16_t* const*)keys, i, at);
   else if constexpr (DTYPE == kFloat16) return load_lanes_f16((const uint16_t* const*)keys, i, at);
+  else if constexpr (DTYPE == kScaledBytes) return load_lanes_i8((const int8_t* const*)keys, i, at);
   else return load_lanes((const float* const*)keys, i, at);
 }
 
@@ -39,7 +40,7 @@ void score_few(Tile& t, int group_first, int group_last) {
         for (int r = 0; r < Q; ++r) s[i][r] = set1(0.0f);
       for (int d = 0; d < dim; d += kLanes) {
         for (fetch_due += 2 * kPairs * VL; fetch_due >= dim; fetch_due -= dim, ++fetch)
-          if (fetch < t.ahead) fetch_ahead(t, t.job->k_cache, fetch);
+          if (fetch < t.ahead) fetch_key(t, fetch);
 #pragma GCC unroll 4
         for (int i = 0; i < 2 * kPairs; ++i) {
           const vf k = load_keys<DTYPE>(keys, 2 * j + i, d);
@@ -55,15 +56,18 @@ void score_few(Tile& t, int group_first, int group_last) {
           folded[j + pair][r] = fold_halves(s[2 * pair][r], s[2 * pair + 1][r]);
     }
     for (int r = 0; r < Q; ++r) {
-      const vf score = fold_last(fold_pairs(folded[0][r], folded[1][r]),
-                                 fold_pairs(folded[2][r], folded[3][r]));
+      vf score = fold_last(fold_pairs(folded[0][r], folded[1][r]),
+                           fold_pairs(folded[2][r], folded[3][r]));
+      if constexpr (DTYPE == kScaledBytes) score = score * load(t.key_scales + g * VL);
       store(t.weights + r * kKeyBlock + g * VL, cap_scores(score, cap));
     }
   }
 }
 
+// Leaves weights, times the values' scales where there are any.
 void soften_few(Tile& t, int32_t base, int group_first, int group_last) {
   const vf hidden = set1(-__builtin_inff());
+  const bool scaled = t.job->v_scales;
   for (int i = 0; i < t.queries; ++i) {
     float* weights = t.weights + i * kKeyBlock;
     const vi low = set1i(t.low[i]), high = set1i(t.high[i]);
@@ -88,7 +92,7 @@ void soften_few(Tile& t, int32_t base, int group_first, int group_last) {
     for (int n = 0; n < kSums; n += VL) store(sums + n, load(sums + n) * decay);
     for (int g = group_first; g < group_last; ++g) {
       const vf p = exp_v(load(weights + g * VL) - maximum);
-      store(weights + g * VL, p);
+      store(weights + g * VL, scaled ? p * load(t.val_scales + g * VL) : p);
       float* sum = sums + g * VL % kSums;
       store(sum, load(sum) + p);
     }
@@ -129,17 +133,20 @@ HG_INLINE void score_lanes(const float* const* keys, const float* q, int padded,
   }
 }
 
-// Scores of K keys for V vectors of query rows.
+// Scores of K keys, times their scales where there are any, for V vectors of query rows.
 template <int K, int V>
-void score_many_tile(const void* const* keys, const float* q, int padded, int dim, float* out,
-                     float cap) {
+void score_many_tile(const void* const* keys, const float* scales, const float* q, int padded, int dim,
+                     float* out, float cap) {
   const float* row[K];
 #pragma GCC unroll 8
   for (int k = 0; k < K; ++k) row[k] = (const float*)keys[k];
   vf s[K][V];
   score_lanes<0, 1>(row, q, padded, dim, s);
   for (int k = 0; k < K; ++k)
-    for (int v = 0; v < V; ++v) store(out + k * padded + v * VL, cap_scores(s[k][v], cap));
+    for (int v = 0; v < V; ++v) {
+      const vf score = scales ? s[k][v] * set1(scales[k]) : s[k][v];
+      store(out + k * padded + v * VL, cap_scores(score, cap));
+    }
 }
 
 template <int V>
@@ -148,13 +155,14 @@ void score_many_columns(Tile& t, int column, int first, int last) {
   const float* q = t.q + column * VL;
   float* out = t.weights + column * VL;
   const int padded = t.padded_queries;
+  const auto score = [&](auto tile, int k) {
+    const float* scales = t.job->k_scales ? t.key_scales + k : nullptr;
+    tile(t.keys + k, scales, q, padded, t.dim, out + k * padded, cap);
+  };
   int k = first;
-  for (; k + kRows <= last; k += kRows)
-    score_many_tile<kRows, V>(t.keys + k, q, padded, t.dim, out + k * padded, cap);
-  for (; k + 4 <= last; k += 4)
-    score_many_tile<4, V>(t.keys + k, q, padded, t.dim, out + k * padded, cap);
-  for (; k < last; ++k)
-    score_many_tile<1, V>(t.keys + k, q, padded, t.dim, out + k * padded, cap);
+  for (; k + kRows <= last; k += kRows) score(score_many_tile<kRows, V>, k);
+  for (; k + 4 <= last; k += 4) score(score_many_tile<4, V>, k);
+  for (; k < last; ++k) score(score_many_tile<1, V>, k);
 }
 
 void score_many(Tile& t, int first, int last) {
@@ -168,9 +176,11 @@ void score_many(Tile& t, int first, int last) {
   if (vectors - v == 1) score_many_columns<1>(t, v, first, last);
 }
 
-// Keys [first, last) of the block at `base`; `edge`: some query does not see all of them.
+// Keys [first, last) of the block at `base`; `edge`: some query does not see all of them. Leaves what
+// soften_few does.
 void soften_many(Tile& t, int32_t base, int first, int last, bool edge) {
   const vf hidden = set1(-__builtin_inff());
+  const bool scaled = t.job->v_scales;
   const int padded = t.padded_queries;
   for (int c = 0; c < padded; c += VL) {
     float* weights = t.weights + c;
@@ -194,7 +204,7 @@ void soften_many(Tile& t, int32_t base, int first, int last, bool edge) {
     }
     for (int k = first; k < last; ++k) {
       const vf p = exp_v(load(weights + k * padded) - top);
-      store(weights + k * padded, p);
+      store(weights + k * padded, scaled ? p * set1(t.val_scales[k]) : p);
       float* sum = t.part_sums + k % kSums * padded + c;
       store(sum, load(sum) + p);
     }

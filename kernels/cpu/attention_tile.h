@@ -1,6 +1,7 @@
 // The part of attention that one thread computes at a time: queries, state, and where its keys are.
 #pragma once
 
+#include "int8_rows.h"
 #include "kernels.h"
 #include "simd.h"
 
@@ -29,6 +30,12 @@ struct Keys {
   int32_t first, last;
 };
 
+// Where the cache has the keys and values of a block, in elements, and their scales if there are any.
+struct Places {
+  int64_t numbers[kKeyBlock];
+  int64_t scales[kKeyBlock];
+};
+
 struct Tile {
   const AttentionJob* job;
   const AttentionItem* item;
@@ -44,8 +51,9 @@ struct Tile {
   alignas(64) float merge[2][kQueryTile];
   const void* keys[kKeyBlock];  // many: float32; few: as the cache has them
   const void* vals[kKeyBlock];
-  // Where the cache has this block's keys and values, and those to come, in elements.
-  int64_t places[2][kKeyBlock];
+  alignas(64) float key_scales[kKeyBlock];  // of this block, zero for positions outside of it
+  alignas(64) float val_scales[kKeyBlock];
+  Places places[2];  // of this block, and of the one to come
   int current;  // which of the two is this block's
   bool placed;  // whether this block's are known
   int ahead;    // number of those to come
@@ -53,6 +61,10 @@ struct Tile {
   alignas(64) float wide_keys[kKeyBlock * kMaxHeadDim];
   alignas(64) float wide_vals[kKeyBlock * kMaxHeadDim];
 };
+
+HG_INLINE int item_size(int dtype) {
+  return dtype == kFloat32 ? 4 : dtype == kScaledBytes ? 1 : 2;
+}
 
 HG_INLINE bool is_few(int queries, int dim) {
   return queries <= kFewQueries && dim % kLanes == 0;
@@ -102,13 +114,17 @@ void load_queries(Tile& t) {
 
 // Finds the places of positions [first, last) of the block that starts at `base`, for an item.
 void find_places(const AttentionJob& job, const AttentionItem& item, int32_t base, int32_t first,
-                 int32_t last, int64_t* places) {
+                 int32_t last, Places& places) {
   const int64_t size = job.block_size, step = int64_t(job.kv_heads) * job.head_dim;
   const int32_t* table = job.block_tables + item.row * job.table_stride;
   int64_t block = first / size, offset = first % size;
   for (int32_t key = first; key < last; ++block, offset = 0) {
     const int64_t start = table[block] * size * step + item.kv_head * job.head_dim;
-    for (; offset < size && key < last; ++offset, ++key) places[key - base] = start + offset * step;
+    const int64_t scales = (int64_t(table[block]) * job.kv_heads + item.kv_head) * size;
+    for (; offset < size && key < last; ++offset, ++key) {
+      places.numbers[key - base] = start + offset * step;
+      places.scales[key - base] = scales + offset;
+    }
   }
 }
 
@@ -136,26 +152,44 @@ void look_ahead(Tile& t, int32_t base) {
 
 // Asks for one key or value of those to come. Calls are spread over the work on this block: a burst
 // would fill the core's few slots for misses, and then stall it while memory has nothing to do.
-HG_INLINE void fetch_ahead(const Tile& t, const void* cache, int i) {
-  const int size = t.job->cache_dtype == kFloat32 ? 4 : 2;
-  const char* p = (const char*)cache + t.places[!t.current][i] * size;
+HG_INLINE void fetch_ahead(const Tile& t, const void* cache, const float* scales, int i) {
+  const int size = item_size(t.job->cache_dtype);
+  const Places& places = t.places[!t.current];
+  const char* p = (const char*)cache + places.numbers[i] * size;
   for (int byte = 0; byte < t.dim * size; byte += 64) __builtin_prefetch(p + byte, 0, 2);
+  if (scales && i % 16 == 0) __builtin_prefetch(scales + places.scales[i], 0, 2);
+}
+HG_INLINE void fetch_key(const Tile& t, int i) {
+  fetch_ahead(t, t.job->k_cache, t.job->k_scales, i);
+}
+HG_INLINE void fetch_value(const Tile& t, int i) {
+  fetch_ahead(t, t.job->v_cache, t.job->v_scales, i);
 }
 
 const float* widen_to(float* to, const void* from, int dtype, int dim) {
-  if (dtype == kBFloat16) widen_row<true>((const uint16_t*)from, to, dim);
+  if (dtype == kScaledBytes) widen_bytes((const int8_t*)from, to, dim);
+  else if (dtype == kBFloat16) widen_row<true>((const uint16_t*)from, to, dim);
   else widen_row<false>((const uint16_t*)from, to, dim);
   return to;
 }
 
 // Points `keys` and `vals` at positions [first, last) of the block at `base`, `widen`ed to float32
-// where the cache is narrower; the block's other entries point at one of them, so that they can be
-// read (their weights are zero).
+// where the cache is narrower, but not scaled; the block's other entries point at one of them, so that
+// they can be read (their weights are zero).
 void open_block(Tile& t, int32_t base, int32_t first, int32_t last, bool widen) {
   const AttentionJob& job = *t.job;
-  const int size = job.cache_dtype == kFloat32 ? 4 : 2;
+  const int size = item_size(job.cache_dtype);
+  const Places& places = t.places[t.current];
+  if (job.k_scales) {
+    memset(t.key_scales, 0, sizeof t.key_scales);
+    memset(t.val_scales, 0, sizeof t.val_scales);
+    for (int i = first - base; i < last - base; ++i) {
+      t.key_scales[i] = job.k_scales[places.scales[i]];
+      t.val_scales[i] = job.v_scales[places.scales[i]];
+    }
+  }
   for (int i = first - base; i < last - base; ++i) {
-    const int64_t at = t.places[t.current][i];
+    const int64_t at = places.numbers[i];
     t.keys[i] = (const char*)job.k_cache + at * size;
     t.vals[i] = (const char*)job.v_cache + at * size;
     if (!widen || job.cache_dtype == kFloat32) continue;

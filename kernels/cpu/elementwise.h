@@ -4,6 +4,7 @@
 // A row's result depends on that row alone.
 #pragma once
 
+#include "int8_rows.h"
 #include "kernels.h"
 #include "simd.h"
 
@@ -165,21 +166,25 @@ void narrow_row(const float* from, uint16_t* to, int64_t size) {
   }
 }
 
-void write_heads(const float* from, int64_t head_stride, void* cache, int64_t at, int heads, int dim,
-                 int dtype) {
-  for (int h = 0; h < heads; ++h, from += head_stride, at += dim) {
+void write_heads(const WriteKvJob& job, int64_t slot, const float* from, int64_t head_stride,
+                 void* cache, float* scales) {
+  const int heads = job.kv_heads, dim = job.head_dim, dtype = job.cache_dtype;
+  const int64_t size = job.block_size;
+  int64_t at = slot * heads * dim, scale_at = slot / size * heads * size + slot % size;
+  for (int h = 0; h < heads; ++h, from += head_stride, at += dim, scale_at += size) {
     if (dtype == kFloat32) memcpy((float*)cache + at, from, sizeof(float) * dim);
     else if (dtype == kBFloat16) narrow_row<kBFloat16>(from, (uint16_t*)cache + at, dim);
-    else narrow_row<kFloat16>(from, (uint16_t*)cache + at, dim);
+    else if (dtype == kFloat16) narrow_row<kFloat16>(from, (uint16_t*)cache + at, dim);
+    else scales[scale_at] = quantise_row(from, (int8_t*)cache + at, dim);
   }
 }
 
 void write_token(const WriteKvJob& job, int64_t t) {
-  const int64_t at = job.slots[t] * job.kv_heads * job.head_dim;
-  write_heads(job.k + t * job.k_token_stride, job.k_head_stride, job.k_cache, at, job.kv_heads,
-              job.head_dim, job.cache_dtype);
-  write_heads(job.v + t * job.v_token_stride, job.v_head_stride, job.v_cache, at, job.kv_heads,
-              job.head_dim, job.cache_dtype);
+  const int64_t slot = job.slots[t];
+  write_heads(job, slot, job.k + t * job.k_token_stride, job.k_head_stride, job.k_cache,
+              job.k_scales);
+  write_heads(job, slot, job.v + t * job.v_token_stride, job.v_head_stride, job.v_cache,
+              job.v_scales);
 }
 
 void write_kv_tile(const void* data, int64_t tile) {

@@ -13,9 +13,6 @@ namespace {
 
 using namespace headgate;
 
-// Less than this is zero: the reciprocal of its scale would not be finite.
-constexpr float kSmallestInput = 1e-30f;
-
 struct Buffer {
   float rows[kMaxTileRows][kInputColumns];
 };
@@ -79,17 +76,6 @@ HG_INLINE int32_t sum_lanes_int(vi x) {
   memcpy(lane, &x, sizeof lane);
   for (int i = 0; i < VL; ++i) sum += lane[i];
   return sum;
-#endif
-}
-
-// The lowest byte of each lane.
-HG_INLINE void store_i8(int8_t* p, vi a) {
-#if defined(__AVX512F__)
-  _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(a));
-#else
-  int32_t lane[VL];
-  memcpy(lane, &a, sizeof lane);
-  for (int i = 0; i < VL; ++i) p[i] = (int8_t)lane[i];
 #endif
 }
 

@@ -135,16 +135,18 @@ HG_API int32_t hg_linear(const float* x, int64_t rows, int64_t inner, int64_t x_
 }
 
 HG_API int32_t hg_paged_attention(const float* q, int64_t q_token_stride, int64_t q_head_stride,
-                                  const void* k_cache, const void* v_cache, int32_t cache_dtype,
+                                  const void* k_cache, const void* v_cache, const float* k_scales,
+                                  const float* v_scales, int32_t cache_dtype, int32_t block_size,
                                   const int32_t* cu_query_lens, const int32_t* context_lens,
                                   const int32_t* block_tables, int64_t table_stride, int32_t rows,
-                                  int32_t heads, int32_t kv_heads, int32_t head_dim,
-                                  int32_t block_size, float scale, int32_t window, float soft_cap,
-                                  float* out) {
+                                  int32_t heads, int32_t kv_heads, int32_t head_dim, float scale,
+                                  int32_t window, float soft_cap, float* out) {
   AttentionJob job = {};
   job.q = q;
   job.k_cache = k_cache;
   job.v_cache = v_cache;
+  job.k_scales = k_scales;
+  job.v_scales = v_scales;
   job.out = out;
   job.cu_query_lens = cu_query_lens;
   job.context_lens = context_lens;
@@ -226,12 +228,14 @@ HG_API void hg_rotary(float* q, int64_t q_token_stride, int64_t q_head_stride, f
 
 HG_API void hg_write_kv(const float* k, int64_t k_token_stride, int64_t k_head_stride,
                         const float* v, int64_t v_token_stride, int64_t v_head_stride, void* k_cache,
-                        void* v_cache, int32_t cache_dtype, const int64_t* slots, int64_t tokens,
-                        int32_t kv_heads, int32_t head_dim) {
+                        void* v_cache, float* k_scales, float* v_scales, int32_t cache_dtype,
+                        int32_t block_size, const int64_t* slots, int64_t tokens, int32_t kv_heads,
+                        int32_t head_dim) {
   const int64_t cost = int64_t(kv_heads) * head_dim / 8, per_tile = rows_per_tile(tokens, cost);
-  const WriteKvJob job = {k,        v,        k_cache,        v_cache,       slots,
-                          tokens,   per_tile, k_token_stride, k_head_stride, v_token_stride,
-                          v_head_stride, kv_heads, head_dim,  cache_dtype};
+  const WriteKvJob job = {k,         v,         k_cache,        v_cache,       k_scales,
+                          v_scales,  slots,     tokens,         per_tile,      k_token_stride,
+                          k_head_stride, v_token_stride, v_head_stride, kv_heads, head_dim,
+                          cache_dtype, block_size};
   run(kernels->write_kv, job, divide_up(tokens, per_tile), tokens * cost);
 }
 
@@ -242,15 +246,16 @@ HG_API void hg_rotary_and_write_kv(float* q, int64_t q_token_stride, int64_t q_h
                                    const float* q_norm, const float* k_norm, float eps,
                                    const int64_t* positions, const float* cos_sin,
                                    int32_t rotary_dim, void* k_cache, void* v_cache,
-                                   int32_t cache_dtype, const int64_t* slots, int64_t tokens,
+                                   float* k_scales, float* v_scales, int32_t cache_dtype,
+                                   int32_t block_size, const int64_t* slots, int64_t tokens,
                                    int32_t heads, int32_t kv_heads, int32_t head_dim) {
   const int64_t cost = int64_t(heads + 2 * kv_heads) * head_dim / 8;
   const int64_t per_tile = rows_per_tile(tokens, cost);
   const HeadsJob job = {
       {q, k, positions, cos_sin, tokens, per_tile, q_token_stride, q_head_stride, k_token_stride,
        k_head_stride, heads, kv_heads, rotary_dim},
-      {k, v, k_cache, v_cache, slots, tokens, per_tile, k_token_stride, k_head_stride,
-       v_token_stride, v_head_stride, kv_heads, head_dim, cache_dtype},
+      {k, v, k_cache, v_cache, k_scales, v_scales, slots, tokens, per_tile, k_token_stride,
+       k_head_stride, v_token_stride, v_head_stride, kv_heads, head_dim, cache_dtype, block_size},
       q_norm, k_norm, eps};
   run(kernels->heads, job, divide_up(tokens, per_tile), tokens * cost);
 }

@@ -10,6 +10,9 @@ namespace headgate {
 
 enum DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
+// Of caches only: signed bytes, with a scale for every position and head.
+constexpr int32_t kScaledBytes = 5;
+
 // Beside float32 inputs with weights of a DType, a product takes bfloat16 weights with inputs that are
 // rounded to bfloat16 first: as such values in floats, or in pairs for an instruction that
 // multiplies pairs.
@@ -99,6 +102,8 @@ struct AttentionJob {
   const int32_t* block_tables;
   const AttentionItem* items;
   int64_t item_count, item_stride;           // a thread's next item, probably: the one so much later
+  const float* k_scales;                     // [blocks, kv_heads, block_size], or null
+  const float* v_scales;
   float* partials;
   int64_t q_token_stride, q_head_stride, table_stride;
   int32_t rows, heads, kv_heads, head_dim, block_size, cache_dtype;
@@ -165,10 +170,12 @@ struct WriteKvJob {
   const float* v;
   void* k_cache;
   void* v_cache;
+  float* k_scales;                           // [blocks, kv_heads, block_size], or null
+  float* v_scales;
   const int64_t* slots;
   int64_t tokens, tokens_per_tile;
   int64_t k_token_stride, k_head_stride, v_token_stride, v_head_stride;
-  int32_t kv_heads, head_dim, cache_dtype;
+  int32_t kv_heads, head_dim, cache_dtype, block_size;
 };
 
 // A norm of every query and key, at wish; then RotaryJob and WriteKvJob, token by token.

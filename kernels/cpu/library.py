@@ -19,6 +19,9 @@ FLOATS = (_F, _D)  # argument types that travel in floating-point registers
 # Arguments of a product, the last six for what comes before it.
 _PRODUCT = (*(_P, _L, _L, _L, _P, _I, _L, _P, _P, _L), *(_P, _F, _P, _L, _P, _I))
 
+# A layer's keys and values, their scales, their dtype, and positions per block.
+_CACHES = (_P, _P, _P, _P, _I, _I)
+
 # Result and arguments of each function in interface.cpp, then of those in shared_sum.cpp, in
 # replay.cpp and in decode_rows.cpp. Where a function has a result of 32 bits and may be recorded, 0
 # is success.
@@ -36,7 +39,7 @@ SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "hg_linear_quantised": (_I, _PRODUCT),
     "hg_paged_attention": (
         _I,
-        (_P, _L, _L, _P, _P, _I, _P, _P, _P, _L, _I, _I, _I, _I, _I, _F, _I, _F, _P),
+        (_P, _L, _L, *_CACHES, _P, _P, _P, _L, _I, _I, _I, _I, _F, _I, _F, _P),
     ),
     "hg_embedding": (None, (_P, _L, _P, _I, _L, _L, _L, _P)),
     "hg_take_rows": (None, (_P, _L, _P, _L, _L, _P)),
@@ -45,9 +48,9 @@ SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "hg_rotary": (None, (_P, _L, _L, _P, _L, _L, _P, _P, _L, _I, _I, _I)),
     "hg_rotary_and_write_kv": (
         None,
-        (_P, _L, _L) * 3 + (_P, _P, _F, _P, _P, _I, _P, _P, _I, _P, _L, _I, _I, _I),
+        (_P, _L, _L) * 3 + (_P, _P, _F, _P, _P, _I, *_CACHES, _P, _L, _I, _I, _I),
     ),
-    "hg_write_kv": (None, (_P, _L, _L, _P, _L, _L, _P, _P, _I, _P, _L, _I, _I)),
+    "hg_write_kv": (None, (_P, _L, _L, _P, _L, _L, *_CACHES, _P, _L, _I, _I)),
     "hg_gumbel_argmax": (_L, (_P, _L, _F, _F, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint32)),
     "hg_shared_bytes": (_L, (_I, _L)),
     "hg_shared_open": (_P, (_P, _I, _I, _L, _P, _P, _I, _D)),

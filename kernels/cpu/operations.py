@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from headgate.shard.attention_metadata import AttentionMetadata
 
 _MAX_HEAD_DIM = 256
+_SCALED_BYTES = 5  # kScaledBytes of kernels.h
 
 
 def embedding(
@@ -218,15 +219,20 @@ def rotary_and_write_kv(
     return q
 
 
-def _caches(k_cache: PagedCache, v_cache: PagedCache) -> tuple[int, int, int] | None:
-    """What the C++ takes for a layer's caches; None where it takes no such caches."""
+def _caches(k_cache: PagedCache, v_cache: PagedCache) -> tuple[int | None, ...] | None:
+    """What the C++ takes for a layer's caches (library.py); None where it takes no such caches."""
+    if not (k_cache.is_contiguous() and v_cache.is_contiguous()):
+        return None
+    block_size = k_cache.shape[1]
+    if isinstance(k_cache, Int8Cache) and isinstance(v_cache, Int8Cache):
+        tensors = (k_cache.values, v_cache.values, k_cache.scales, v_cache.scales)
+        return *(tensor.data_ptr() for tensor in tensors), _SCALED_BYTES, block_size
     if isinstance(k_cache, Int8Cache) or isinstance(v_cache, Int8Cache):
         return None
     code = DTYPES.get(k_cache.dtype)
-    contiguous = k_cache.is_contiguous() and v_cache.is_contiguous()
-    if code is None or not contiguous or k_cache.dtype != v_cache.dtype:
+    if code is None or k_cache.dtype != v_cache.dtype:
         return None
-    return k_cache.data_ptr(), v_cache.data_ptr(), code
+    return k_cache.data_ptr(), v_cache.data_ptr(), None, None, code, block_size
 
 
 def write_kv(
@@ -291,7 +297,6 @@ def paged_attention(
         heads,
         k_cache.shape[2],
         dim,
-        k_cache.shape[1],
         scale,
         window,
         soft_cap,

@@ -29,7 +29,7 @@ constexpr int kRegisters = 8;
 #define HG_CAN_REPLAY 0
 constexpr int kRegisters = 6;
 #endif
-constexpr int kStack = 18;
+constexpr int kStack = 20;
 constexpr int kFloats = 8;
 
 using I = int64_t;
@@ -39,18 +39,18 @@ int64_t invoke(int64_t function, const I* i, const F* f) {
   const I* s = i + kRegisters;
 #if defined(__aarch64__)
   using Function = I (*)(I, I, I, I, I, I, I, I, F, F, F, F, F, F, F, F,  //
-                         I, I, I, I, I, I, I, I, I, I, I, I, I, I, I, I, I, I);
+                         I, I, I, I, I, I, I, I, I, I, I, I, I, I, I, I, I, I, I, I);
   return reinterpret_cast<Function>(function)(
       i[0], i[1], i[2], i[3], i[4], i[5], i[6], i[7], f[0], f[1], f[2], f[3], f[4], f[5], f[6],
       f[7], s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8], s[9], s[10], s[11], s[12], s[13],
-      s[14], s[15], s[16], s[17]);
+      s[14], s[15], s[16], s[17], s[18], s[19]);
 #else
   using Function = I (*)(I, I, I, I, I, I, F, F, F, F, F, F, F, F,  //
-                         I, I, I, I, I, I, I, I, I, I, I, I, I, I, I, I, I, I);
+                         I, I, I, I, I, I, I, I, I, I, I, I, I, I, I, I, I, I, I, I);
   return reinterpret_cast<Function>(function)(
       i[0], i[1], i[2], i[3], i[4], i[5], f[0], f[1], f[2], f[3], f[4], f[5], f[6], f[7], s[0],
       s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8], s[9], s[10], s[11], s[12], s[13], s[14],
-      s[15], s[16], s[17]);
+      s[15], s[16], s[17], s[18], s[19]);
 #endif
 }
 

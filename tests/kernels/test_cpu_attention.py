@@ -19,6 +19,7 @@ KINDS = [
     (37, 0.0, torch.bfloat16),
     (1, 0.0, torch.float16),
     (300, 4.0, torch.float16),
+    (70, 4.0, torch.int8),
 ]
 
 
@@ -99,7 +100,7 @@ def test_bits_depend_on_nothing_but_the_sequence(
         assert torch.equal(one[1][0], whole[position])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int8])
 def test_bits_do_not_depend_on_the_number_of_threads(dtype: torch.dtype) -> None:
     """Rows that are long for their step are cut along their keys, and their parts merged."""
     lengths = [700, 1, 520, 300, 1700]
@@ -120,7 +121,7 @@ def test_bits_do_not_depend_on_the_instruction_set(cpu_kernels: str) -> None:
     if cpu_kernels != "avx512" or loaded is None or loaded.hg_init(b"avx2") is None:
         pytest.skip("two such sets are compared in one go")
     row = rows([290], 9, 3, 72)[0]
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.int8):
         results = []
         for name in (b"avx2", b"avx512"):
             loaded.hg_init(name)

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from headgate.kernels.cpu.calls import out_of_memory
 from headgate.kernels.cpu.packed import DTYPES, PackedWeight
 from headgate.kernels.cpu.quantised import CODES, QuantisedWeight
 from headgate.kernels.cpu.recording import RecordedCall, Recording
+from headgate.kernels.int8_cache import Int8Cache
 from headgate.kernels.quantised import KINDS
 from tests.kernels.paged_rows import Chunk, Row, make_step
 from tests.kernels.tape import Tape
@@ -141,7 +143,7 @@ def test_products(players: Players, tmp_path: Path, kind: str, rows: int) -> Non
     assert memory[tape.region_of(result.data_ptr())] == bytes(result.untyped_storage()), "AVX2"
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.int8], ids=str)
 @pytest.mark.parametrize(("window", "cap"), [(0, 0.0), (37, 0.0), (0, 5.0)])
 def test_attention(
     players: Players, tmp_path: Path, dtype: torch.dtype, window: int, cap: float
@@ -152,7 +154,9 @@ def test_attention(
     chunks = [Chunk(r, e - c, e) for r, e, c in zip(rows, ends, counts, strict=True)]
     q, k_cache, v_cache, step = make_step(chunks, 16, dtype)
     tape = Tape()
-    tape.hold(q, k_cache, v_cache, step.cu_query_lens, step.context_lens, step.block_tables)
+    tape.hold(q, step.cu_query_lens, step.context_lens, step.block_tables)
+    for cache in (k_cache, v_cache):
+        tape.hold(*((cache.values, cache.scales) if isinstance(cache, Int8Cache) else (cache,)))
     call = (q, k_cache, v_cache, step, 0.3, window, cap)
     record(tape, lambda: operations.paged_attention(*call))
     assert_same(tape, players, tmp_path)
@@ -178,7 +182,9 @@ def test_all_else(players: Players, tmp_path: Path) -> None:
     record(tape, lambda: operations.gelu_and_mul(gated, tanh=False))
     record(tape, lambda: operations.embedding(ids, table, 2, torch.float32))
     record(tape, lambda: operations.take_rows(x, picks))
-    for given in (None, norms):
-        arguments = (q, k, v, positions, cos_sin, caches[0], caches[1], slots, given)
+    quantised = [Int8Cache(torch.zeros(2, 16, 3, 40).char(), torch.zeros(2, 3, 16)) for _ in "kv"]
+    tape.hold(*(part for cache in quantised for part in (cache.values, cache.scales)))
+    for kept, given in product((caches, quantised), (None, norms)):
+        arguments = (q, k, v, positions, cos_sin, kept[0], kept[1], slots, given)
         record(tape, lambda arguments=arguments: operations.rotary_and_write_kv(*arguments))
     assert_same(tape, players, tmp_path)

@@ -8,6 +8,7 @@ import torch
 from headgate.kernels import reference
 from headgate.kernels.cpu import library, operations, set_num_threads
 from headgate.kernels.cpu.packed import PackedWeight
+from tests.kernels.paged_rows import empty_cache, widened
 
 pytestmark = pytest.mark.usefixtures("cpu_kernels")
 
@@ -199,7 +200,27 @@ def test_write_kv_rounds_as_torch_does(dtype: torch.dtype) -> None:
     assert torch.equal(*caches)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [8, 30])
+def test_write_kv_into_int8_as_the_reference(dim: int) -> None:
+    fused = random(40, 3 * 2 * dim) * torch.logspace(-33, 30, 40).unsqueeze(1)
+    fused[7, : 2 * dim] = 0
+    fused[8, 0], fused[9, dim - 1] = torch.inf, torch.nan
+    k, v = fused[:, : 3 * dim].view(40, 3, dim), fused[:, 3 * dim :].view(40, 3, dim)
+    slots = torch.randperm(48, generator=torch.Generator().manual_seed(0))[:40]
+    found = []
+    for write in (operations.write_kv, reference.write_kv):
+        caches = [empty_cache((6, 8, 3, dim), torch.int8) for _ in "kv"]
+        write(k, v, *caches, slots)
+        found.append(torch.stack([widened(cache) for cache in caches]))
+    torch.testing.assert_close(*found, rtol=0, atol=0, equal_nan=True)
+    kept = found[0].flatten(1, 2)[:, slots]
+    assert kept[0, 8, 0].isnan().all() and kept[0, 9, 0].isnan().all() and not kept[0, 7, 0].any()
+    largest = k.abs().amax(-1, keepdim=True)
+    near = (kept[0] - k).abs() <= largest / 253
+    assert near[((largest > 1e-29) & largest.isfinite()).expand_as(near)].all()
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.int8])
 @pytest.mark.parametrize("normed", [False, True])
 def test_rotary_and_write_kv(dtype: torch.dtype, normed: bool) -> None:
     """Against the reference, and the bits of the separate operations."""
@@ -209,20 +230,23 @@ def test_rotary_and_write_kv(dtype: torch.dtype, normed: bool) -> None:
     norms = (random(dim, seed=2), random(dim, seed=3), 1e-6) if normed else None
     results = []
     for module in (operations, reference):
-        caches = [torch.zeros(6, 8, 2, dim, dtype=dtype) for _ in "kv"]
+        caches = [empty_cache((6, 8, 2, dim), dtype) for _ in "kv"]
         parts = qkv.clone().view(40, -1, dim).split(sizes, dim=1)
         q = module.rotary_and_write_kv(*parts, positions, table, *caches, slots, norms)  # type: ignore[attr-defined]
-        results.append((q, *caches))
-    close = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
+        results.append((q, *map(widened, caches)))
+    close = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.int8: 0.03}[
+        dtype
+    ]
     for got, want in zip(*results, strict=True):
-        torch.testing.assert_close(got, want, rtol=close, atol=close)
+        torch.testing.assert_close(got, want, rtol=close, atol=close, equal_nan=True)
     q, k, v = qkv.clone().view(40, -1, dim).split(sizes, dim=1)
     if norms:
         q, k = operations.rms_norm(q, norms[0], 1e-6), operations.rms_norm(k, norms[1], 1e-6)
     q, k = operations.rotary_embedding(q, k, positions, table)
-    caches = [torch.zeros(6, 8, 2, dim, dtype=dtype) for _ in "kv"]
+    caches = [empty_cache((6, 8, 2, dim), dtype) for _ in "kv"]
     operations.write_kv(k, v, *caches, slots)
-    assert all(map(torch.equal, results[0], (q, *caches)))
+    for got, want in zip(results[0], (q, *map(widened, caches)), strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
 
 
 def test_other_dtypes_are_left_to_the_reference() -> None:
