@@ -46,7 +46,9 @@ class Server:
         max_total_tokens: int = 512,
         quantize: str = "",
         kv_cache_dtype: str = "float32",
+        kernels: str = "",
     ) -> None:
+        """`kernels`: the back end, which stays in use; "": the best there is."""
         self._config = ShardConfig(
             model_path=str(checkpoint),
             dtype="bfloat16",
@@ -61,7 +63,7 @@ class Server:
             quantize=quantize,
             kv_cache_dtype=kv_cache_dtype,
         )
-        ops.use("", "cpu")
+        ops.use(kernels, "cpu")
         group = single_group()
         model = load_model(
             checkpoint, dtype="bfloat16", device="cpu", group=group, quantize=quantize

@@ -29,8 +29,8 @@ PENALISED = replace(
     seed=77,
     bad_words=((5,), *((token, other) for token in range(100) for other in range(0, 100, 3))),
 )
-# With the cache that is theirs unless another is asked for.
-QUANTISED = {"tiny llama in int8": "int8", "tiny llama in int4": "int4"}
+# Kinds of weights and of caches: the one that goes with them unless asked otherwise, and int8.
+QUANTISED = {"tiny llama in int8": ("int8", "int8"), "tiny llama in int4": ("int4", "float16")}
 
 
 @pytest.fixture(
@@ -53,8 +53,7 @@ def checkpoint(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(model: str, checkpoint: Path) -> Iterator[Server]:
-    quantize = QUANTISED.get(model, "")
-    cache = "float16" if quantize else "float32"
+    quantize, cache = QUANTISED.get(model, ("", "float32"))
     yield Server(checkpoint, quantize=quantize, kv_cache_dtype=cache)
 
 

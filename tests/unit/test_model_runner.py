@@ -424,13 +424,15 @@ def test_tokens_do_not_depend_on_batch_or_chunks(
     assert generate(7, 0) == generate(64, 4) == generate(3, 5) == expected
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
 def test_keys_and_values_in_fewer_bits(tiny_llama: Path, backend: str) -> None:
     """Logits of a prompt in chunks and of a token after it, against those with float32."""
     before = ops.active()
     try:
         if backend == "cpu" and not cpu.available():
             pytest.skip("the C++ kernels are not built")
+        if backend == "triton":
+            pytest.importorskip("triton")
         ops.use(backend)
         model = load_model(tiny_llama, dtype="float32", device="cpu", group=single_group())
 
@@ -442,11 +444,14 @@ def test_keys_and_values_in_fewer_bits(tiny_llama: Path, backend: str) -> None:
 
         expected = logits("float32")
         # A few times what rounding does to one value.
-        for name, dtype in KV_DTYPES.items():
+        names = ("fp8_e4m3fn", "int8") if backend == "triton" else KV_DTYPES
+        for name in names:
+            dtype = KV_DTYPES[name]
             error = (logits(name) - expected).abs().max() / expected.abs().max()
             # int8: of a head's largest, twice the others' size.
             step = 2 / 127 if dtype == torch.int8 else torch.finfo(dtype).eps
-            assert error <= 3 * step, name
+            # Interpreted float8 is a step off now and then.
+            assert error <= (4 if backend == "triton" else 3) * step, name
             assert name == "float32" or error > 0
     finally:
         ops.use(before)
