@@ -3,7 +3,8 @@
 The text is given token by token (teacher-forced), in pieces that start afresh, to the model with
 its weights as they are and float32 arithmetic, and to the model quantised or, as the kind
 bf16-medium, with the inputs of products rounded to bfloat16. Those store keys and values in
-float16, as when they are served on a CPU. Told are the perplexity and the share of positions at
+float16, as when they are served on a CPU, or as --kv-cache-dtype says; the kind none does nothing
+else, and so tells what that costs. Told are the perplexity and the share of positions at
 which both find the same token most likely. Exits with 1 where a kind misses its floor; floors are
 those of the embedded model.
 
@@ -25,9 +26,10 @@ import torch
 from tokenizers import Tokenizer
 
 from headgate.kernels import ops
+from headgate.kernels.quantised import KINDS
 from headgate.launcher.embedded_model import ensure_embedded_model
 from headgate.shard.attention_metadata import AttentionMetadata
-from headgate.shard.config import DTYPES
+from headgate.shard.config import KV_DTYPES
 from headgate.shard.distributed import single_group
 from headgate.shard.kv_cache import KVCache, KVCacheLayout
 from headgate.shard.models.base import CausalLM
@@ -46,8 +48,10 @@ class Floor:
     same_tokens: float
 
 
+PLAIN = "none"  # weights as they are: only keys and values are narrower
 MEDIUM = "bf16-medium"  # --matmul-precision medium
 FLOORS = {
+    PLAIN: Floor(1.01, 0.97),
     MEDIUM: Floor(1.01, 0.97),
     "int8": Floor(1.03, 0.90),
     "int8-weight-only": Floor(1.01, 0.97),
@@ -89,13 +93,13 @@ def measure(
 ) -> Iterator[Quality]:
     """The checkpoint in `path` in each kind (of FLOORS) in turn; `tokens`: of the text, 0 for all.
 
-    `kv_cache_dtype`: of the quantised. The kernels must have been chosen (`ops.use`).
+    `kv_cache_dtype`: of all kinds. The kernels must have been chosen (`ops.use`).
     """
     tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
     ids = tokenizer.encode(TEXT.read_text(encoding="utf-8")).ids[: tokens or None]
-    plain = score(_load(path, ""), ids)
+    plain = score(_load(path, PLAIN), ids)
     for kind in kinds:
-        found = score(_load(path, kind), ids, DTYPES[kv_cache_dtype])
+        found = score(_load(path, kind), ids, KV_DTYPES[kv_cache_dtype])
         yield Quality(
             kind=kind,
             tokens=len(found.greedy),
@@ -112,7 +116,7 @@ def _load(path: Path, kind: str) -> CausalLM:
         dtype="bfloat16",
         device="cpu",
         group=single_group(),
-        quantize="" if kind == MEDIUM else kind,
+        quantize=kind if kind in KINDS else "",
         precision="medium" if kind == MEDIUM else "highest",
     )
 
@@ -158,7 +162,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=0, help="of the text; 0: all")
     parser.add_argument("--kernels", default="", choices=("", *ops.BACKENDS))
     parser.add_argument(
-        "--kv-cache-dtype", default="float16", choices=list(DTYPES), help="of the quantised"
+        "--kv-cache-dtype", default="float16", choices=list(KV_DTYPES), help="of all kinds"
     )
     parser.add_argument("--json", action="store_true", help="one JSON object per kind")
     options = parser.parse_args()

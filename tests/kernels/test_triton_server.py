@@ -45,3 +45,36 @@ def test_a_server_gives_the_reference_s_tokens(tiny_llama: Path, chosen: str) ->
         got = answers(server)
     assert got == wanted
     assert all(wanted)
+
+
+def prompt_logprobs(server: LiveServer) -> list[float]:
+    """Of all prompts' tokens but the first: given, so that one difference leads to no other."""
+    found: list[float] = []
+    for prompt in PROMPTS:
+        details = server.generate(prompt, max_new_tokens=1, decoder_input_details=True)["details"]
+        found += [token["logprob"] for token in details["prefill"][1:]]
+    return found
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(
+    ("chosen", "other", "bound"),
+    [
+        # Numbers halfway between two whole ones may go to either.
+        ("--num-shard 2 --kv-cache-dtype int8", "--num-shard 1 --kv-cache-dtype int8", 0.01),
+        ("--num-shard 1 --kv-cache-dtype int8", "--num-shard 1", 0.1),
+        ("--num-shard 1 --kv-cache-dtype fp8_e4m3fn", "--num-shard 1", 0.5),
+    ],
+)
+def test_a_server_with_narrow_keys_and_values_is_near_the_reference(
+    tiny_llama: Path, chosen: str, other: str, bound: float
+) -> None:
+    flags = ("--model-id", str(tiny_llama), *FLAGS)
+    with launched(*flags, *other.split(), "--kernels", "reference") as server:
+        wanted = prompt_logprobs(server)
+    env = {"TRITON_INTERPRET": "1"}
+    with launched(*flags, *chosen.split(), "--kernels", "triton", env=env) as server:
+        got = prompt_logprobs(server)
+        assert answers(server) == answers(server)  # the second time from the prefix cache
+    assert len(got) > 20
+    assert got == pytest.approx(wanted, abs=bound)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from headgate.bench.quality import FLOORS, MEDIUM, measure
+from headgate.bench.quality import FLOORS, MEDIUM, PLAIN, measure
 from headgate.kernels import ops
 from headgate.kernels.quantised import KINDS
 from headgate.launcher.embedded_model import ensure_embedded_model
@@ -13,7 +13,7 @@ TOKENS = 400
 
 
 def test_every_kind_has_a_floor() -> None:
-    assert FLOORS.keys() == {MEDIUM, *KINDS}
+    assert FLOORS.keys() == {PLAIN, MEDIUM, *KINDS}
 
 
 def test_every_kind_is_good_enough() -> None:
@@ -24,5 +24,7 @@ def test_every_kind_is_good_enough() -> None:
         for found in measure(ensure_embedded_model(), list(FLOORS), TOKENS):
             assert found.tokens == TOKENS - 1
             assert found.good_enough, found
+        (int8,) = measure(ensure_embedded_model(), [PLAIN], TOKENS, "int8")
+        assert int8.good_enough and int8.same_tokens < 1, int8
     finally:
         ops.use(before)
