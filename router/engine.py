@@ -1,7 +1,8 @@
 """The loop that turns live requests into steps and steps into answers.
 
-Plan k+1 is on its way while the shards compute plan k. Policy is the scheduler's, the wire the
-group's, what clients get the delivery's: here they meet, with the clock.
+Plan k+1 is on its way while the shards compute plan k, and short steps are planned a few at a time:
+a message costs both sides what would else be a good part of such a step. Policy is the scheduler's,
+the wire the group's, what clients get the delivery's: here they meet, with the clock.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from headgate.proto import router_pb2
@@ -40,7 +41,9 @@ from headgate.router.validation import ValidRequest
 
 logger = logging.getLogger(__name__)
 
-MAX_IN_FLIGHT = 2
+MAX_IN_FLIGHT = 2  # plans, where a step takes longer than AHEAD_SECONDS
+AHEAD_SECONDS = 0.008  # of further steps that only go on with what runs: a newcomer waits for them
+MAX_AHEAD = 4  # such steps
 MAX_RECOVERIES = 3  # groups that may die under a request before it is taken for the cause
 MAX_REFUSALS = 16  # in a row: by then a step has been cut down to one token
 LOADING_RETRY = 5.0  # seconds
@@ -81,6 +84,7 @@ class Engine:
         self._on_first_step: Callable[[int], None] = lambda epoch: None
         self._on_broken: Callable[[GroupBroken], None] = lambda broken: None
         self._last_result = 0.0
+        self._step_seconds = AHEAD_SECONDS  # that a step takes, see _take
         self._lost_group = False
 
     # --------------------------------------------------------------- requests
@@ -281,14 +285,25 @@ class Engine:
                     worked = True
                     self._on_first_step(group.epoch)
                 self._take(in_flight.popleft(), result)
-            while len(in_flight) < MAX_IN_FLIGHT:
-                plan, step = self._plan(group.epoch, sequence + 1)
-                if plan is None or step is None:
-                    break
-                sequence += 1
-                in_flight.append(step)
-                await group.send(plan)
+            if len(in_flight) < MAX_IN_FLIGHT:
+                plans: list[StepPlan] = []
+                while len(in_flight) < MAX_IN_FLIGHT + self._num_ahead(plans):
+                    plan, step = self._plan(group.epoch, sequence + 1)
+                    if plan is None or step is None:
+                        break
+                    sequence += 1
+                    in_flight.append(step)
+                    plans.append(plan)
+                if plans:
+                    await group.send(plans)
             await self._wake.wait()
+
+    def _num_ahead(self, plans: Sequence[StepPlan]) -> int:
+        """Steps that may follow the `plans` made just now, beyond those that keep shards busy."""
+        assert self._scheduler is not None
+        if not plans or self._scheduler.planned_prompt or self._scheduler.has_waiting:
+            return 0
+        return min(MAX_AHEAD, int(AHEAD_SECONDS / max(self._step_seconds, 1e-6)))
 
     def _plan(self, epoch: int, sequence: int) -> tuple[StepPlan | None, _Step | None]:
         assert self._scheduler is not None
@@ -320,6 +335,10 @@ class Engine:
             filter=updated - arrived,
         )
         self._last_result = arrived
+        if result.rows:  # else it was of rows that had ended
+            # Up at once, down slowly: what follows a longer step is rather not planned ahead.
+            slower = self._step_seconds + (seconds.inference - self._step_seconds) / 8
+            self._step_seconds = max(seconds.inference, slower)
         self._metrics.step_done(step.method, seconds)
 
     def _refused(self, step: _Step, result: StepResult) -> None:

@@ -88,6 +88,11 @@ class Scheduler:
         """Whether any request is unfinished."""
         return len(self._rows) > 0
 
+    @property
+    def has_waiting(self) -> bool:
+        """Whether a request waits for a place in a step."""
+        return len(self._rows.waiting) > 0
+
     # ------------------------------------------------------------ planning
 
     def schedule(self, epoch: int, sequence: int, now: float = 0.0) -> StepPlan | None:

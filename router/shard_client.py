@@ -100,7 +100,7 @@ class ShardClient:
         self._steps = self._stub.Steps()
         self._reader = asyncio.get_running_loop().create_task(self._read(on_result, on_broken))
 
-    async def send(self, message: shard_pb2.StepPlan) -> None:
+    async def send(self, message: shard_pb2.StepPlans) -> None:
         """Raises GroupBroken."""
         assert self._steps is not None
         try:
@@ -195,12 +195,13 @@ class ShardedClient:
         if len(self._prepared) > MAX_PREPARED:
             self._prepared.popitem(last=False)
 
-    async def send(self, plan: StepPlan) -> None:
-        """To every rank. Raises GroupBroken."""
+    async def send(self, plans: Sequence[StepPlan]) -> None:
+        """To every rank, in one message. Raises GroupBroken."""
         if self._broken is not None:
             raise self._broken
-        message = encode_plan(plan)
-        self._answers[plan.sequence] = [None] * len(self._clients)
+        message = shard_pb2.StepPlans(plans=[encode_plan(plan) for plan in plans])
+        for plan in plans:
+            self._answers[plan.sequence] = [None] * len(self._clients)
         for client in self._clients:
             await client.send(message)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from headgate.proto.messages import StepPlan, StepResult
@@ -23,8 +23,8 @@ class ShardGroup(Protocol):
     @property
     def epoch(self) -> int: ...
 
-    async def send(self, plan: StepPlan) -> None:
-        """To every shard. Raises GroupBroken."""
+    async def send(self, plans: Sequence[StepPlan]) -> None:
+        """To every shard, in one message. Raises GroupBroken."""
 
     def receive(self) -> StepResult | None:
         """The next result that all ranks have answered; None: not yet. Raises GroupBroken."""

@@ -134,7 +134,7 @@ class ShardService(shard_pb2_grpc.ShardServicer):
         )
 
     def Steps(
-        self, request_iterator: Iterator[shard_pb2.StepPlan], context: grpc.ServicerContext
+        self, request_iterator: Iterator[shard_pb2.StepPlans], context: grpc.ServicerContext
     ) -> Iterator[shard_pb2.StepResult]:
         stream = self._open_stream()
         if not context.add_callback(stream.close):
@@ -155,11 +155,12 @@ class ShardService(shard_pb2_grpc.ShardServicer):
             self._thread.post(self._runner.reset)
         return stream
 
-    def _read_plans(self, messages: Iterator[shard_pb2.StepPlan], stream: StepStream) -> None:
+    def _read_plans(self, messages: Iterator[shard_pb2.StepPlans], stream: StepStream) -> None:
         try:
             for message in messages:
-                plan, problem = _decode(message)
-                self._thread.post(partial(self._step, stream, plan, problem))
+                for each in message.plans:
+                    plan, problem = _decode(each)
+                    self._thread.post(partial(self._step, stream, plan, problem))
         except grpc.RpcError:  # the client broke the stream off
             stream.close()
         except Exception as error:  # the client would wait for ever for the plans not read

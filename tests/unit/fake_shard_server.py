@@ -63,6 +63,7 @@ class FakeShardServer(shard_pb2_grpc.ShardServicer):
         self.shard = self._new_shard(behaviour.num_blocks)
         self.warmups: list[shard_pb2.WarmupRequest] = []
         self.prepared: list[str] = []  # grammars
+        self.messages: list[int] = []  # plans in each
 
     async def start(self, address: str) -> None:
         self._server.add_insecure_port(address)
@@ -111,10 +112,10 @@ class FakeShardServer(shard_pb2_grpc.ShardServicer):
         )
 
     async def Steps(
-        self, request_iterator: AsyncIterator[shard_pb2.StepPlan], context: Any
+        self, request_iterator: AsyncIterator[shard_pb2.StepPlans], context: Any
     ) -> AsyncIterator[shard_pb2.StepResult]:
         self.shard = self._new_shard(self.shard.num_blocks)
-        async for message in request_iterator:
+        async for message in self._plans(request_iterator):
             behaviour = self._behaviour
             if behaviour.step_seconds:
                 await asyncio.sleep(behaviour.step_seconds)
@@ -136,6 +137,14 @@ class FakeShardServer(shard_pb2_grpc.ShardServicer):
             if self._identity[1]:  # only rank 0 fills results
                 result = StepResult(result.epoch, result.sequence, refused=result.refused)
             yield encode_result(result)
+
+    async def _plans(
+        self, messages: AsyncIterator[shard_pb2.StepPlans]
+    ) -> AsyncIterator[shard_pb2.StepPlan]:
+        async for message in messages:
+            self.messages.append(len(message.plans))
+            for plan in message.plans:
+                yield plan
 
 
 def _failed(plan: StepPlan, result: StepResult) -> StepResult:

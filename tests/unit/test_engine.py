@@ -14,7 +14,7 @@ import pytest
 from headgate.proto import router_pb2
 from headgate.proto.messages import Pooling, RowEnd, RowSampling
 from headgate.proto.token_columns import all_events
-from headgate.router import errors, output_processor
+from headgate.router import engine, errors, output_processor
 from headgate.router.group_keeper import NotEnoughMemory
 from tests.checkpoints import write_tokenizer
 from tests.unit.fake_shard import expected_answer, expected_pooled, expected_prompt_logprobs
@@ -78,6 +78,20 @@ async def test_many_at_once_get_the_answers_they_would_get_alone(tmp_path: Path)
         assert router.metric("tgi_generated_tokens") == sum(len(r.tokens) for r in responses)
         assert router.metric('tgi_batch_inference_success{method="prefill"}') > 0
         assert router.metric('tgi_batch_inference_success{method="decode"}') > 0
+
+
+async def test_short_steps_are_planned_a_few_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running_router(tmp_path, behaviour=Behaviour(step_seconds=0.01)) as router:
+        messages = router.launcher.group.servers[0].messages
+        for seconds, at_a_time in ((10.0, engine.MAX_AHEAD + 1), (engine.AHEAD_SECONDS, 1)):
+            monkeypatch.setattr(engine, "AHEAD_SECONDS", seconds)
+            del messages[:]
+            request_ = request([1, 2, 3], max_new_tokens=60)
+            assert ids_of(await router.stub.Generate(request_)) == answer_of(router, request_)[0]
+            assert sorted(messages)[len(messages) // 2] == at_a_time, messages
+        router.assert_idle()
 
 
 async def test_little_memory_means_preemption_not_failure(tmp_path: Path) -> None:

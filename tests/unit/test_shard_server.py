@@ -58,14 +58,15 @@ class Stream:
     """A Steps stream, spoken by hand."""
 
     def __init__(self, stub: shard_pb2_grpc.ShardStub) -> None:
-        self._plans: queue.SimpleQueue[shard_pb2.StepPlan | None] = queue.SimpleQueue()
+        self._plans: queue.SimpleQueue[shard_pb2.StepPlans | None] = queue.SimpleQueue()
         self.call = stub.Steps(iter(self._plans.get, None))
 
-    def send(self, plan: StepPlan) -> None:
-        self._plans.put(encode_plan(plan))
+    def send(self, *plans: StepPlan) -> None:
+        """In one message."""
+        self.send_raw(*map(encode_plan, plans))
 
-    def send_raw(self, message: shard_pb2.StepPlan) -> None:
-        self._plans.put(message)
+    def send_raw(self, *messages: shard_pb2.StepPlan) -> None:
+        self._plans.put(shard_pb2.StepPlans(plans=messages))
 
     def finish(self) -> None:
         self._plans.put(None)
@@ -114,14 +115,13 @@ def test_a_warm_up_beyond_the_configuration_is_refused(shard: Shard, tokens: int
     assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
 
 
-def test_two_plans_in_flight(shard: Shard) -> None:
+def test_plans_in_flight(shard: Shard) -> None:
     shard.allocate()
     stream = shard.open()
     stream.send(first_plan())
-    stream.send(StepPlan(7, 2, rows=[1], counts=[1]))
+    stream.send(StepPlan(7, 2, rows=[1], counts=[1]), StepPlan(7, 3, rows=[1], counts=[1]))
     tokens = greedy(PROMPT, 3)
     assert stream.receive() == (1, [1], tokens[:1], "")
-    stream.send(StepPlan(7, 3, rows=[1], counts=[1]))
     assert stream.receive() == (2, [1], tokens[1:2], "")
     assert stream.receive() == (3, [1], tokens[2:3], "")
     stream.finish()
