@@ -56,8 +56,8 @@ class Attention:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """x, residual[T, hidden_size] to (what it makes of the norm of their sum, or parts of it
         for the next norm; their sum); stores the tokens' KV in `kv`. No residual adds nothing."""
-        tokens = x.shape[0]
         qkv, residual = self._qkv.after_norm(self._norm, x, residual)
+        tokens = len(qkv)
         parts = qkv.split((self._q_size, self._kv_size, self._kv_size), dim=-1)
         q, k, v = (part.view(tokens, -1, self._head_dim) for part in parts)
         q = self._rotary(q, k, v, positions, kv, attention.slot_mapping, self._head_norms)
