@@ -1,7 +1,9 @@
 """Quantised weights: the kinds there are, how a matrix is quantised, and the reference's product.
 
 A matrix [N, K] is cut along K into groups, each with a scale (and for int4 a minimum) of its own in
-bfloat16. Values are chosen for the scales as they are stored, so rounding those costs little.
+bfloat16; int8 has one scale for all groups of a channel, so that sums of groups are scaled by those
+of the inputs alone. Values are chosen for the scales as they are stored, so rounding those costs
+little.
 Inputs of the kinds that multiply integers are quantised row by row and group by group when they
 come, to -127..127 by the group's largest; so a row's result depends on that row alone.
 """
@@ -27,16 +29,20 @@ _LEAST_SPREAD = 1e-30
 @dataclass(frozen=True, slots=True)
 class QuantKind:
     """`group`: values along K with one scale. `offset`: a weight is minimum + scale * value, with
-    values 0..15; otherwise scale * value with -127..127. `inputs`: they are quantised too."""
+    values 0..15; otherwise scale * value with -127..127. `inputs`: they are quantised too.
+    `per_channel`: groups are of the inputs, weights have one scale for each of the N rows."""
 
     name: str
     group: int
     offset: bool = False
     inputs: bool = True
+    per_channel: bool = False
 
     @property
     def bytes_per_weight(self) -> float:
-        """Its value, and its share of the group's scale and minimum."""
+        """Its value and its share of the group's scale and minimum; not of a channel's scale."""
+        if self.per_channel:
+            return 1.0
         return 1 / 2 + 4 / self.group if self.offset else 1 + 2 / self.group
 
     def padded(self, inner: int) -> int:
@@ -47,7 +53,7 @@ class QuantKind:
 KINDS = {
     kind.name: kind
     for kind in (
-        QuantKind("int8", group=64),
+        QuantKind("int8", group=64, per_channel=True),
         QuantKind("int8-weight-only", group=32, inputs=False),
         QuantKind("int4", group=32, offset=True),
     )
@@ -61,7 +67,7 @@ class QuantisedTensor:
     kind: QuantKind
     inner: int  # K
     values: torch.Tensor  # int8[N, G, S]
-    scales: torch.Tensor  # bfloat16[N, G]
+    scales: torch.Tensor  # bfloat16[N, G]; per channel: [N, 1]
     minima: torch.Tensor | None  # the same; int4 only
 
     @property
@@ -86,7 +92,8 @@ def quantise(weight: torch.Tensor, kind: QuantKind) -> QuantisedTensor:
     columns, inner = weight.shape
     groups = kind.padded(inner) // kind.group
     values = weight.new_empty((columns, groups, kind.group), dtype=torch.int8)
-    scales = weight.new_empty((columns, groups), dtype=torch.bfloat16)
+    scaled = 1 if kind.per_channel else groups  # parts of a row with a scale each
+    scales = weight.new_empty((columns, scaled), dtype=torch.bfloat16)
     minima = torch.empty_like(scales) if kind.offset else None
     at_once = max(1, _CHUNK // kind.padded(inner))
     for first in range(0, columns, at_once):
@@ -94,12 +101,12 @@ def quantise(weight: torch.Tensor, kind: QuantKind) -> QuantisedTensor:
         # Filled up with the last value, which changes no range; the inputs there are zeros.
         wide = F.pad(weight[part].float(), (0, groups * kind.group - inner), mode="replicate")
         # One group a column: sums over groups are then sums of rows.
-        by_group = wide.view(-1, kind.group).T.contiguous()
+        by_group = wide.view(-1, groups // scaled * kind.group).T.contiguous()
         found, scale, minimum = _fit_offset(by_group) if kind.offset else _fit_symmetric(by_group)
-        values[part] = found.T.view(-1, groups, kind.group)
-        scales[part] = scale.view(-1, groups)
+        values[part] = found.T.reshape(-1, groups, kind.group)
+        scales[part] = scale.view(-1, scaled)
         if minima is not None and minimum is not None:
-            minima[part] = minimum.view(-1, groups)
+            minima[part] = minimum.view(-1, scaled)
     return QuantisedTensor(kind, inner, values, scales, minima)
 
 
@@ -183,8 +190,13 @@ def linear(x: torch.Tensor, weight: QuantisedTensor) -> torch.Tensor:
         # Sums of whole numbers below 2^24: exact in float32, in any order.
         sums = values[:, g] @ weight.values[:, g].float().T
         input_scale = input_scales[:, g, None]
+        if weight.kind.per_channel:
+            out += sums * input_scale
+            continue
         out += sums * (weight.scales[:, g].float() * input_scale)
         if weight.minima is not None:
             totals = values[:, g].sum(-1, keepdim=True)
             out += weight.minima[:, g].float() * (input_scale * totals)
+    if weight.kind.per_channel:
+        out *= weight.scales[:, 0].float()
     return out.to(x.dtype)

@@ -52,45 +52,72 @@ HG_INLINE void for_each_vector(int64_t size, Body body) {
   }
 }
 
-// What a row, x + residual where there is one, is multiplied with before its weights.
-float norm_scale(const float* x, const float* residual, int64_t size, float eps) {
-  vf squares[4] = {set1(0.0f), set1(0.0f), set1(0.0f), set1(0.0f)};
-  for_each_vector(size, [&](int64_t i, auto get, auto) {
-    const vf y = residual ? get(x + i) + get(residual + i) : get(x + i);
-    vf& sum = squares[i / VL % 4];
-    sum = fma(y, y, sum);
+// A row before its norm: x, or x + residual, which is to be left in `total`.
+struct NormRow {
+  const float* x;
+  const float* residual;  // or null, and `total` with it
+  float* total;
+};
+struct Columns {
+  int64_t first, last;
+};
+
+enum NormSource { kAlone, kWithResidual, kLeavingTotal };
+
+// Adds up the squares of columns [first, last), of vector i in sums[i % 4]; `first` is a multiple of four
+// vectors.
+template <NormSource S>
+HG_INLINE void add_squares(NormRow row, int64_t first, int64_t last, vf (&sums)[4]) {
+  const auto add = [row](int64_t i, auto get, auto put, vf sum) {
+    vf y = get(row.x + i);
+    if (S != kAlone) y = y + get(row.residual + i);
+    if (S == kLeavingTotal) put(row.total + i, y);
+    return fma(y, y, sum);
+  };
+  int64_t i = first;
+  for (; i + 4 * VL <= last; i += 4 * VL)  // the four stay in registers
+    for (int j = 0; j < 4; ++j) sums[j] = add(i + j * VL, load, store, sums[j]);
+  for_each_vector(last - i, [&](int64_t at, auto get, auto put) {
+    sums[at / VL] = add(i + at, get, put, sums[at / VL]);
   });
+}
+
+// What a row is multiplied with before its weights. Of the total only the columns `kept` are left.
+float norm_scale(NormRow row, Columns kept, int64_t size, float eps) {
+  vf squares[4] = {set1(0.0f), set1(0.0f), set1(0.0f), set1(0.0f)};
+  if (row.residual) {
+    const int64_t last = kept.last < size ? kept.last : size;
+    add_squares<kWithResidual>(row, 0, kept.first, squares);
+    add_squares<kLeavingTotal>(row, kept.first, last, squares);
+    add_squares<kWithResidual>(row, last, size, squares);
+  } else {
+    add_squares<kAlone>(row, 0, size, squares);
+  }
   const float mean = sum_lanes((squares[0] + squares[1]) + (squares[2] + squares[3])) / (float)size;
   return 1.0f / __builtin_sqrtf(mean + eps);
 }
 
-// Some of a row's values after the norm; `total`: before it, where there is a residual.
-void norm_values(const float* x, const float* residual, const float* weight, float scale, float* out,
-                 float* total, int64_t size) {
+// Some of a row's values after the norm.
+void norm_values(const float* x, const float* weight, float scale, float* out, int64_t size) {
   const vf factor = set1(scale);
   for_each_vector(size, [&](int64_t i, auto get, auto put) {
-    vf y = get(x + i);
-    if (residual) {
-      y = y + get(residual + i);
-      put(total + i, y);
-    }
-    put(out + i, y * factor * get(weight + i));
+    put(out + i, get(x + i) * factor * get(weight + i));
   });
 }
 
-void rms_norm_row(const float* x, const float* residual, const float* weight, float* out,
-                  float* total, int64_t size, float eps) {
-  norm_values(x, residual, weight, norm_scale(x, residual, size, eps), out, total, size);
+void rms_norm_row(NormRow row, const float* weight, float* out, int64_t size, float eps) {
+  const float scale = norm_scale(row, {0, size}, size, eps);
+  norm_values(row.residual ? row.total : row.x, weight, scale, out, size);
 }
 
 void rms_norm_tile(const void* data, int64_t tile) {
   const NormJob& job = *(const NormJob*)data;
   const Rows rows = rows_of_tile(job.rows, job.rows_per_tile, tile);
   for (int64_t r = rows.first; r < rows.last; ++r)
-    rms_norm_row(job.x + r * job.x_stride,
-                 job.residual ? job.residual + r * job.residual_stride : nullptr, job.weight,
-                 job.out + r * job.size, job.total ? job.total + r * job.size : nullptr, job.size,
-                 job.eps);
+    rms_norm_row({job.x + r * job.x_stride,
+                  job.residual ? job.residual + r * job.residual_stride : nullptr,
+                  job.total ? job.total + r * job.size : nullptr},
+                 job.weight, job.out + r * job.size, job.size, job.eps);
 }
 
 template <int A>
@@ -195,7 +222,7 @@ void write_kv_tile(const void* data, int64_t tile) {
 
 void norm_heads(float* x, int64_t head_stride, int heads, const float* weight, const HeadsJob& job) {
   for (int h = 0; h < heads; ++h, x += head_stride)
-    rms_norm_row(x, nullptr, weight, x, nullptr, job.write.head_dim, job.eps);
+    rms_norm_row({x, nullptr, nullptr}, weight, x, job.write.head_dim, job.eps);
 }
 
 void heads_tile(const void* data, int64_t tile) {

@@ -7,7 +7,8 @@
 #pragma once
 
 #include "elementwise.h"
-#include "quantised.h"
+#include "interleave.h"
+#include "quantise_rows.h"
 
 namespace {
 
@@ -17,44 +18,17 @@ struct Buffer {
   float rows[kMaxTileRows][kInputColumns];
 };
 
-// n columns of a row from `first` on; `scale`: of its norm.
+// Columns [first, first + n) of a row; `scale`: of its norm, by which x + residual is in `total`.
 HG_INLINE void input_values(const RowSource& source, int64_t row, float scale, int64_t inner,
                             int64_t first, int n, float* out) {
   const float* x = source.x + row * source.x_stride + first;
   if (source.activation >= 0) {
     gate_values(source.activation, x, x + inner, out, n);
   } else if (source.norm) {
-    const float* residual =
-        source.residual ? source.residual + row * source.residual_stride + first : nullptr;
-    norm_values(x, residual, source.norm + first, scale, out,
-                residual ? source.total + row * inner + first : nullptr, n);
+    const float* summed = source.residual ? source.total + row * inner + first : x;
+    norm_values(summed, source.norm + first, scale, out, n);
   } else {
     memcpy(out, x, sizeof(float) * n);
-  }
-}
-
-// out[i][r] = row r's value i of n; a value is any 32 bits.
-HG_INLINE void interleave(const float* rows, int64_t stride, int64_t height, int n, float* out) {
-  if (height == 1) {
-    memcpy(out, rows, sizeof(float) * n);
-    return;
-  }
-  for (int64_t first = 0; first < height; first += VL) {
-    const int count = height - first < VL ? (int)(height - first) : VL;
-    const float* from[VL];
-    for (int j = 0; j < VL; ++j) from[j] = rows + (first + (j < count ? j : 0)) * stride;
-    int i = 0;
-    for (; i + 4 <= n; i += 4) {
-      vf columns[4];
-      load_columns4(from, i, columns);
-      for (int j = 0; j < 4; ++j) {
-        float* to = out + (i + j) * height + first;
-        if (count == VL) store(to, columns[j]);
-        else store_n(to, columns[j], count);
-      }
-    }
-    for (; i < n; ++i)
-      for (int j = 0; j < count; ++j) out[i * height + first + j] = from[j][i];
   }
 }
 
@@ -68,60 +42,26 @@ HG_INLINE void round_row(float (&x)[kInputColumns], bool pairs) {
   memcpy(x, bits, sizeof bits / 2);
 }
 
-HG_INLINE int32_t sum_lanes_int(vi x) {
-#if defined(__AVX512F__)
-  return _mm512_reduce_add_epi32(x);
-#else
-  int32_t lane[VL], sum = 0;
-  memcpy(lane, &x, sizeof lane);
-  for (int i = 0; i < VL; ++i) sum += lane[i];
-  return sum;
-#endif
-}
+// Whether a format's values are rounded to bfloat16.
+HG_INLINE bool is_rounded(int32_t format) { return format == kRoundedFloats || format == kPairs; }
 
-// One group of one row, x = scale * value: returns the scale, and the sum of the values.
-template <int G>
-HG_INLINE float quantise_group(const float* x, int8_t* values, int32_t* sum) {
-  vf most = set1(0.0f);
-  for (int i = 0; i < G; i += VL) most = vmax(most, vabs(load(x + i)));
-  const float largest = max_lanes(most);
-  const bool zero = largest < kSmallestInput;
-  const vf inverse = set1(zero ? 0.0f : 127.0f / largest);
-  vi total = set1i(0);
-  for (int i = 0; i < G; i += VL) {
-    const vi value = to_int(round_even(load(x + i) * inverse));
-    total = add_int(total, value);
-    store_i8(values + i, value);
-  }
-  *sum = sum_lanes_int(total);
-  return zero ? 0.0f : largest / 127.0f;
-}
-
-// The groups of the buffer's first n columns, as quantised.h lays them out.
-template <int Q>
-void quantise_columns(Buffer& buffer, int64_t height, int n, char* out) {
-  constexpr int G = Q == kInt8 ? kInt8Group : kInt4Group;
-  int8_t values[kMaxTileRows][G] __attribute__((aligned(64)));
-  for (int first = 0; first < n; first += G, out += height * row_group_bytes(Q)) {
-    for (int64_t r = 0; r < height; ++r) {
-      int32_t sum;
-      const float scale = quantise_group<G>(buffer.rows[r] + first, values[r], &sum);
-      ((float*)out)[r] = scale;
-      if (Q == kInt8) ((int32_t*)out)[height + r] = -128 * sum;
-      else ((float*)out)[height + r] = scale * (float)sum;
-    }
-    interleave((const float*)values, G / 4, height, G / 4, (float*)(out + height * 8));
+// Columns [first, first + n) of a tile's rows, filled up with zeros.
+void fill(Buffer& buffer, const InputRowsJob& job, RowRange range, const float* scales,
+          int64_t first, int n) {
+  for (int64_t r = 0; r < range.last - range.first; ++r) {
+    float* row = buffer.rows[r];
+    input_values(job.source, range.first + r, scales[r], job.inner, first, n, row);
+    for (int i = n; i < kInputColumns; ++i) row[i] = 0.0f;
+    if (is_rounded(job.format)) round_row(buffer.rows[r], job.format == kPairs);
   }
 }
 
-// The buffer's first n columns in a format.
-void write_columns(Buffer& buffer, int64_t height, int n, int32_t format, char* out) {
-  if (format == kInt8Inputs) return quantise_columns<kInt8>(buffer, height, n, out);
-  if (format == kInt4Inputs) return quantise_columns<kInt4>(buffer, height, n, out);
-  const bool pairs = format == kPairs;
-  if (format != kFloats)
-    for (int64_t r = 0; r < height; ++r) round_row(buffer.rows[r], pairs);
-  interleave(buffer.rows[0], kInputColumns, height, pairs ? (n + 1) / 2 : n, (float*)out);
+// The first n of kInputColumns columns of rows in a format.
+void write_columns(const float* rows, int64_t stride, int64_t height, int n, int32_t format,
+                   char* out) {
+  if (format == kInt8Inputs) return quantise_rows<kInt8>(rows, stride, height, n, out);
+  if (format == kInt4Inputs) return quantise_rows<kInt4>(rows, stride, height, n, out);
+  interleave(rows, stride, height, format == kPairs ? (n + 1) / 2 : n, (float*)out);
 }
 
 // Tile: some columns of one row tile.
@@ -136,20 +76,28 @@ void input_rows_tile(const void* data, int64_t tile) {
   if (source.norm)
     for (int64_t r = 0; r < height; ++r) {
       const int64_t row = range.first + r;
-      const float* residual =
-          source.residual ? source.residual + row * source.residual_stride : nullptr;
-      scales[r] = norm_scale(source.x + row * source.x_stride, residual, job.inner, source.eps);
+      const NormRow from = {
+          source.x + row * source.x_stride,
+          source.residual ? source.residual + row * source.residual_stride : nullptr,
+          source.residual ? source.total + row * job.inner : nullptr};
+      const Columns kept = {blocks.first * kInputColumns, blocks.last * kInputColumns};
+      scales[r] = norm_scale(from, kept, job.inner, source.eps);
     }
   char* out = job.out + range.first * input_row_bytes(job.inner, job.format);
+  const bool as_they_are = !source.norm && source.activation < 0 && !is_rounded(job.format);
   Buffer buffer __attribute__((aligned(64)));
   for (int64_t block = blocks.first; block < blocks.last; ++block) {
     const int64_t first = block * kInputColumns;
     const int n = job.inner - first < kInputColumns ? (int)(job.inner - first) : kInputColumns;
-    for (int64_t r = 0; r < height; ++r) {
-      input_values(source, range.first + r, scales[r], job.inner, first, n, buffer.rows[r]);
-      for (int i = n; i < kInputColumns; ++i) buffer.rows[r][i] = 0.0f;
+    const float* rows = source.x + range.first * source.x_stride + first;
+    int64_t stride = source.x_stride;
+    if (!as_they_are || n < kInputColumns) {
+      fill(buffer, job, range, scales, first, n);
+      rows = buffer.rows[0];
+      stride = kInputColumns;
     }
-    write_columns(buffer, height, n, job.format, out + height * input_row_bytes(first, job.format));
+    write_columns(rows, stride, height, n, job.format,
+                  out + height * input_row_bytes(first, job.format));
   }
 }
 

@@ -69,9 +69,6 @@ void widen_bytes(const int8_t* from, float* to, int64_t size) {
   if (i < size) store_n(to + i, load_i8_n(from + i, (int)(size - i)), (int)(size - i));
 }
 
-// Less than this is zero: the reciprocal of its scale would not be finite.
-constexpr float kSmallestInput = 1e-30f;
-
 // x = scale * value, the largest as 127: returns the scale. It is NaN if some x is, whose bits are
 // above those of any number.
 HG_INLINE float quantise_row(const float* x, int8_t* values, int64_t size) {

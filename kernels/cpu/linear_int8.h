@@ -1,21 +1,19 @@
 // Products of inputs quantised to bytes with int8 and int4 weights.
 //
 // A group's sum of products is an integer, exact in any order; it becomes a float, is multiplied with
-// both scales and added to the output's sum in ascending order of groups. So an output has the
-// same bits in any batch, on any number of threads, and with vectors of any width.
+// its scales (int8: of the inputs; the sum of all groups with the weights') and added to the output's
+// sum in ascending order of groups. So an output has the same bits in any batch, on any number of
+// threads, and with vectors of any width.
 #pragma once
 
 #include "dot4.h"
-#include "quantised.h"
+#include "quantise_rows.h"
 #include "store_outputs.h"
 
 namespace {
 
 using namespace headgate;
 
-// The tallest row tile. Sums of a group and of all groups before it are more than the registers hold;
-// with taller tiles moving them costs more than reading weights less often gives.
-constexpr int kQuantisedRows = VL == 16 ? 8 : 4;
 // Vectors of columns whose sums stay in registers, and how far ahead a weight is asked for.
 constexpr int kQuantisedVectors = 2;
 constexpr int kQuantisedPrefetch = 2048;
@@ -64,19 +62,19 @@ HG_INLINE void add_group(const int8_t* x, const char* w, Ahead& ahead, vi (&sums
   }
 }
 
-// R rows, V vectors of columns; y points at the first column.
+// R rows, V vectors of columns from `first` of the panel on, where y points.
 template <int Q, int R, int V>
-void multiply_quantised(const char* x, const char* block, Ahead ahead, int first, int64_t groups,
+void multiply_quantised(const char* x, const char* panel, Ahead ahead, int first, int64_t groups,
                         float* y, int64_t y_stride, int64_t columns, const float* bias) {
-  constexpr int kGroup = Q == kInt4 ? kInt4Group : kInt8Group;
-  constexpr int kHeader = kPanel * (Q == kInt4 ? 4 : 2);
-  constexpr int kBlock = kPanel * (Q == kInt4 ? kInt4Group / 2 : kInt8Group) + kHeader;
+  constexpr int kHeader = block_header(Q);
+  ask_for_outputs<R, V>(y, y_stride);
+  const char* block = panel + panel_header(Q);
   vf totals[R][V];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) totals[r][v] = set1(0.0f);
-  for (int64_t g = 0; g < groups; ++g, block += kBlock, x += R * (8 + kGroup)) {
+  for (int64_t g = 0; g < groups; ++g, block += block_bytes(Q), x += R * row_group_bytes(Q)) {
     const float* scale = (const float*)x;
     const int32_t* correction = (const int32_t*)(x + R * 4);
     vi sums[R][V];
@@ -90,18 +88,27 @@ void multiply_quantised(const char* x, const char* block, Ahead ahead, int first
     vf scales[V], minima[V];
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) {
+      if (Q != kInt4) continue;
       scales[v] = load_bf16(weight_scale + v * VL);
-      if (Q == kInt4) minima[v] = load_bf16(weight_scale + kPanel + v * VL);
+      minima[v] = load_bf16(weight_scale + kPanel + v * VL);
     }
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
       const vf s = set1(scale[r]), c = set1(((const float*)correction)[r]);
 #pragma GCC unroll 8
       for (int v = 0; v < V; ++v) {
-        totals[r][v] = fma(to_float(sums[r][v]), scales[v] * s, totals[r][v]);
+        const vf by = Q == kInt4 ? scales[v] * s : s;
+        totals[r][v] = fma(to_float(sums[r][v]), by, totals[r][v]);
         if (Q == kInt4) totals[r][v] = fma(minima[v], c, totals[r][v]);
       }
     }
+  }
+#pragma GCC unroll 8
+  for (int v = 0; v < V; ++v) {
+    if (Q != kInt8) continue;
+    const vf scale = load_bf16((const uint16_t*)panel + first + v * VL);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) totals[r][v] = totals[r][v] * scale;
   }
   store_outputs<R, V>(totals, y, y_stride, columns, bias);
 }
@@ -133,20 +140,27 @@ QuantisedPanel quantised_panel(int64_t rows) {
   return table[rows - 1];
 }
 
+// Panels [first, last), and then, probably, those from `later` on.
 template <int Q>
-void multiply_panels(const QuantisedLinearJob& job, int64_t first, int64_t last, RowRange tiles) {
-  const int64_t groups = group_count(job.inner, Q), panel_bytes = groups * block_bytes(Q);
+void multiply_panels(const QuantisedLinearJob& job, int64_t first, int64_t last, int64_t later,
+                     RowRange tiles) {
+  const int64_t groups = group_count(job.inner, Q), size = panel_bytes(job.inner, Q);
+  const int64_t panels = (job.columns + kPanel - 1) / kPanel;
   const int64_t count = tiles.last - tiles.first;
   // Each row tile asks for its share of the next panel, one alone for what it will soon take itself.
+  const int64_t alone = job.rows == 1 ? kQuantisedPrefetch : 2 * kQuantisedPrefetch;
   const int64_t stride = (block_bytes(Q) + kStepsOf<Q> * count - 1) / (kStepsOf<Q> * count);
   for (int64_t panel = first; panel < last; ++panel) {
-    const char* weight = job.weight + panel * panel_bytes;
+    const char* weight = job.weight + panel * size;
     const int64_t column = panel * kPanel;
     const int64_t columns = job.columns - column < kPanel ? job.columns - column : kPanel;
+    int64_t next = panel + 1 < last ? panel + 1 : later;
+    if (next >= panels) next = panel;
     for (int64_t tile = tiles.first; tile < tiles.last; ++tile) {
       const RowRange range = row_range(job.rows, job.row_tiles, tile);
-      const int64_t part = (tile - tiles.first) * panel_bytes / count;
-      const Ahead ahead = {weight + (count == 1 ? kQuantisedPrefetch : panel_bytes + part), stride};
+      const int64_t part = (tile - tiles.first) * size / count;
+      const char* soon = job.weight + next * size + part;
+      const Ahead ahead = {count == 1 ? weight + alone : soon, stride};
       quantised_panel<Q>(range.last - range.first)(
           job.x + range.first * groups * row_group_bytes(Q), weight, ahead, groups,
           job.y + range.first * job.y_stride + column, job.y_stride, columns,

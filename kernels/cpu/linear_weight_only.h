@@ -21,7 +21,7 @@ constexpr int kWeightOnlyPrefetch = 2048;
 template <int R, int V>
 void multiply_widened(const float* x, const char* block, int first, int64_t inner, float* y,
                       int64_t y_stride, int64_t columns, const float* bias) {
-  constexpr int kHeader = kPanel * 2;
+  constexpr int kHeader = block_header(kInt8WeightOnly);
   vf totals[R][V];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
@@ -85,14 +85,14 @@ WidenedPanel widened_panel(int64_t rows) {
 
 void multiply_widened_panels(const QuantisedLinearJob& job, int64_t first, int64_t last,
                              RowRange tiles) {
-  const int64_t panel_bytes = group_count(job.inner, job.kind) * block_bytes(job.kind);
+  const int64_t size = panel_bytes(job.inner, job.kind);
   for (int64_t panel = first; panel < last; ++panel) {
     const int64_t column = panel * kPanel;
     const int64_t columns = job.columns - column < kPanel ? job.columns - column : kPanel;
     for (int64_t tile = tiles.first; tile < tiles.last; ++tile) {
       const RowRange range = row_range(job.rows, job.row_tiles, tile);
       widened_panel(range.last - range.first)(
-          (const float*)job.x + range.first * job.inner, job.weight + panel * panel_bytes,
+          (const float*)job.x + range.first * job.inner, job.weight + panel * size,
           job.inner, job.y + range.first * job.y_stride + column, job.y_stride, columns,
           job.bias ? job.bias + column : nullptr);
     }

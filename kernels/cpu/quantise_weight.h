@@ -23,20 +23,37 @@ struct Scaling {
   vf scale, minimum;
 };
 
-// One group of a panel; what lies past the row's end is its last value, past the columns' zeros.
+// One group of a column; what lies past the column's end is its last value.
+HG_INLINE void load_values(const QuantiseWeightJob& job, int64_t column, int64_t k, int group,
+                           float* values) {
+  const int64_t at = column * job.inner + k, left = job.inner - k;
+  const int n = left < group ? (int)left : group;
+  const uint16_t* narrow = (const uint16_t*)job.weight + at;
+  if (job.dtype == kFloat32) memcpy(values, (const float*)job.weight + at, sizeof(float) * n);
+  else if (job.dtype == kBFloat16) widen_row<true>(narrow, values, n);
+  else widen_row<false>(narrow, values, n);
+  for (int i = n; i < group; ++i) values[i] = values[n - 1];
+}
+
+// One group of a panel; missing columns are zeros.
 void load_group(const QuantiseWeightJob& job, int64_t column, int64_t k, int group, GroupValues& x) {
   for (int c = 0; c < kPanel; ++c) {
-    float row[kMaxGroup] = {};
-    if (column + c < job.columns) {
-      const int64_t at = (column + c) * job.inner + k, left = job.inner - k;
-      const int n = left < group ? (int)left : group;
-      const uint16_t* narrow = (const uint16_t*)job.weight + at;
-      if (job.dtype == kFloat32) memcpy(row, (const float*)job.weight + at, sizeof(float) * n);
-      else if (job.dtype == kBFloat16) widen_row<true>(narrow, row, n);
-      else widen_row<false>(narrow, row, n);
-      for (int i = n; i < group; ++i) row[i] = row[n - 1];
+    float values[kMaxGroup] = {};
+    if (column + c < job.columns) load_values(job, column + c, k, group, values);
+    for (int i = 0; i < group; ++i) x[i][c] = values[i];
+  }
+}
+
+// The largest of each column of a panel, over all of K.
+void find_largest(const QuantiseWeightJob& job, int64_t column, float (&largest)[kPanel]) {
+  for (int c = 0; c < kPanel; ++c) {
+    vf most = set1(0.0f);
+    for (int64_t k = 0; k < job.inner && column + c < job.columns; k += kInt8Group) {
+      float values[kInt8Group];
+      load_values(job, column + c, k, kInt8Group, values);
+      for (int i = 0; i < kInt8Group; i += VL) most = vmax(most, vabs(load(values + i)));
     }
-    for (int i = 0; i < group; ++i) x[i][c] = row[i];
+    largest[c] = max_lanes(most);
   }
 }
 
@@ -48,11 +65,14 @@ HG_INLINE vf chosen_value(vf x, Scaling by, float low, float high) {
   return round_even(vmin(vmax((x - by.minimum) / by.scale, set1(low)), set1(high)));
 }
 
-// By the largest.
+HG_INLINE Scaling by_largest(vf most) {
+  return {positive_or_one(round_bf16(most / set1(127.0f))), set1(0.0f)};
+}
+
 HG_INLINE Scaling fit_symmetric(const GroupValues& x, int first, int group) {
   vf most = set1(0.0f);
   for (int k = 0; k < group; ++k) most = vmax(most, vabs(load(x[k] + first)));
-  return {positive_or_one(round_bf16(most / set1(127.0f))), set1(0.0f)};
+  return by_largest(most);
 }
 
 // The line through `values` fitted to x by linear regression, `mean` of x.
@@ -111,27 +131,22 @@ HG_INLINE void store_scales(vf values, uint16_t* to) {
   for (int i = 0; i < VL; ++i) to[i] = (uint16_t)(bits[i] >> 16);
 }
 
-// One vector of columns of a block.
-template <int Q>
-HG_INLINE void quantise_columns(const GroupValues& x, int first, char* block) {
-  constexpr int kGroup = Q == kInt8 ? kInt8Group : Q == kInt4 ? kInt4Group : kWeightOnlyGroup;
-  const Scaling by = Q == kInt4 ? fit_offset(x, first) : fit_symmetric(x, first, kGroup);
-  const float low = Q == kInt4 ? 0.0f : -127.0f, high = Q == kInt4 ? 15.0f : 127.0f;
-  uint16_t* header = (uint16_t*)block;
-  store_scales(by.scale, header + first);
-  if (Q == kInt4) store_scales(by.minimum, header + kPanel + first);
-  char* values = block + kPanel * (Q == kInt4 ? 4 : 2);
-  if constexpr (Q == kInt8WeightOnly) {
-    for (int k = 0; k < kGroup; ++k) {
-      const vi value = to_int(chosen_value(load(x[k] + first), by, low, high));
-      int32_t lane[VL];
-      memcpy(lane, &value, sizeof lane);
-      for (int i = 0; i < VL; ++i) values[k * kPanel + first + i] = (char)lane[i];
-    }
-    return;
+// One vector of columns of a block of values [group][kPanel], signed bytes.
+HG_INLINE void store_bytes(const GroupValues& x, int first, Scaling by, char* values) {
+  for (int k = 0; k < kWeightOnlyGroup; ++k) {
+    const vi value = to_int(chosen_value(load(x[k] + first), by, -127.0f, 127.0f));
+    int32_t lane[VL];
+    memcpy(lane, &value, sizeof lane);
+    for (int i = 0; i < VL; ++i) values[k * kPanel + first + i] = (char)lane[i];
   }
+}
+
+// The same of int8 and int4.
+template <int Q>
+HG_INLINE void store_words(const GroupValues& x, int first, Scaling by, char* values) {
   constexpr int kShared = Q == kInt4 ? 8 : 4;  // values in 32 bits
-  for (int k = 0; k < kGroup; k += kShared) {
+  const float low = Q == kInt4 ? 0.0f : -127.0f, high = Q == kInt4 ? 15.0f : 127.0f;
+  for (int k = 0; k < group_size(Q); k += kShared) {
     vi word = set1i(Q == kInt4 ? 0 : (int)0x80808080u);
     for (int i = 0; i < kShared; ++i) {
       const vi value = to_int(chosen_value(load(x[k + i] + first), by, low, high));
@@ -144,13 +159,30 @@ HG_INLINE void quantise_columns(const GroupValues& x, int first, char* block) {
 
 template <int Q>
 void quantise_panel(const QuantiseWeightJob& job, int64_t panel) {
-  const int group = group_size(Q);
-  const int64_t groups = group_count(job.inner, Q);
-  char* block = job.packed + panel * groups * block_bytes(Q);
-  for (int64_t g = 0; g < groups; ++g, block += block_bytes(Q)) {
+  char* packed = job.packed + panel * panel_bytes(job.inner, Q);
+  float largest[kPanel];
+  if (Q == kInt8) {
+    find_largest(job, panel * kPanel, largest);
+    for (int first = 0; first < kPanel; first += VL)
+      store_scales(by_largest(load(largest + first)).scale, (uint16_t*)packed + first);
+  }
+  char* block = packed + panel_header(Q);
+  for (int64_t k = 0; k < job.inner; k += group_size(Q), block += block_bytes(Q)) {
     GroupValues x __attribute__((aligned(64)));
-    load_group(job, panel * kPanel, g * group, group, x);
-    for (int first = 0; first < kPanel; first += VL) quantise_columns<Q>(x, first, block);
+    load_group(job, panel * kPanel, k, group_size(Q), x);
+    uint16_t* header = (uint16_t*)block;
+    char* values = block + block_header(Q);
+    for (int first = 0; first < kPanel; first += VL) {
+      if (Q == kInt8) {
+        store_words<Q>(x, first, by_largest(load(largest + first)), values);
+        continue;
+      }
+      const Scaling by = Q == kInt4 ? fit_offset(x, first) : fit_symmetric(x, first, group_size(Q));
+      store_scales(by.scale, header + first);
+      if (Q == kInt4) store_scales(by.minimum, header + kPanel + first);
+      if constexpr (Q == kInt4) store_words<Q>(x, first, by, values);
+      else store_bytes(x, first, by, values);
+    }
   }
 }
 

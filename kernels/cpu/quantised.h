@@ -2,8 +2,10 @@
 //
 // A weight matrix is cut into panels of kPanel output columns and, along K, into groups. A block is one
 // panel's part of one group: kPanel scales in bfloat16, for int4 kPanel minima in bfloat16, then the
-// values. Blocks of a panel follow one another, so a product reads one stream. Past the end of K a
-// block holds any values, since inputs there are zeros; so does it for columns that are missing.
+// values. An int8 column has one scale for all groups: a panel begins with kPanel of them, and its
+// blocks have values alone. Blocks of a panel follow one another, so a product reads one stream. Past
+// the end of K a block holds any values, since inputs there are zeros; so does it for columns that
+// are missing.
 //
 //   int8              value + 128 as a byte, [group / 4][kPanel][4]: w = scale * value
 //   int8-weight-only  value as a signed byte, [group][kPanel]:       w = scale * value
@@ -19,20 +21,28 @@ namespace headgate {
 
 enum QuantKind : int32_t { kInt8 = 0, kInt8WeightOnly = 1, kInt4 = 2 };
 
-// Values along K that share a scale, of weights and of inputs.
+// Values along K that share a scale: of inputs, and of weights but for int8.
 constexpr int kInt8Group = 64;
 constexpr int kWeightOnlyGroup = 32;
 constexpr int kInt4Group = 32;
 constexpr int kMaxGroup = 64;
 
-static inline int group_size(int32_t kind) {
+static constexpr int group_size(int32_t kind) {
   return kind == kInt8 ? kInt8Group : kind == kInt4 ? kInt4Group : kWeightOnlyGroup;
 }
-static inline int64_t block_bytes(int32_t kind) {
-  return kPanel * (kind == kInt4 ? 2 + 2 + kInt4Group / 2 : 2 + group_size(kind));
+// Bytes of a block's scales (and minima), and of those that stand before a panel's blocks.
+static constexpr int64_t block_header(int32_t kind) {
+  return kind == kInt8 ? 0 : kPanel * (kind == kInt4 ? 4 : 2);
+}
+static constexpr int64_t panel_header(int32_t kind) { return kind == kInt8 ? kPanel * 2 : 0; }
+static constexpr int64_t block_bytes(int32_t kind) {
+  return block_header(kind) + kPanel * (kind == kInt4 ? kInt4Group / 2 : group_size(kind));
 }
 static inline int64_t group_count(int64_t inner, int32_t kind) {
   return (inner + group_size(kind) - 1) / group_size(kind);
+}
+static inline int64_t panel_bytes(int64_t inner, int32_t kind) {
+  return panel_header(kind) + group_count(inner, kind) * block_bytes(kind);
 }
 
 // Inputs are quantised to signed bytes, x = scale * value, before they meet int8 or int4 weights.
@@ -67,6 +77,7 @@ struct QuantisedLinearJob {
   int64_t rows, inner, columns, y_stride;
   int64_t panels_per_tile;
   int32_t row_tiles, row_groups, kind;
+  int32_t threads;        // a thread's next tile, probably: the one so much later
 };
 
 struct QuantisedKernels {

@@ -35,7 +35,7 @@ using namespace headgate;
 HG_API int32_t hg_quantised_group(int32_t kind) { return group_size(kind); }
 
 HG_API int64_t hg_quantised_bytes(int64_t columns, int64_t inner, int32_t kind) {
-  return divide_up(columns, kPanel) * group_count(inner, kind) * block_bytes(kind);
+  return divide_up(columns, kPanel) * panel_bytes(inner, kind);
 }
 
 // weight[columns, inner] in `dtype`, quantised to the blocks that hg_linear_quantised reads.
@@ -65,7 +65,7 @@ HG_API int32_t hg_linear_quantised(const float* x, int64_t rows, int64_t inner, 
   const QuantisedLinearJob job = {ready ? reinterpret_cast<const char*>(x) : inputs.out,
                                   static_cast<const char*>(weight), bias, y, rows, inner,
                                   columns, y_stride, tiles.panels_per_tile, row_tiles,
-                                  tiles.row_groups, kind};
+                                  tiles.row_groups, kind, num_threads()};
   // The weights are to be read from memory, and the products to be computed.
   const int64_t cost = columns * inner / 32 + rows * columns * inner / (widen ? 64 : 256);
   run_product(ready ? nullptr : &inputs, kernels.linear, &job, tiles.count, cost);

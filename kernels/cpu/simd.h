@@ -316,6 +316,10 @@ HG_INLINE void load_columns4(const float* const* rows, ptrdiff_t at, vf out[4]) 
 
 #endif
 
+// Values to be quantised whose largest is below this are zeros: the reciprocal of their scale would
+// not be finite.
+constexpr float kSmallestInput = 1e-30f;
+
 // Rounded to the nearest half, ties to even; what a half cannot hold becomes the largest that it can.
 HG_INLINE void store_f16(uint16_t* p, vf x) {
   // The smaller of a NaN and a number is the second argument, on every instruction set.
@@ -362,12 +366,21 @@ HG_INLINE void store_bf16(uint16_t* p, vf x) {
 }
 
 // Sums in the one order that all kernels use: halves folded onto each other.
+#if defined(__AVX2__)
+HG_INLINE float sum_lanes8(__m256 x) {
+  __m128 sum = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
+  return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
+}
+#endif
 HG_INLINE float sum_lanes(vf x) {
-  float lane[VL];
-  store(lane, x);
-  for (int width = VL / 2; width; width /= 2)
-    for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
-  return lane[0];
+#if defined(__AVX512F__)
+  return sum_lanes8(_mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1)));
+#elif defined(__AVX2__)
+  return sum_lanes8(x);
+#else
+  return (x[0] + x[2]) + (x[1] + x[3]);
+#endif
 }
 HG_INLINE float max_lanes(vf x) {
 #if defined(__AVX512F__)

@@ -5,6 +5,15 @@
 
 namespace {
 
+// Has what store_outputs will write fetched meanwhile: another core may have it.
+template <int R, int V>
+HG_INLINE void ask_for_outputs(float* y, int64_t y_stride) {
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int i = 0; i < V * VL; i += 16) __builtin_prefetch(y + r * y_stride + i, 1, 3);
+}
+
 // totals[r][v] + bias to y, whose first of `columns` columns it points at.
 template <int R, int V>
 HG_INLINE void store_outputs(const vf (&totals)[R][V], float* y, int64_t y_stride, int64_t columns,

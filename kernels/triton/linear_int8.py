@@ -46,7 +46,8 @@ class PackedQuantised:
             pairs = values.to(torch.uint8).unflatten(1, (-1, 2))
             values = pairs[..., 0] | pairs[..., 1] << 4
         minima = None if weight.minima is None else weight.minima.T.contiguous()
-        scales = weight.scales.T.contiguous()
+        # A channel's one scale stands in every group, where the kernel looks for it.
+        scales = weight.scales.expand(-1, weight.values.shape[1]).T.contiguous()
         return cls(weight.kind, weight.inner, values.contiguous(), scales, minima)
 
     @property

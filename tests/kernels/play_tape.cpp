@@ -67,11 +67,10 @@ int main(int, char** paths) {
   for (size_t r = 0; r < regions.size(); ++r)
     if (fread(regions[r], 1, size_t(sizes[r]), tape) != size_t(sizes[r])) fail("the tape ends early");
 
-  using Replay = int32_t (*)(const void*, int64_t, const int64_t*, const int64_t*, int32_t, int64_t*,
-                             int64_t*, int64_t*);
+  using Replay = int32_t (*)(const void*, int64_t, const int64_t*, int64_t*, int64_t*, int64_t*);
   int64_t beats = 0, failed = -1;
   const auto replay = reinterpret_cast<Replay>(find(library, "hg_replay"));
-  if (replay(calls.data(), count, arguments.data(), nullptr, 0, &beats, &failed, nullptr))
+  if (replay(calls.data(), count, arguments.data(), &beats, &failed, nullptr))
     fail("a call failed");
   if (beats != count) fail("not every call was made");
   for (size_t r = 0; r < regions.size(); ++r) fwrite(regions[r], 1, size_t(sizes[r]), output);

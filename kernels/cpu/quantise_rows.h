@@ -1,0 +1,139 @@
+// A row tile's inputs to bytes, laid out as int8 and int4 weights are multiplied with (quantised.h).
+//
+// A group of a row is quantised by its own largest value: the same bits in any batch and tile. Scales
+// and sums of the rows of a tile are worked out side by side, a row in each lane.
+#pragma once
+
+#include "interleave.h"
+#include "quantised.h"
+
+namespace {
+
+using namespace headgate;
+
+// The tallest row tile of int8 and int4. Sums of a group and of all groups before it are more than the
+// registers hold; with taller tiles moving them costs more than reading weights less often gives.
+constexpr int kQuantisedRows = VL == 16 ? 8 : 4;
+static_assert(kQuantisedRows <= VL && kQuantisedRows <= kMaxTileRows, "a lane for each row");
+
+// The lanes of each row's vector put together by `join`, which must not mind their order: a row in
+// each of the first lanes.
+#if defined(__AVX512F__)
+
+template <class Join>
+HG_INLINE vf join_lanes(const vf (&rows)[kQuantisedRows], Join join) {
+  vf a[4], b[2];
+  for (int p = 0; p < 4; ++p) {
+    const vf x = rows[2 * p], y = rows[2 * p + 1];
+    a[p] = join(_mm512_shuffle_f32x4(x, y, 0x44), _mm512_shuffle_f32x4(x, y, 0xee));
+  }
+  for (int p = 0; p < 2; ++p) {
+    const vf x = a[2 * p], y = a[2 * p + 1];
+    b[p] = join(_mm512_shuffle_f32x4(x, y, 0x88), _mm512_shuffle_f32x4(x, y, 0xdd));
+  }
+  // Rows l and 4 + l in the 128 bits l.
+  const vf c = join(_mm512_shuffle_ps(b[0], b[1], 0x44), _mm512_shuffle_ps(b[0], b[1], 0xee));
+  const vf d = join(_mm512_shuffle_ps(c, c, 0x88), _mm512_shuffle_ps(c, c, 0xdd));
+  const vi order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 0, 4, 8, 12, 1, 5, 9, 13);
+  return _mm512_permutexvar_ps(order, d);
+}
+
+#else
+
+template <class Join>
+HG_INLINE vf join_lanes(const vf (&rows)[kQuantisedRows], Join join) {
+  float lanes[kQuantisedRows][VL], joined[VL] = {};
+  for (int r = 0; r < kQuantisedRows; ++r) {
+    store(lanes[r], rows[r]);
+    for (int width = VL / 2; width; width /= 2) {
+      float halves[2][VL] = {};
+      for (int i = 0; i < width; ++i) halves[0][i] = lanes[r][i], halves[1][i] = lanes[r][i + width];
+      store(lanes[r], join(load(halves[0]), load(halves[1])));
+    }
+    joined[r] = lanes[r][0];
+  }
+  return load(joined);
+}
+
+#endif
+
+// To the nearest whole number, ties to even.
+HG_INLINE vi round_to_int(vf x) {
+#if defined(__AVX2__)
+  return to_int(x);  // rounds by itself
+#else
+  return to_int(round_even(x));
+#endif
+}
+
+// kInputColumns whole numbers from -127 to 127 as bytes.
+HG_INLINE void store_bytes(const vi (&x)[kInputColumns / VL], int8_t* to) {
+#if defined(__AVX512F__)
+  static_assert(kInputColumns == 64, "one vector of bytes");
+  const vi packed = _mm512_packs_epi16(_mm512_packs_epi32(x[0], x[1]), _mm512_packs_epi32(x[2], x[3]));
+  // Each 128 bits hold their part of all four.
+  const vi order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  _mm512_storeu_si512(to, _mm512_permutexvar_epi32(order, packed));
+#else
+  for (int v = 0; v < kInputColumns / VL; ++v) {
+    int32_t lane[VL];
+    memcpy(lane, &x[v], sizeof lane);
+    for (int i = 0; i < VL; ++i) to[v * VL + i] = (int8_t)lane[i];
+  }
+#endif
+}
+
+// What a group of each row is divided by.
+template <int G>
+HG_INLINE vf find_scales(const float* rows, int64_t stride, int64_t height, vf* inverses) {
+  vf most[kQuantisedRows];
+  for (int r = 0; r < kQuantisedRows; ++r) {
+    most[r] = set1(0.0f);
+    if (r < height)
+      for (int i = 0; i < G; i += VL) most[r] = vmax(most[r], vabs(load(rows + r * stride + i)));
+  }
+  const vf largest = join_lanes(most, [](vf a, vf b) { return vmax(a, b); });
+  const vf least = set1(kSmallestInput), zero = set1(0.0f), limit = set1(127.0f);
+  *inverses = if_less(largest, least, zero, limit / largest);
+  return if_less(largest, least, zero, largest / limit);
+}
+
+// The groups of the first n of kInputColumns columns; what follows in them must be zeros.
+template <int Q>
+void quantise_rows(const float* rows, int64_t stride, int64_t height, int n, char* out) {
+  constexpr int G = Q == kInt8 ? kInt8Group : kInt4Group, kGroups = kInputColumns / G;
+  vf scales[kGroups];
+  float inverses[kGroups][VL];
+  for (int g = 0; g < kGroups; ++g) {
+    vf inverse;
+    scales[g] = find_scales<G>(rows + g * G, stride, height, &inverse);
+    store(inverses[g], inverse);
+  }
+  int8_t bytes[kQuantisedRows][kInputColumns] __attribute__((aligned(64)));
+  vf sums[kGroups][kQuantisedRows] = {};
+  for (int64_t r = 0; r < height; ++r) {
+    vi values[kInputColumns / VL];
+    for (int g = 0; g < kGroups; ++g) {
+      const vf inverse = set1(inverses[g][r]);
+      vi sum = set1i(0);
+      for (int i = g * G; i < (g + 1) * G; i += VL) {
+        values[i / VL] = round_to_int(load(rows + r * stride + i) * inverse);
+        sum = add_int(sum, values[i / VL]);
+      }
+      sums[g][r] = as_float(sum);
+    }
+    store_bytes(values, bytes[r]);
+  }
+  const auto add = [](vf a, vf b) { return as_float(add_int(as_int(a), as_int(b))); };
+  for (int g = 0; g * G < n; ++g, out += height * row_group_bytes(Q)) {
+    const vi sum = as_int(join_lanes(sums[g], add));
+    const vi minus_sum = add_int(xor_int(sum, set1i(-1)), set1i(1));
+    const vf correction = Q == kInt8 ? as_float(shift_left(minus_sum, 7)) : scales[g] * to_float(sum);
+    store_n((float*)out, scales[g], (int)height);
+    store_n((float*)out + height, correction, (int)height);
+    interleave((const float*)(bytes[0] + g * G), kInputColumns / 4, height, G / 4,
+               (float*)(out + height * 8));
+  }
+}
+
+}  // namespace
