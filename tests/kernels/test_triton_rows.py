@@ -133,5 +133,5 @@ def test_bits_at_1_7_64_and_130_rows(randoms: Randoms, monkeypatch: pytest.Monke
     for calls, most in ((by_row, ROWS), (products, PRODUCT_ROWS)):
         for name, call in calls.items():
             whole = call(slice(0, most))
-            for part in PARTS:
+            for part in PARTS[most == ROWS :]:  # of which the first is all there are
                 assert torch.equal(call(part), whole[part]), f"{name}, rows {part}"

@@ -73,7 +73,7 @@ def test_graphs_that_serving_may_capture_are_counted(tiny_llama: Path) -> None:
     device = FakeDevice()
     device.graph_bytes = 5 << 20
     runner = runner_on(device, model, cuda_graphs="1,2", max_total_tokens=64)
-    blocks = warmup.warm_up(runner, 64, 0)
+    blocks = warmup.warm_up(runner, 16, 0)
     graphs = runner.recorded.num_possible  # type: ignore[union-attr]
     assert device.calls.count("capture") == 2
     taken = graphs * device.graph_bytes
