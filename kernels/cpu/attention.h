@@ -16,7 +16,9 @@
 // Two ways lead to the same numbers, on every instruction set with fused multiply-adds. Few query
 // rows (decode): vectors hold the chains of a score, and keys and values are widened as they are
 // read. Many: vectors run over query rows, and keys, a block of which is widened first, are
-// broadcast. In both, all query heads of a group share one reading of its keys and values.
+// broadcast. In both, all query heads of a group share one reading of its keys and values. Of few, an
+// item may have several key/value heads, which are taken in turn for each block: memory is then read in
+// the order in which a position's heads lie in it, and not once for each head with gaps.
 #pragma once
 
 #include "attention_scores.h"
@@ -48,9 +50,11 @@ void weigh_tile(Tile& t, int query, int dim_at, int first, int last, int query_s
                 int tail) {
   const float* weights = t.weights + query * query_step;
   const float* decay = t.decay + query;
-  const int padded_dim = t.padded_dim;
+  const int padded_dim = t.padded_dim, at = t.head * t.dim + dim_at;
   float* values = t.part.values + query * padded_dim + dim_at;
-  const int ahead = query == 0 && dim_at == 0 ? t.ahead : 0;
+  const int heads = t.item->kv_count;
+  const bool first_tile = query == t.head * t.item->query_count && dim_at == 0;
+  const int ahead = first_tile && heads == 1 ? t.ahead : 0;
   vf sums[R][V];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
@@ -60,11 +64,12 @@ void weigh_tile(Tile& t, int query, int dim_at, int first, int last, int query_s
   }
   for (int k = first; k < last; ++k) {
     if (k < ahead) fetch_value(t, k);
+    else if (first_tile && heads > 1) fetch_evenly(t, fetch_value, t.asked_vals, 1, heads);
     vf x[V];
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v)
-      x[v] = v == V - 1 && tail ? load_value_n<DTYPE>(t.vals[k], dim_at + v * VL, tail)
-                                : load_value<DTYPE>(t.vals[k], dim_at + v * VL);
+      x[v] = v == V - 1 && tail ? load_value_n<DTYPE>(t.vals[k], at + v * VL, tail)
+                                : load_value<DTYPE>(t.vals[k], at + v * VL);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const vf p = set1(weights[r * query_step + k * key_step]);
@@ -83,9 +88,10 @@ void weigh_columns(Tile& t, int dim_at, int first, int last, int query_step, int
   const auto weigh = [&](auto tile, int r) {
     tile(t, r, dim_at, first, last, query_step, key_step, tail);
   };
-  int r = 0;
-  for (; r + kRows <= t.queries; r += kRows) weigh(weigh_tile<DTYPE, kRows, V>, r);
-  switch (t.queries - r) {
+  const int count = t.item->query_count, last_row = (t.head + 1) * count;
+  int r = t.head * count;
+  for (; r + kRows <= last_row; r += kRows) weigh(weigh_tile<DTYPE, kRows, V>, r);
+  switch (last_row - r) {
     case 1: weigh(weigh_tile<DTYPE, 1, V>, r); break;
     case 2: weigh(weigh_tile<DTYPE, 2, V>, r); break;
     case 3: weigh(weigh_tile<DTYPE, 3, V>, r); break;
@@ -94,7 +100,7 @@ void weigh_columns(Tile& t, int dim_at, int first, int last, int query_step, int
   }
 }
 
-// DTYPE: of what `vals` points at.
+// The values of one head. DTYPE: of what `vals` points at.
 template <int DTYPE>
 void weigh(Tile& t, int first, int last, int query_step, int key_step) {
   const int tail = t.dim % VL;
@@ -117,7 +123,7 @@ void clear_state(Tile& t, State& state) {
   memset(state.values, 0, sizeof(float) * t.queries * t.padded_dim);
 }
 
-// What few query rows do with a block, by their number and the cache's dtype.
+// What few query rows of a head do with a block, by their number and the cache's dtype.
 struct Few {
   void (*score)(Tile&, int group_first, int group_last);  // null: there are many
   void (*weigh)(Tile&, int first, int last, int query_step, int key_step);
@@ -132,11 +138,12 @@ Few few_of(int queries) {
 }
 
 Few choose_few(const Tile& t) {
-  if (!is_few(t.queries, t.dim)) return {nullptr, nullptr};
-  if (t.job->cache_dtype == kBFloat16) return few_of<kBFloat16>(t.queries);
-  if (t.job->cache_dtype == kFloat16) return few_of<kFloat16>(t.queries);
-  if (t.job->cache_dtype == kScaledBytes) return few_of<kScaledBytes>(t.queries);
-  return few_of<kFloat32>(t.queries);
+  const int queries = t.item->query_count;
+  if (!is_few(queries, t.dim)) return {nullptr, nullptr};
+  if (t.job->cache_dtype == kBFloat16) return few_of<kBFloat16>(queries);
+  if (t.job->cache_dtype == kFloat16) return few_of<kFloat16>(queries);
+  if (t.job->cache_dtype == kScaledBytes) return few_of<kScaledBytes>(queries);
+  return few_of<kFloat32>(queries);
 }
 
 // Keys [first, last) of the block at `base`, whose places are known; asks for those to come.
@@ -146,12 +153,12 @@ void attend_block(Tile& t, int32_t base, int32_t first, int32_t last, const Few&
   const int a = first - base, b = last - base;
   if (few.score) {
     const int group_first = a / VL, group_last = (b + VL - 1) / VL;
-    few.score(t, group_first, group_last);
+    for (t.head = 0; t.head < t.item->kv_count; ++t.head) few.score(t, group_first, group_last);
     soften_few(t, base, group_first, group_last);
-    few.weigh(t, a, b, kKeyBlock, 1);
+    for (t.head = 0; t.head < t.item->kv_count; ++t.head) few.weigh(t, a, b, kKeyBlock, 1);
     // What a short block left over.
-    for (int i = group_last * VL; i < t.ahead; ++i) fetch_key(t, i);
-    for (int i = b; i < t.ahead; ++i) fetch_value(t, i);
+    fetch_rest(t, fetch_key, t.asked_keys, group_last * VL);
+    fetch_rest(t, fetch_value, t.asked_vals, b);
     return;
   }
   for (int i = 0; i < t.ahead; ++i) fetch_key(t, i);
@@ -209,9 +216,9 @@ void write_out(Tile& t) {
   const int group = job.heads / job.kv_heads;
   const int64_t start = job.cu_query_lens[t.item->row];
   for (int i = 0; i < t.queries; ++i) {
-    const int row = t.item->query_first + i;
-    float* out = job.out +
-        ((start + row / group) * job.heads + t.item->kv_head * group + row % group) * t.dim;
+    const int row = query_row(*t.item, i), head = t.item->kv_head + i / t.item->query_count;
+    float* out =
+        job.out + ((start + row / group) * job.heads + head * group + row % group) * t.dim;
     const float* values = t.total.values + i * t.padded_dim;
     const vf scale = set1(1.0f / t.total.sum[i]);
     for (int d = 0; d < t.dim; d += VL) {
@@ -227,7 +234,8 @@ void prepare_tile(Tile& t, const AttentionJob& job, const AttentionItem& item) {
   t.item = &item;
   t.dim = job.head_dim;
   t.padded_dim = round_up(t.dim, VL);
-  t.queries = item.query_count;
+  t.head = 0;
+  t.queries = item.kv_count * item.query_count;
   t.padded_queries = round_up(t.queries, VL);
 }
 
@@ -268,11 +276,12 @@ void attention_tile(const void* data, int64_t index) {
   if (t.item->partial < 0) write_out(t);
 }
 
-// Tile: one row and head whose partitions were computed apart.
+// Tile: an item whose partitions were computed apart.
 void attention_merge_tile(const void* data, int64_t index) {
   const MergeJob& merge = *(const MergeJob*)data;
   const MergeItem& from = merge.items[index];
-  const AttentionItem item = {from.row, from.kv_head, from.query_first, from.query_count, 0, 0, -1, 0};
+  const AttentionItem item = {from.row, from.kv_head, from.kv_count, from.query_first,
+                              from.query_count, 0, 0, -1, 0};
   Tile t;
   prepare_tile(t, *merge.attention, item);
   clear_state(t, t.total);

@@ -26,7 +26,10 @@ template <int Q, int DTYPE>
 void score_few(Tile& t, int group_first, int group_last) {
   constexpr int kPairs = VL == 16 && Q <= 6 ? 2 : 1;  // of vectors of keys, sums in registers
   const float cap = t.job->soft_cap;
-  const int dim = t.dim;
+  const int dim = t.dim, at = t.head * dim;
+  const float* q = t.q + t.head * Q * dim;
+  float* weights = t.weights + t.head * Q * kKeyBlock;
+  const bool alone = t.item->kv_count == 1;
   for (int g = group_first; g < group_last; ++g) {
     const void* const* keys = t.keys + g * VL;
     int fetch = g * VL, fetch_due = 0;
@@ -39,14 +42,18 @@ void score_few(Tile& t, int group_first, int group_last) {
 #pragma GCC unroll 8
         for (int r = 0; r < Q; ++r) s[i][r] = set1(0.0f);
       for (int d = 0; d < dim; d += kLanes) {
-        for (fetch_due += 2 * kPairs * VL; fetch_due >= dim; fetch_due -= dim, ++fetch)
-          if (fetch < t.ahead) fetch_key(t, fetch);
+        if (alone) {
+          for (fetch_due += 2 * kPairs * VL; fetch_due >= dim; fetch_due -= dim, ++fetch)
+            if (fetch < t.ahead) fetch_key(t, fetch);
+        } else {
+          fetch_evenly(t, fetch_key, t.asked_keys, 2 * kPairs * VL, dim * t.item->kv_count);
+        }
 #pragma GCC unroll 4
         for (int i = 0; i < 2 * kPairs; ++i) {
-          const vf k = load_keys<DTYPE>(keys, 2 * j + i, d);
+          const vf k = load_keys<DTYPE>(keys, 2 * j + i, at + d);
 #pragma GCC unroll 8
           for (int r = 0; r < Q; ++r)
-            s[i][r] = fma(repeat_lanes(t.q + r * dim + d, i), k, s[i][r]);
+            s[i][r] = fma(repeat_lanes(q + r * dim + d, i), k, s[i][r]);
         }
       }
 #pragma GCC unroll 2
@@ -59,7 +66,7 @@ void score_few(Tile& t, int group_first, int group_last) {
       vf score = fold_last(fold_pairs(folded[0][r], folded[1][r]),
                            fold_pairs(folded[2][r], folded[3][r]));
       if constexpr (DTYPE == kScaledBytes) score = score * load(t.key_scales + g * VL);
-      store(t.weights + r * kKeyBlock + g * VL, cap_scores(score, cap));
+      store(weights + r * kKeyBlock + g * VL, cap_scores(score, cap));
     }
   }
 }

@@ -10,8 +10,6 @@ namespace {
 using namespace headgate;
 
 constexpr float kNoScore = -1e38f;  // below every score, yet far from overflow when subtracted
-constexpr int kFewQueries = 8;      // up to here vectors run over keys
-constexpr int kLanes = 8;           // chains that a score is the sum of, whatever VL
 constexpr int kSums = 16;           // partial sums of weights, whatever VL
 constexpr int kRows = 6;            // rows and vectors of the inner products: sums in registers
 constexpr int kVectors = VL == 16 ? 4 : 2;
@@ -23,6 +21,12 @@ struct State {
   alignas(64) float maximum[kQueryTile];
   alignas(64) float sum[kQueryTile];
   alignas(64) float values[kQueryTile * kMaxHeadDim];  // [query][dim padded to VL]
+};
+
+// How many keys, or values, of those to come memory was asked for by an item of several heads, and the
+// work done towards the next one.
+struct Asked {
+  int count, work;
 };
 
 // Positions [first, last) that some query row of an item sees.
@@ -40,6 +44,7 @@ struct Tile {
   const AttentionJob* job;
   const AttentionItem* item;
   int dim, padded_dim, queries, padded_queries;
+  int head;  // which of the item's is worked on
   Keys seen;                            // of the item
   alignas(64) int32_t low[kQueryTile];  // keys each query sees: [low, high]
   alignas(64) int32_t high[kQueryTile];
@@ -56,24 +61,22 @@ struct Tile {
   Places places[2];  // of this block, and of the one to come
   int current;  // which of the two is this block's
   bool placed;  // whether this block's are known
-  int ahead;    // number of those to come
+  int ahead, ahead_bytes;  // number of those to come, and what their item reads at each
+  Asked asked_keys, asked_vals;
   // Blocks of a narrower cache, widened.
   alignas(64) float wide_keys[kKeyBlock * kMaxHeadDim];
   alignas(64) float wide_vals[kKeyBlock * kMaxHeadDim];
 };
 
-HG_INLINE int item_size(int dtype) {
-  return dtype == kFloat32 ? 4 : dtype == kScaledBytes ? 1 : 2;
-}
-
-HG_INLINE bool is_few(int queries, int dim) {
-  return queries <= kFewQueries && dim % kLanes == 0;
+// The item's query rows are those of its first head, then those of the next one, and so on.
+HG_INLINE int query_row(const AttentionItem& item, int query) {
+  return item.query_first + query % item.query_count;
 }
 
 HG_INLINE int32_t position_of(const AttentionJob& job, const AttentionItem& item, int query) {
   const int32_t row = item.row, end = job.cu_query_lens[row + 1];
   return job.context_lens[row] - (end - job.cu_query_lens[row]) +
-         (item.query_first + query) / (job.heads / job.kv_heads);
+         query_row(item, query) / (job.heads / job.kv_heads);
 }
 
 HG_INLINE int32_t first_seen(const AttentionJob& job, int32_t position) {
@@ -93,7 +96,7 @@ void load_queries(Tile& t) {
   const AttentionItem& item = *t.item;
   const int group = job.heads / job.kv_heads;
   const int32_t start = job.cu_query_lens[item.row];
-  const bool few = is_few(t.queries, t.dim);
+  const bool few = is_few(item.query_count, t.dim);
   for (int i = 0; i < t.padded_queries; ++i) {
     if (i >= t.queries) {  // lanes that pad a vector see nothing
       t.low[i] = 1;
@@ -102,9 +105,10 @@ void load_queries(Tile& t) {
         for (int d = 0; d < t.dim; ++d) t.q[d * t.padded_queries + i] = 0.0f;
       continue;
     }
-    const int row = item.query_first + i, token = row / group;
+    const int row = query_row(item, i), token = row / group;
+    const int head = item.kv_head + i / item.query_count;
     const float* q = job.q + (start + token) * job.q_token_stride +
-                     (item.kv_head * group + row % group) * job.q_head_stride;
+                     (head * group + row % group) * job.q_head_stride;
     t.high[i] = position_of(job, item, i);
     t.low[i] = first_seen(job, t.high[i]);
     for (int d = 0; d < t.dim; ++d)
@@ -112,7 +116,8 @@ void load_queries(Tile& t) {
   }
 }
 
-// Finds the places of positions [first, last) of the block that starts at `base`, for an item.
+// Finds the places of positions [first, last) of the block that starts at `base`, for an item's
+// first head; the others' are beside them.
 void find_places(const AttentionJob& job, const AttentionItem& item, int32_t base, int32_t first,
                  int32_t last, Places& places) {
   const int64_t size = job.block_size, step = int64_t(job.kv_heads) * job.head_dim;
@@ -136,6 +141,7 @@ HG_INLINE int32_t block_end(int32_t base, const Keys& keys) {
 // of the thread's next item.
 void look_ahead(Tile& t, int32_t base) {
   const AttentionItem* item = t.item;
+  t.asked_keys = t.asked_vals = {0, 0};
   Keys keys = t.seen;
   int32_t first = base + kKeyBlock;
   if (first >= keys.last) {
@@ -147,16 +153,17 @@ void look_ahead(Tile& t, int32_t base) {
   }
   const int32_t last = block_end(first / kKeyBlock * kKeyBlock, keys);
   t.ahead = last - first;
+  t.ahead_bytes = item->kv_count * t.dim * item_size(t.job->cache_dtype);
   find_places(*t.job, *item, first, first, last, t.places[!t.current]);
 }
 
-// Asks for one key or value of those to come. Calls are spread over the work on this block: a burst
-// would fill the core's few slots for misses, and then stall it while memory has nothing to do.
+// Asks for one key or value of those to come, of all heads of its item at once. Calls are spread over
+// the work on this block: a burst would fill the core's few slots for misses, and then stall it while
+// memory has nothing to do.
 HG_INLINE void fetch_ahead(const Tile& t, const void* cache, const float* scales, int i) {
-  const int size = item_size(t.job->cache_dtype);
   const Places& places = t.places[!t.current];
-  const char* p = (const char*)cache + places.numbers[i] * size;
-  for (int byte = 0; byte < t.dim * size; byte += 64) __builtin_prefetch(p + byte, 0, 2);
+  const char* p = (const char*)cache + places.numbers[i] * item_size(t.job->cache_dtype);
+  for (int byte = 0; byte < t.ahead_bytes; byte += 64) __builtin_prefetch(p + byte, 0, 2);
   if (scales && i % 16 == 0) __builtin_prefetch(scales + places.scales[i], 0, 2);
 }
 HG_INLINE void fetch_key(const Tile& t, int i) {
@@ -164,6 +171,20 @@ HG_INLINE void fetch_key(const Tile& t, int i) {
 }
 HG_INLINE void fetch_value(const Tile& t, int i) {
   fetch_ahead(t, t.job->v_cache, t.job->v_scales, i);
+}
+
+// For an item of several heads, after so much work on one of them: `fetch`es the next one each time
+// that `whole` has been done.
+template <class Fetch>
+HG_INLINE void fetch_evenly(const Tile& t, Fetch fetch, Asked& asked, int work, int whole) {
+  for (asked.work += work; asked.work >= whole; asked.work -= whole)
+    if (asked.count < t.ahead) fetch(t, asked.count++);
+}
+
+// What a block left over whose last key is before `last`.
+template <class Fetch>
+HG_INLINE void fetch_rest(const Tile& t, Fetch fetch, const Asked& asked, int last) {
+  for (int i = t.item->kv_count > 1 ? asked.count : last; i < t.ahead; ++i) fetch(t, i);
 }
 
 const float* widen_to(float* to, const void* from, int dtype, int dim) {

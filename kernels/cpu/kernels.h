@@ -13,6 +13,11 @@ enum DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 // Of caches only: signed bytes, with a scale for every position and head.
 constexpr int32_t kScaledBytes = 5;
 
+// Bytes of a number in a cache.
+static inline int item_size(int32_t dtype) {
+  return dtype == kFloat32 ? 4 : dtype == kScaledBytes ? 1 : 2;
+}
+
 // Beside float32 inputs with weights of a DType, a product takes bfloat16 weights with inputs that are
 // rounded to bfloat16 first: as such values in floats, or in pairs for an instruction that
 // multiplies pairs.
@@ -78,15 +83,21 @@ static inline RowRange row_range(int64_t rows, int64_t tiles, int64_t tile) {
 constexpr int kMaxHeadDim = 256;
 // Query rows (tokens times heads of a group) that one tile of attention takes.
 constexpr int kQueryTile = 64;
+// Up to so many query rows of a head, vectors run over keys; kLanes divides their dimensions then.
+constexpr int kFewQueries = 8;
+constexpr int kLanes = 8;  // chains that a score is the sum of, whatever the instruction set
+static inline bool is_few(int queries, int dim) {
+  return queries <= kFewQueries && dim % kLanes == 0;
+}
 // Keys are taken in blocks and partitions that start at multiples of these absolute positions,
 // for every kind of row: this fixes the order of all sums.
 constexpr int kKeyBlock = 64;
 constexpr int kPartition = 256;
 
-// A part of the work on one row and key/value head.
+// A part of the work on one row and key/value heads that lie side by side.
 struct AttentionItem {
-  int32_t row, kv_head;
-  int32_t query_first, query_count;          // query rows, token-major over the heads of the group
+  int32_t row, kv_head, kv_count;
+  int32_t query_first, query_count;          // of each: query rows, token-major over its group
   int32_t partition_first, partition_last;   // partitions of keys [first, last)
   int64_t partial;                           // where to leave results in `partials`; -1: in `out`
   int64_t cost;                              // nanoseconds, roughly
@@ -116,9 +127,9 @@ static inline int64_t partial_size(int64_t query_rows, int64_t head_dim) {
   return query_rows * (2 + head_dim);
 }
 
-// Puts the partials of one row and head together in ascending order of their keys.
+// Puts the partials of one item together in ascending order of their keys.
 struct MergeItem {
-  int32_t row, kv_head;
+  int32_t row, kv_head, kv_count;
   int32_t query_first, query_count;
   int32_t partitions;
   int64_t partial;                           // the first one's place; the others follow
