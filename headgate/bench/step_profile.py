@@ -224,7 +224,7 @@ def main() -> None:
     parser.add_argument(
         "--kv-cache-dtype",
         default="",
-        choices=["", *DTYPES],
+        choices=["", *DTYPES, "int8"],
         help="default: float32; float16 with quantised weights or rounded inputs",
     )
     parser.add_argument("--threads", type=int, default=0, help="of a shard; default: a fair share")

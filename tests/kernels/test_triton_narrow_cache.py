@@ -6,7 +6,6 @@ a narrow cache's logits are to float32's is a test of the model runner.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +13,6 @@ import pytest
 
 pytest.importorskip("triton")
 
-from headgate.kernels import ops
 from headgate.proto.messages import RowSampling
 from tests.parity.serving import Answer, Job, Server
 
@@ -25,24 +23,18 @@ JOBS = [
 ]
 
 
-@pytest.fixture
-def kernels() -> Iterator[str]:
-    before = ops.active()
-    yield "triton"
-    ops.use(before)
-
-
 def assert_same(answers: list[Answer], wanted: list[Answer]) -> None:
     for answer, other in zip(answers, wanted, strict=True):
         assert answer.token_ids == other.token_ids
         assert answer.logprobs == pytest.approx(other.logprobs, abs=1e-4)
 
 
+@pytest.mark.usefixtures("triton_kernels")
 @pytest.mark.parametrize(
     "kept", ["int8", "fp8_e4m3fn", pytest.param("fp8_e5m2", marks=pytest.mark.exhaustive)]
 )
-def test_answers_depend_on_the_request_alone(kernels: str, tiny_llama: Path, kept: str) -> None:
-    server = Server(tiny_llama, kv_cache_dtype=kept, kernels=kernels)
+def test_answers_depend_on_the_request_alone(tiny_llama: Path, kept: str) -> None:
+    server = Server(tiny_llama, kv_cache_dtype=kept, kernels="triton")
     alone = [server.serve([job])[0] for job in JOBS]
     server.limits(step_tokens=9)
     assert_same(server.serve(JOBS), alone)  # together, in chunks
