@@ -35,7 +35,8 @@ PACKAGES = "g++-aarch64-linux-gnu and qemu-user"  # Debian's and Ubuntu's names
 # Where Debian's cross compiler keeps Arm's libraries.
 ARM_LIBRARIES = "/usr/aarch64-linux-gnu"
 
-pytestmark = pytest.mark.exhaustive
+# Compiling for Arm takes minutes where the machine has other work too.
+pytestmark = [pytest.mark.exhaustive, pytest.mark.timeout(900)]
 
 
 @dataclass(frozen=True)
