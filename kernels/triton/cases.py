@@ -269,7 +269,7 @@ def product_cases(model: ModelShape, step: StepShape) -> Iterator[Case]:
         groups = inner // kind.group
         low, high = (0, 16) if kind.offset else (-127, 128)
         values = maker.whole(low, high, width, groups, kind.group, dtype=torch.int8)
-        scales = maker.scales(width, groups)
+        scales = maker.scales(width, 1 if kind.per_channel else groups)
         quantised = QuantisedTensor(kind, inner, values, scales, -scales if kind.offset else None)
         weight: Any = quantised  # as the reference takes it
         if kernels.OPS["linear"] is linear.linear:

