@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import signal
 import socket
@@ -23,23 +24,22 @@ import psutil
 ROOT = Path(__file__).resolve().parents[2]
 
 
+# Below the ports that systems give to outgoing connections and to whoever asks for any.
+_PORTS = range(20000, 32000, 2)
+
+
 def free_port() -> int:
     """A TCP port whose successor is free too (the launcher's default gRPC port).
 
-    Workers side by side never choose the same ones, which stay free until a server takes them.
+    Workers side by side never choose the same ones, and no connection takes one before the server.
     """
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     while True:
-        with socket.socket() as first, socket.socket() as second:
-            first.bind(("127.0.0.1", 0))
-            port = first.getsockname()[1]
-            if port // 2 % workers != worker:
-                continue
-            try:
-                second.bind(("127.0.0.1", port + 1))
-            except OSError:
-                continue
+        port = random.SystemRandom().choice(_PORTS[worker::workers])
+        with socket.socket() as first, socket.socket() as second, suppress(OSError):
+            first.bind(("127.0.0.1", port))
+            second.bind(("127.0.0.1", port + 1))
             return port
 
 

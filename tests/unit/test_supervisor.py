@@ -18,29 +18,17 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.server.live_server import free_port
 from tests.unit.launcher_model import write_model
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def free_ports() -> int:
-    """A port whose successor is free as well."""
-    while True:
-        with socket.socket() as first, socket.socket() as second:
-            first.bind(("127.0.0.1", 0))
-            port = int(first.getsockname()[1])
-            try:
-                second.bind(("127.0.0.1", port + 1))
-            except OSError:
-                continue
-            return port
 
 
 class Launched:
     """A launcher over stand-ins, in directory `tmp`."""
 
     def __init__(self, tmp: Path, *flags: str, port: int = 0, **fakes: str) -> None:
-        self.port = port or free_ports()
+        self.port = port or free_port()
         self.notes_file = tmp / "notes"
         self.runs = Path(tempfile.mkdtemp(prefix="runs-"))  # short: sockets are made in it
         model = write_model(tmp / "model")
@@ -265,7 +253,7 @@ def test_a_stop_while_loading(launch: Any) -> None:
 
 @pytest.mark.parametrize(("offset", "flag"), [(0, "--port"), (1, "--grpc-port")])
 def test_ports_in_use(launch: Any, offset: int, flag: str) -> None:
-    port = free_ports()
+    port = free_port()
     with socket.socket() as taken:
         taken.bind(("127.0.0.1" if offset else "0.0.0.0", port + offset))
         taken.listen()
