@@ -171,7 +171,8 @@ class MultiplexStream:
     def post(self, keyed: KeyedRequest, event: router_pb2.GenerateEvent) -> None:
         if self._closed or self._requests.get(keyed.key) is not keyed:
             return  # cancelled, or replaced by a later attempt
-        batch = self._batch()
+        # An end travels with its answer's last token, which a client gets in the same event.
+        batch = self._batch(grow=event.HasField("finished"))
         batch.events.append(
             router_pb2.KeyedEvent(key=keyed.key, attempt=keyed.attempt, event=event)
         )
@@ -186,8 +187,8 @@ class MultiplexStream:
         # In a message columns come first: they must not overtake an event of the same request.
         self._batch(keyed.last_event).tokens.append(row)
 
-    def _batch(self, after: _Batch | None = None) -> _Batch:
-        """The batch that takes one more event, later than `after`."""
+    def _batch(self, after: _Batch | None = None, *, grow: bool = False) -> _Batch:
+        """The batch that takes one more event, later than `after`. `grow`: a full one as well."""
         self._unsent += 1
         if self._unsent > MAX_UNSENT_EVENTS:
             logger.error("gateway %s does not read: its stream is ended", self.gateway_id)
@@ -195,7 +196,8 @@ class MultiplexStream:
             return _Batch()  # which nobody sends
         batches = self._batches
         batch = batches[-1] if batches else None
-        if batch is None or batch is after or len(batch) >= MAX_EVENTS_PER_MESSAGE:
+        full = batch is not None and len(batch) >= MAX_EVENTS_PER_MESSAGE and not grow
+        if batch is None or batch is after or full:
             batch = _Batch()
             batches.append(batch)
             self._wake.set()

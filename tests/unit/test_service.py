@@ -308,14 +308,36 @@ async def test_many_requests_over_one_stream_in_batches(
         await gateway.leave()
 
 
-async def test_columns_do_not_overtake_events_of_their_request() -> None:
-    def token(index: int, *, special: bool = False) -> Outcome:
-        outcome = Outcome(0, index, index, "a", token_id=5, token_text="a")
-        outcome.special = special
-        return outcome
+def token(index: int, *, special: bool = False) -> Outcome:
+    outcome = Outcome(0, index, index, "a", token_id=5, token_text="a")
+    outcome.special = special
+    return outcome
 
-    status = ServerStatus(CONFIG, ChatFiles())
-    stream = MultiplexStream(None, None, status)  # type: ignore[arg-type]
+
+def stream_of_nothing() -> MultiplexStream:
+    """One that is only posted to."""
+    return MultiplexStream(None, None, ServerStatus(CONFIG, ChatFiles()))  # type: ignore[arg-type]
+
+
+async def test_an_end_travels_with_its_last_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the gateway would have sent the token already, and would need an event more."""
+    monkeypatch.setattr("headgate.router.multiplex.MAX_EVENTS_PER_MESSAGE", 2)
+    stream = stream_of_nothing()
+    keyed = KeyedRequest(1, 1, stream)
+    stream._requests = {1: keyed}
+    for index in range(4):
+        keyed.tokens(token(index, special=index == 3))
+    keyed.send(router_pb2.GenerateEvent(finished=router_pb2.Finished()))
+    messages = stream.messages()
+    await anext(messages)  # the status
+    sent = [list(all_events(await anext(messages))) for _ in range(2)]
+    kinds = [[event.event.WhichOneof("event") for event in events] for events in sent]
+    assert kinds == [["tokens"] * 2, ["tokens", "tokens", "finished"]]
+    await messages.aclose()
+
+
+async def test_columns_do_not_overtake_events_of_their_request() -> None:
+    stream = stream_of_nothing()
     first, second = KeyedRequest(1, 1, stream), KeyedRequest(2, 1, stream)
     stream._requests = {1: first, 2: second}
     first.send(router_pb2.GenerateEvent(accepted=router_pb2.Accepted()))
