@@ -238,8 +238,8 @@ def choose_kv_cache_dtype(config: LauncherConfig, dtype: str, gpus: tuple[Gpu, .
     if given in _FP8_CAPABILITY:
         if not gpus and config.kernels in ("auto", "cpu"):
             raise LaunchError(
-                f"--kv-cache-dtype {given} is for GPUs; on a CPU there is float32, bfloat16 and "
-                "float16."
+                f"--kv-cache-dtype {given} is for GPUs; on a CPU there is float32, bfloat16, "
+                "float16 and int8."
             )
         least = _FP8_CAPABILITY[given]
         lowest = min((gpu.capability for gpu in gpus), default=least)

@@ -20,7 +20,7 @@ from headgate.launcher.run_directory import RunDirectory
 GATEWAY_SHUTDOWN_SECONDS = 5.0  # for writing the last answers, after all requests have ended
 
 # gRPC's event engine hands each message from thread to thread. Without it the thread that polls
-# reads and writes by itself: half of the wake-ups, a third less CPU for a message (gRPC 1.85).
+# reads and writes by itself: half of the wake-ups, a quarter less CPU for a message (gRPC 1.85).
 _GRPC_EXPERIMENTS = "-event_engine_client,-event_engine_listener"
 
 
