@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from headgate.router.beam_rows import BeamGroup
 
 
+# Seconds in which later requests may overtake one: for each token of its prompt, and at most.
+DELAY_PER_TOKEN = 0.002
+MAX_DELAY = 1.0
+
+
 class RequestStatus(Enum):
     """Where a request is in its life."""
 
@@ -76,8 +81,13 @@ class Request:
 
     @property
     def order(self) -> tuple[float, int]:
-        """Sort key of service: first come, first served."""
-        return self.arrival, self.id
+        """Sort key of service: first come, first served, but for shorter prompts soon after.
+
+        Where many wait, the short ones get their first token sooner, and the long ones, which take
+        long themselves, hardly later. It never changes, so nobody waits for ever.
+        """
+        delay = min(len(self.prompt_ids) * DELAY_PER_TOKEN, MAX_DELAY)
+        return self.arrival + delay, self.id
 
     @property
     def num_tokens(self) -> int:
@@ -104,6 +114,11 @@ class Request:
         if planned < self.num_prefill_tokens:
             return True
         return planned < self.max_positions and (not self.lockstep or planned < self.num_tokens)
+
+    @property
+    def num_prompt_left(self) -> int:
+        """Tokens known when its row was sent that no plan computes yet."""
+        return max(self.num_prefill_tokens - self.num_scheduled, 0)
 
     @property
     def leader_to_fork(self) -> Request | None:

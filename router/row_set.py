@@ -21,7 +21,7 @@ class RowSet:
         self._requests: dict[int, Request] = {}
         self._searches: dict[int, Request] = {}  # beam searches, by the id of their first row
         self.waiting = WaitingQueue()
-        self.running: list[Request] = []  # in order of arrival
+        self.running: list[Request] = []  # in order of service
         self.removed: list[int] = []  # rows the shards still hold for nothing
         self.preemptions = 0
 
@@ -81,7 +81,7 @@ class RowSet:
         request.fork_of, request.copies = None, []
 
     def requeue(self, request: Request) -> None:
-        """One that has left waits again, at its place by arrival."""
+        """One that has left waits again, at its place."""
         request.status = RequestStatus.PREEMPTED
         self.waiting.add(request)
 

@@ -102,8 +102,13 @@ class Scheduler:
         first. `now` is noted as the first scheduling time of the requests it admits.
         """
         draft = StepDraft(epoch, sequence, self._budget.tokens)
-        self._plan_running(draft)
-        if self._rows.waiting and (not draft.preempted or self._is_stuck(draft)):
+        late = self._plan_running(draft)
+        if not draft.preempted:
+            draft.budget -= len(late)
+            self._admit_waiting(draft, now)
+            draft.budget += len(late)
+        self._plan_rows(late, draft)
+        if self._rows.waiting and self._is_stuck(draft):
             self._admit_waiting(draft, now)
             if self._is_stuck(draft) and self._rows.running:
                 # Only beams that wait for others of theirs, which cannot come in: make room.
@@ -123,22 +128,35 @@ class Scheduler:
         """Whether neither this plan nor one before it brings anything on."""
         return not draft.rows and not self._outstanding
 
-    def _plan_running(self, draft: StepDraft) -> None:
-        """One token for every row that can go on, what is left to unfinished prompts by arrival.
+    def _plan_running(self, draft: StepDraft) -> list[Request]:
+        """One token for every row that can go on, what is left to unfinished prompts in order.
 
-        Each row is sure of one token, so neither answers nor prompts starve the other.
+        Each row is sure of one token, so neither answers nor prompts starve the other. Returns the
+        unfinished prompts whose turn is after that of the first request that waits.
         """
         ready = [row for row in self._rows.running if row.can_go_on]
         if len(ready) > draft.budget:  # after a refusal: the oldest, and the others in turns
             others = nsmallest(draft.budget - 1, ready[1:], key=_turn)
             ready = [ready[0], *sorted(others, key=order_of)]
-        extra = draft.budget - len(ready)
+        late: list[Request] = []
+        if self._rows.waiting:
+            first = self._rows.waiting.head.order
+            late = [row for row in ready if row.order > first and row.num_prompt_left > 1]
+            ready = [row for row in ready if row not in late]
+        draft.budget -= len(late)
+        self._plan_rows(ready, draft)
+        draft.budget += len(late)
+        return late
+
+    def _plan_rows(self, rows: list[Request], draft: StepDraft) -> None:
+        """One token for each, and what is left for unfinished prompts."""
+        extra = draft.budget - len(rows)
         block_size = self._config.block_size
-        for row in ready:
+        for row in rows:
             if draft.preempted and row.status is not RequestStatus.RUNNING:
                 continue  # gave way to an older one just now
             count, planned = 1, row.num_scheduled
-            missing = row.num_prefill_tokens - planned - 1
+            missing = row.num_prompt_left - 1
             if missing > 0 and extra:
                 more = min(extra, missing)
                 count += more
@@ -159,8 +177,8 @@ class Scheduler:
         """
         while (blocks := self._kv.extend(row, num_positions)) is None:
             latest = self._rows.running[-1]
-            if row.beams is not None and latest.beams is row.beams and draft.holds(row.beams):
-                return None  # its other beams are planned already: it waits for the next step
+            if draft.holds(latest):  # another beam, or what a late prompt let go first
+                return None  # it waits for the next step
             self._rows.preempt(latest)
             draft.preempted = True
             if not row.is_running:

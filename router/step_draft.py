@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from headgate.proto.messages import Fork, NewRow, StepPlan
-from headgate.router.beam_rows import BeamGroup
 from headgate.router.outstanding_steps import OutstandingStep, PlannedRow
 from headgate.router.request import Request
 
@@ -61,9 +60,13 @@ class StepDraft:
             self._new_rows.append(_new_row(row))
         row.row_sent = True
 
-    def holds(self, beams: BeamGroup) -> bool:
-        """Whether a row of these beams is in the plan."""
-        return any(row.beams is beams for row, _, _ in self.rows)
+    def holds(self, row: Request) -> bool:
+        """Whether the row, or one that would have to give way with it, is in the plan."""
+        beams = row.beams
+        return any(
+            planned is row or (beams is not None and planned.beams is beams)
+            for planned, _, _ in self.rows
+        )
 
     def planned_before(self, row: Request) -> int:
         """KV positions of the row that earlier plans compute."""

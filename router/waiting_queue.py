@@ -1,4 +1,4 @@
-"""Requests that wait for their turn, in order of arrival.
+"""Requests that wait for their turn.
 
 It has no bound: how many requests there may be, in all their states, is the engine's limit.
 """
@@ -16,8 +16,7 @@ def _order(request: Request) -> tuple[float, int]:
 
 
 class WaitingQueue:
-    """First come, first served. A preempted request comes back to its place by arrival: the
-    front, since those that run were served before those that wait."""
+    """In order of service (Request.order). A preempted request comes back to its place in it."""
 
     def __init__(self) -> None:
         self._requests: list[Request] = []  # sorted; moving pointers is cheap at this length

@@ -34,8 +34,12 @@ DEFAULTS = SchedulerConfig(
 class Simulation:
     """Checks integrity after every operation, and each answer against what it should be."""
 
-    def __init__(self, config: SchedulerConfig = DEFAULTS, **changes: Any) -> None:
+    def __init__(
+        self, config: SchedulerConfig = DEFAULTS, *, spacing: float = 2.0, **changes: Any
+    ) -> None:
+        """spacing: seconds between arrivals; with fewer shorter prompts overtake longer ones."""
         self.config = replace(config, **changes)
+        self.spacing = spacing
         self.scheduler = Scheduler(self.config)
         self.requests: list[Request] = []
         self.answers: dict[int, list[int]] = {}  # tokens as they came out, by request id
@@ -77,7 +81,7 @@ class Simulation:
 
     def add_beams(self, prompt: Sequence[int], params: BeamParams, **fields: Any) -> Request:
         """A beam search; `searches` has its params, `found` its outcome."""
-        arrival = float(len(self.requests))
+        arrival = len(self.requests) * self.spacing
         rows = [
             Request(
                 id=len(self.requests) + index,
@@ -116,7 +120,7 @@ class Simulation:
             sampling=RowSampling(
                 max_new_tokens=new, ignore_eos=not eos, **{"seed": number, **sampling}
             ),
-            arrival=fields.pop("arrival", float(number)),
+            arrival=fields.pop("arrival", number * self.spacing),
             **fields,
         )
         self.scheduler.add(request)
