@@ -6,11 +6,14 @@ Which block belongs to whom is the router's knowledge; this file only holds memo
 from __future__ import annotations
 
 import math
+import threading
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
-from headgate.kernels.huge_pages import map_zeros
+from headgate.kernels.huge_pages import HUGE_PAGE, map_zeros, take_pages
 from headgate.kernels.int8_cache import SCALE_BYTES, Int8Cache, PagedCache
 
 
@@ -40,7 +43,8 @@ class KVCache:
     """Keys and values of `num_blocks` blocks, zero at first.
 
     Zeros matter: attention may multiply a position that was never written by a weight of
-    zero, and only then is a NaN impossible. On a CPU untouched blocks take no real memory.
+    zero, and only then is a NaN impossible. On a CPU untouched blocks take no real memory, but for
+    those that `take_memory` reaches.
     """
 
     def __init__(
@@ -73,6 +77,37 @@ class KVCache:
     @property
     def num_bytes(self) -> int:
         return self.num_blocks * self.layout.bytes_per_block
+
+    def take_memory(self, seconds: float, num_threads: int) -> None:
+        """On a CPU: has the system give memory for blocks before they are written, the first first.
+
+        A step that writes to a new page of every layer at once waits for all of them: for 2 MB of
+        zeros each, and in a virtual machine for the host. Stops after `seconds`, however far it is;
+        what is left takes memory as it is written.
+        """
+        pieces, lock = self._pieces(), threading.Lock()
+        deadline = time.monotonic() + seconds
+
+        def take() -> None:
+            while time.monotonic() < deadline:
+                with lock:
+                    piece = next(pieces, None)
+                if piece is None or not take_pages(*piece):
+                    return
+
+        threads = [threading.Thread(target=take) for _ in range(num_threads)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    def _pieces(self) -> Iterator[tuple[int, int]]:
+        """(address, bytes) of a page of each layer's keys and values, then of the next of each."""
+        rows = [row for tensor in self.tensors for row in tensor.flatten(0, 1)]
+        for offset in range(0, max(row.nbytes for row in rows), HUGE_PAGE):
+            for row in rows:
+                if (left := row.nbytes - offset) > 0:
+                    yield row.data_ptr() + offset, min(left, HUGE_PAGE)
 
     def copy_blocks(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
         """Copies block sources[i] onto block targets[i] for each i, all at once. int64[N] each.

@@ -51,6 +51,8 @@ from headgate.shard.warmup import warm_up
 
 logger = logging.getLogger(__name__)
 
+TAKE_MEMORY_SECONDS = 0.5  # of a start, for the KV cache's memory; see KVCache.take_memory
+
 
 class ModelRunner:
     """One rank's share of the model's steps."""
@@ -153,6 +155,8 @@ class ModelRunner:
                 f"the KV cache of {num_blocks} blocks takes {size} bytes, "
                 "and there is not enough memory for it"
             ) from error
+        if self.device is None:
+            self._kv_cache.take_memory(TAKE_MEMORY_SECONDS, self.config.num_threads)
         if self.recorded is not None:
             self.recorded.bind(self._kv_cache)
         self._batch = self._new_batch(num_blocks)

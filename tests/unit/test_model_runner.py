@@ -457,13 +457,18 @@ def test_keys_and_values_in_fewer_bits(tiny_llama: Path, backend: str) -> None:
         ops.use(before)
 
 
-def test_blocks_take_memory_only_once_written() -> None:
+def test_blocks_take_memory_once_written_or_when_told_to() -> None:
     before = psutil.Process().memory_info().rss
     cache = KVCache(KVCacheLayout(4, 16, 2, 64, torch.bfloat16), 8000)
     assert cache.num_bytes > 250e6
     assert psutil.Process().memory_info().rss - before < cache.num_bytes / 10
     assert not cache.data[1, 0, 77].any() and cache.data.dtype == torch.bfloat16
     cache.copy_blocks(torch.tensor([7]), torch.tensor([9]))
+    cache.take_memory(0.0, 2)
+    assert psutil.Process().memory_info().rss - before < cache.num_bytes / 10
+    cache.take_memory(60.0, 2)
+    assert psutil.Process().memory_info().rss - before > cache.num_bytes * 0.9
+    assert not cache.data[1, 0, 77].any()
     narrow = KVCache(KVCacheLayout(2, 4, 2, 8, torch.float8_e4m3fn), 5)
     narrow.layers[1][0][2] = 1.5
     narrow.copy_blocks(torch.tensor([2, 4]), torch.tensor([4, 2]))
