@@ -24,7 +24,7 @@ STEP_SECONDS = 0.150  # a CPU step should take no longer: it bounds latency betw
 CORE_FLOPS = {
     "highest": 60e9,
     "medium": 100e9,
-    "int8": 160e9,
+    "int8": 240e9,
     "int8-weight-only": 60e9,
     "int4": 120e9,
 }

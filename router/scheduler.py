@@ -141,7 +141,7 @@ class Scheduler:
         late: list[Request] = []
         if self._rows.waiting:
             first = self._rows.waiting.head.order
-            late = [row for row in ready if row.order > first and row.num_prompt_left > 1]
+            late = [row for row in ready if row.num_prompt_left > 1 and row.order > first]
             ready = [row for row in ready if row not in late]
         draft.budget -= len(late)
         self._plan_rows(ready, draft)
