@@ -156,7 +156,7 @@ class Scheduler:
             if draft.preempted and row.status is not RequestStatus.RUNNING:
                 continue  # gave way to an older one just now
             count, planned = 1, row.num_scheduled
-            missing = row.num_prompt_left - 1
+            missing = row.num_prefill_tokens - planned - 1
             if missing > 0 and extra:
                 more = min(extra, missing)
                 count += more
