@@ -116,11 +116,6 @@ class Request:
         return planned < self.max_positions and (not self.lockstep or planned < self.num_tokens)
 
     @property
-    def num_prompt_left(self) -> int:
-        """Tokens known when its row was sent that no plan computes yet."""
-        return max(self.num_prefill_tokens - self.num_scheduled, 0)
-
-    @property
     def leader_to_fork(self) -> Request | None:
         """Where a request that has no token of its own finds the KV of its prompt."""
         leader = self.leader

@@ -90,7 +90,7 @@ class RowSet:
         together = [request]
         if request.beams is not None:
             together = request.beams.running
-        assert self.running[0] not in together, "the oldest request would be preempted"
+        assert self.running[0] not in together, "the first in order would be preempted"
         self.give_way(together)
 
     def give_way(self, rows: list[Request]) -> None:

@@ -102,11 +102,12 @@ class Scheduler:
         first. `now` is noted as the first scheduling time of the requests it admits.
         """
         draft = StepDraft(epoch, sequence, self._budget.tokens)
-        late = self._plan_running(draft)
+        early, late = self._running_by_turn(draft.budget)
+        draft.budget -= len(late)  # each is sure of one token
+        self._plan_rows(early, draft)
         if not draft.preempted:
-            draft.budget -= len(late)
             self._admit_waiting(draft, now)
-            draft.budget += len(late)
+        draft.budget += len(late)
         self._plan_rows(late, draft)
         if self._rows.waiting and self._is_stuck(draft):
             self._admit_waiting(draft, now)
@@ -128,33 +129,32 @@ class Scheduler:
         """Whether neither this plan nor one before it brings anything on."""
         return not draft.rows and not self._outstanding
 
-    def _plan_running(self, draft: StepDraft) -> list[Request]:
-        """One token for every row that can go on, what is left to unfinished prompts in order.
-
-        Each row is sure of one token, so neither answers nor prompts starve the other. Returns the
-        unfinished prompts whose turn is after that of the first request that waits.
-        """
+    def _running_by_turn(self, budget: int) -> tuple[list[Request], list[Request]]:
+        """The rows that can go on; apart, unfinished prompts that come after the queue's head."""
         ready = [row for row in self._rows.running if row.can_go_on]
-        if len(ready) > draft.budget:  # after a refusal: the oldest, and the others in turns
-            others = nsmallest(draft.budget - 1, ready[1:], key=_turn)
+        if len(ready) > budget:  # after a refusal: the first in order, and the others in turns
+            others = nsmallest(budget - 1, ready[1:], key=_turn)
             ready = [ready[0], *sorted(others, key=order_of)]
+        if not self._rows.waiting:
+            return ready, []
+        head = self._rows.waiting.head.order
+        early: list[Request] = []
         late: list[Request] = []
-        if self._rows.waiting:
-            first = self._rows.waiting.head.order
-            late = [row for row in ready if row.num_prompt_left > 1 and row.order > first]
-            ready = [row for row in ready if row not in late]
-        draft.budget -= len(late)
-        self._plan_rows(ready, draft)
-        draft.budget += len(late)
-        return late
+        for row in ready:
+            unfinished = row.num_scheduled < row.num_prefill_tokens - 1
+            (late if unfinished and row.order > head else early).append(row)
+        return early, late
 
     def _plan_rows(self, rows: list[Request], draft: StepDraft) -> None:
-        """One token for each, and what is left for unfinished prompts."""
+        """One token for each row, what is left to unfinished prompts in order.
+
+        Each is sure of one token, so neither answers nor prompts starve the other.
+        """
         extra = draft.budget - len(rows)
         block_size = self._config.block_size
         for row in rows:
             if draft.preempted and row.status is not RequestStatus.RUNNING:
-                continue  # gave way to an older one just now
+                continue  # gave way just now to one before it
             count, planned = 1, row.num_scheduled
             missing = row.num_prefill_tokens - planned - 1
             if missing > 0 and extra:
@@ -171,9 +171,9 @@ class Scheduler:
     def _blocks_by_force(
         self, row: Request, num_positions: int, draft: StepDraft
     ) -> list[int] | None:
-        """New blocks for the row, at the latest arrivals' cost. None: it was the latest itself.
+        """New blocks for the row, at the cost of the last in order. None: it has to wait.
 
-        The oldest never gives way, and every request fits alone: so there is always progress.
+        The first never gives way, and every request fits alone: so there is always progress.
         """
         while (blocks := self._kv.extend(row, num_positions)) is None:
             latest = self._rows.running[-1]

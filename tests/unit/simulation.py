@@ -228,3 +228,9 @@ class Simulation:
         stats = self.scheduler.stats
         assert stats.blocks_used == 0
         assert stats.blocks_free + stats.blocks_cached == self.config.num_blocks
+
+
+def counts(plan: StepPlan | None) -> dict[int, int]:
+    """Tokens by row id."""
+    assert plan is not None
+    return dict(zip(plan.rows, plan.counts, strict=True))

@@ -477,6 +477,19 @@ def test_blocks_take_memory_once_written_or_when_told_to() -> None:
     assert (narrow.data[1, 0, 4].float() == 1.5).all() and not narrow.data[:, :, 2].float().any()
 
 
+def test_memory_is_taken_before_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[tuple[int, float, int]] = []
+    monkeypatch.setattr(
+        KVCache,
+        "take_memory",
+        lambda cache, seconds, threads: taken.append((cache.num_blocks, seconds, threads)),
+    )
+    runner = ModelRunner(FakeModel(), single_group(), shard_config(), ShardIdentity(0, 1, 1))  # type: ignore[arg-type]
+    runner.allocate(BLOCKS)
+    expected = (BLOCKS, model_runner.TAKE_MEMORY_SECONDS, runner.config.num_threads)
+    assert taken == [expected]
+
+
 def test_a_copied_block_has_its_scales() -> None:
     layout = KVCacheLayout(2, 4, 3, 8, torch.int8)
     cache = KVCache(layout, 5)
