@@ -484,8 +484,7 @@ def test_memory_is_taken_before_the_first_step(monkeypatch: pytest.MonkeyPatch) 
         "take_memory",
         lambda cache, seconds, threads: taken.append((cache.num_blocks, seconds, threads)),
     )
-    runner = ModelRunner(FakeModel(), single_group(), shard_config(), ShardIdentity(0, 1, 1))  # type: ignore[arg-type]
-    runner.allocate(BLOCKS)
+    runner = make_runner()
     expected = (BLOCKS, model_runner.TAKE_MEMORY_SECONDS, runner.config.num_threads)
     assert taken == [expected]
 
