@@ -269,6 +269,10 @@ def write_kv(
     _table["write_kv"](k, v, k_cache, v_cache, slot_mapping)
 
 
+def argmax(scores: torch.Tensor) -> npt.NDArray[np.int64]:
+    return _table["argmax"](scores)
+
+
 def gumbel_argmax(
     scores: npt.NDArray[np.float32], best: float, temperature: float, draw: Draw
 ) -> int:

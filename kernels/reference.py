@@ -214,6 +214,13 @@ class _Kind:
         return None if self.alibi_slopes is None else self.alibi_slopes.view(shape) * distance
 
 
+def argmax(scores: torch.Tensor) -> npt.NDArray[np.int64]:
+    """Of each row of [R, N], the first of the largest; on the host."""
+    if scores.device.type == "cpu":
+        return scores.numpy().argmax(axis=1)  # ten times as fast as torch's
+    return scores.argmax(dim=1).cpu().numpy()
+
+
 def gumbel_argmax(
     scores: npt.NDArray[np.float32], best: float, temperature: float, draw: Draw
 ) -> int:
@@ -389,6 +396,7 @@ OPS: dict[str, Callable[..., Any]] = {
         rotary_embedding,
         rotary_and_write_kv,
         write_kv,
+        argmax,
         gumbel_argmax,
         paged_attention,
     )

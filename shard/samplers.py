@@ -26,7 +26,7 @@ from headgate.shard.sampling.logprobs import (
     token_logprobs,
 )
 from headgate.shard.sampling.params import NO_TOKEN, IntArray, SampledRows
-from headgate.shard.sampling.sampler import argmax, sample
+from headgate.shard.sampling.sampler import sample
 from headgate.shard.staging import Staging
 
 # Rows whose logits are in memory at once: 64 rows of 152k tokens are 39 MB.
@@ -97,7 +97,7 @@ class HostSampler:
             if logits is None:
                 continue
             if plain:
-                sampled.tokens[part] = argmax(logits)
+                sampled.tokens[part] = ops.argmax(logits)
                 continue
             tokens = sampled.tokens[part] = sample(logits, batch.sampled_rows(slots[part], masks))
             asking, top_n = _asking(batch, slots[part])

@@ -214,11 +214,10 @@ void merge_partition(Tile& t) {
 void write_out(Tile& t) {
   const AttentionJob& job = *t.job;
   const int group = job.heads / job.kv_heads;
-  const int64_t start = job.cu_query_lens[t.item->row];
   for (int i = 0; i < t.queries; ++i) {
-    const int row = query_row(*t.item, i), head = t.item->kv_head + i / t.item->query_count;
-    float* out =
-        job.out + ((start + row / group) * job.heads + head * group + row % group) * t.dim;
+    const int kv_head = t.item->kv_head + i / t.item->query_count;
+    const int64_t head = kv_head * group + query_row(*t.item, i) % group;
+    float* out = job.out + (token_of(job, *t.item, i).index * int64_t(job.heads) + head) * t.dim;
     const float* values = t.total.values + i * t.padded_dim;
     const vf scale = set1(1.0f / t.total.sum[i]);
     for (int d = 0; d < t.dim; d += VL) {
@@ -239,21 +238,36 @@ void prepare_tile(Tile& t, const AttentionJob& job, const AttentionItem& item) {
   t.padded_queries = round_up(t.queries, VL);
 }
 
-// A partial: maxima, sums, values, each without padding.
-void save_partial(const Tile& t, float* to) {
-  memcpy(to, t.part.maximum, sizeof(float) * t.queries);
-  memcpy(to + t.queries, t.part.sum, sizeof(float) * t.queries);
-  to += 2 * t.queries;
-  for (int i = 0; i < t.queries; ++i)
-    memcpy(to + i * t.dim, t.part.values + i * t.padded_dim, sizeof(float) * t.dim);
+// Where a query's result of a partition goes.
+float* partial_of(const Tile& t, int32_t partition, int query) {
+  const AttentionJob& job = *t.job;
+  const AttentionItem& item = *t.item;
+  int64_t place = (partition - item.partition_first) * t.queries + query, first = item.partial;
+  if (item.sharer_first >= 0) {
+    const int group = job.heads / job.kv_heads;
+    const Sharer& sharer = job.sharers[item.sharer_first + query / group];
+    const int64_t partitions = item.kv_head * sharer.partitions + partition;
+    place = partitions * group + query % group;
+    first = sharer.partial;
+  }
+  return job.partials + first + partial_size(place, t.dim);
 }
 
-void load_partial(Tile& t, const float* from) {
-  memcpy(t.part.maximum, from, sizeof(float) * t.queries);
-  memcpy(t.part.sum, from + t.queries, sizeof(float) * t.queries);
-  from += 2 * t.queries;
-  for (int i = 0; i < t.queries; ++i)
-    memcpy(t.part.values + i * t.padded_dim, from + i * t.dim, sizeof(float) * t.dim);
+void save_partials(const Tile& t, int32_t partition) {
+  for (int i = 0; i < t.queries; ++i) {
+    float* to = partial_of(t, partition, i);
+    to[0] = t.part.maximum[i];
+    to[1] = t.part.sum[i];
+    memcpy(to + 2, t.part.values + i * t.padded_dim, sizeof(float) * t.dim);
+  }
+}
+
+void load_partials(Tile& t, const float* from) {
+  for (int i = 0; i < t.queries; ++i, from += partial_size(1, t.dim)) {
+    t.part.maximum[i] = from[0];
+    t.part.sum[i] = from[1];
+    memcpy(t.part.values + i * t.padded_dim, from + 2, sizeof(float) * t.dim);
+  }
 }
 
 // Tile: one item.
@@ -267,11 +281,10 @@ void attention_tile(const void* data, int64_t index) {
   t.current = 0;
   t.placed = false;
   if (t.item->partial < 0) clear_state(t, t.total);
-  const int64_t size = partial_size(t.queries, t.dim);
   for (int32_t p = t.item->partition_first; p < t.item->partition_last; ++p) {
     attend_partition(t, p, few);
     if (t.item->partial < 0) merge_partition(t);
-    else save_partial(t, job.partials + t.item->partial + (p - t.item->partition_first) * size);
+    else save_partials(t, p);
   }
   if (t.item->partial < 0) write_out(t);
 }
@@ -281,14 +294,14 @@ void attention_merge_tile(const void* data, int64_t index) {
   const MergeJob& merge = *(const MergeJob*)data;
   const MergeItem& from = merge.items[index];
   const AttentionItem item = {from.row, from.kv_head, from.kv_count, from.query_first,
-                              from.query_count, 0, 0, -1, 0};
+                              from.query_count, 0, 0, -1, -1, 0};
   Tile t;
   prepare_tile(t, *merge.attention, item);
   clear_state(t, t.total);
   clear_state(t, t.part);
   const int64_t size = partial_size(t.queries, t.dim);
   for (int p = 0; p < from.partitions; ++p) {
-    load_partial(t, merge.attention->partials + from.partial + p * size);
+    load_partials(t, merge.attention->partials + from.partial + p * size);
     merge_partition(t);
   }
   write_out(t);

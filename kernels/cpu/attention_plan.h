@@ -4,19 +4,21 @@
 // there is work enough to share out without cutting between them. The costliest come first, and none costs
 // more than a small share of the whole where it can be cut along its keys: so threads end together,
 // also with a long row among short ones. Cuts fall on partitions, whose results are merged in
-// ascending order, which is what a whole item does too: they change no bits.
+// ascending order, which is what a whole item does too: they change no bits. Keys that several rows
+// share are an item for all of those (attention_sharing.h).
 #pragma once
 
 #include <algorithm>
 #include <vector>
 
-#include "dispatch.h"
+#include "attention_sharing.h"
 
 namespace headgate {
 
 struct AttentionItems {
   std::vector<AttentionItem> attend;
   std::vector<MergeItem> merge;
+  std::vector<Sharer> sharers;
   int64_t partials = 0;  // floats
   int64_t cost = 0;      // nanoseconds, roughly
 };
@@ -32,19 +34,25 @@ constexpr int64_t kLeastHeadBytes = 256;
 
 namespace {
 
-// A tile of a row's query rows, on any one head.
-AttentionItem query_tile(const AttentionJob& job, int row, int64_t tile) {
+// Of so many query rows on the keys of `positions`.
+int64_t cost_of(const AttentionJob& job, int64_t positions, int64_t queries) {
+  // A key and value of 64 dimensions take 20 ns to read in float32, and 3 ns for each query.
+  const int read = job.cache_dtype == kFloat32 ? 20 : 10;
+  return 1 + positions * (read + 3 * queries) * job.head_dim / 64;
+}
+
+// A tile of a row's query rows, on any one head, and the keys of partitions from `partition` on.
+AttentionItem query_tile(const AttentionJob& job, int row, int64_t tile, int32_t partition) {
   const int group = job.heads / job.kv_heads;
   const int32_t tokens = job.cu_query_lens[row + 1] - job.cu_query_lens[row];
   const int64_t left = int64_t(tokens) * group - tile * kQueryTile;
   const int first = int(tile * kQueryTile), count = int(left < kQueryTile ? left : kQueryTile);
   const int32_t position = job.context_lens[row] - tokens;
   const int32_t low = position + first / group, high = position + (first + count - 1) / group;
-  const int32_t start = job.window && low >= job.window ? low - job.window + 1 : 0;
-  // A key and value of 64 dimensions take 20 ns to read in float32, and 2 ns for each query.
-  const int read = job.cache_dtype == kFloat32 ? 20 : 10;
-  const int64_t cost = int64_t(high + 1 - start) * (read + 2 * count) * job.head_dim / 64;
-  return {row, 0, 1, first, count, start / kPartition, high / kPartition + 1, -1, cost};
+  const int32_t seen = job.window && low >= job.window ? low - job.window + 1 : 0;
+  const int32_t start = std::max(seen, partition * kPartition);
+  const int64_t cost = cost_of(job, high + 1 - start, count);
+  return {row, 0, 1, first, count, start / kPartition, high / kPartition + 1, -1, -1, cost};
 }
 
 // How many heads an item of such a tile has, the last one fewer where they do not go up.
@@ -58,27 +66,71 @@ int heads_together(const AttentionJob& job, const AttentionItem& tile, int64_t l
   return int(divide_up(job.kv_heads, items));
 }
 
-// Items of one tile on its heads, none much above `largest`.
-void cut_tile(const AttentionJob& job, AttentionItem tile, int64_t largest, AttentionItems& items) {
-  const int64_t partitions = tile.partition_last - tile.partition_first;
-  const int64_t parts = std::min(partitions, divide_up(tile.cost, largest));
-  if (parts <= 1) {
-    items.attend.push_back(tile);
-    return;
-  }
-  const int64_t size = partial_size(tile.kv_count * tile.query_count, job.head_dim);
-  items.merge.push_back({tile.row, tile.kv_head, tile.kv_count, tile.query_first, tile.query_count,
-                         int32_t(partitions), items.partials});
+// An item as several, none of which costs much above `largest`; `size`: of each partition's results.
+void cut_item(const AttentionItem& whole, int64_t largest, int64_t size, AttentionItems& items) {
+  const int64_t partitions = whole.partition_last - whole.partition_first;
+  const int64_t parts = std::min(partitions, divide_up(whole.cost, largest));
   for (int64_t part = 0; part < parts; ++part) {
-    AttentionItem item = tile;
+    AttentionItem item = whole;
     const int64_t first = partitions * part / parts, last = partitions * (part + 1) / parts;
-    item.partition_first = int32_t(tile.partition_first + first);
-    item.partition_last = int32_t(tile.partition_first + last);
-    item.partial = items.partials + first * size;
-    item.cost = tile.cost * (last - first) / partitions;
+    item.partition_first = int32_t(whole.partition_first + first);
+    item.partition_last = int32_t(whole.partition_first + last);
+    item.partial = whole.partial + first * size;
+    item.cost = whole.cost * (last - first) / partitions;
     items.attend.push_back(item);
   }
-  items.partials += partitions * size;
+}
+
+// A tile on all heads, on several at a time where that is better, each whole or in parts.
+void add_tile(const AttentionJob& job, const AttentionItem& tile, int64_t largest,
+              AttentionItems& items) {
+  const int64_t partitions = tile.partition_last - tile.partition_first;
+  const int together = heads_together(job, tile, largest);
+  for (int head = 0; head < job.kv_heads; head += together) {
+    AttentionItem item = tile;
+    item.kv_head = head;
+    item.kv_count = std::min(together, job.kv_heads - head);
+    item.cost = tile.cost * item.kv_count;
+    if (partitions == 1 || item.cost <= largest) {
+      items.attend.push_back(item);
+      continue;
+    }
+    const int64_t size = partial_size(item.kv_count * item.query_count, job.head_dim);
+    items.merge.push_back({item.row, item.kv_head, item.kv_count, item.query_first,
+                           item.query_count, int32_t(partitions), items.partials});
+    item.partial = items.partials;
+    items.partials += partitions * size;
+    cut_item(item, largest, size, items);
+  }
+}
+
+// A sharer's tile of the keys that it has for itself, and places for the results of all its keys.
+void add_sharer(const AttentionJob& job, AttentionItem tile, int64_t largest, Sharer& sharer,
+                AttentionItems& items) {
+  const int64_t size = partial_size(tile.query_count, job.head_dim);
+  sharer.partial = items.partials;
+  for (tile.kv_head = 0; tile.kv_head < job.kv_heads; ++tile.kv_head) {
+    items.merge.push_back({tile.row, tile.kv_head, 1, 0, tile.query_count, sharer.partitions,
+                           items.partials});
+    tile.partial = items.partials + sharer.shared * size;
+    items.partials += sharer.partitions * size;
+    cut_item(tile, largest, size, items);
+  }
+}
+
+// Tiles of the queries that share some keys, as even as may be.
+void tile_sharers(const AttentionJob& job, const SharedKeys& keys, const std::vector<Sharer>& sharers,
+                  std::vector<AttentionItem>& tiles) {
+  const int group = job.heads / job.kv_heads, rows = keys.last - keys.first;
+  const int64_t positions = int64_t(keys.partition_last - keys.partition_first) * kPartition;
+  const int64_t count = divide_up(rows, kQueryTile / group);
+  for (int64_t tile = 0; tile < count; ++tile) {
+    const int32_t first = int32_t(keys.first + rows * tile / count);
+    const int32_t last = int32_t(keys.first + rows * (tile + 1) / count);
+    const int32_t queries = (last - first) * group;
+    tiles.push_back({sharers[first].row, 0, 1, 0, queries, keys.partition_first, keys.partition_last,
+                     first, 0, cost_of(job, positions, queries)});
+  }
 }
 
 // The costlier; of equals those that lie beside each other in memory.
@@ -95,28 +147,34 @@ bool comes_first(const AttentionItem& a, const AttentionItem& b) {
 // Replaces what `items` held.
 static inline void plan_attention(const AttentionJob& job, int threads, AttentionItems& items) {
   thread_local std::vector<AttentionItem> tiles;
+  thread_local std::vector<SharedKeys> shared;
+  thread_local std::vector<Sharer*> sharer_of;  // by row; null: it shares nothing
   tiles.clear();
   items.attend.clear();
   items.merge.clear();
   items.partials = items.cost = 0;
+  find_shared_keys(job, items.sharers, shared);
+  sharer_of.assign(job.rows, nullptr);
+  for (Sharer& sharer : items.sharers)
+    if (sharer.shared) sharer_of[sharer.row] = &sharer;
+  for (const SharedKeys& keys : shared) tile_sharers(job, keys, items.sharers, tiles);
   const int group = job.heads / job.kv_heads;
   for (int row = 0; row < job.rows; ++row) {
     const int64_t tokens = job.cu_query_lens[row + 1] - job.cu_query_lens[row];
-    for (int64_t tile = 0; tile * kQueryTile < tokens * group; ++tile) {
-      tiles.push_back(query_tile(job, row, tile));
-      items.cost += tiles.back().cost * job.kv_heads;
-    }
+    const int32_t first = sharer_of[row] ? sharer_of[row]->shared : 0;
+    for (int64_t tile = 0; tile * kQueryTile < tokens * group; ++tile)
+      tiles.push_back(query_tile(job, row, tile, first));
   }
+  for (const AttentionItem& tile : tiles) items.cost += tile.cost * job.kv_heads;
   const int64_t even = items.cost / (threads * kItemsPerThread);
-  const int64_t largest = threads == 1 ? INT64_MAX : even + 1;
-  for (const AttentionItem& tile : tiles) {
-    const int together = heads_together(job, tile, largest);
-    for (int head = 0; head < job.kv_heads; head += together) {
-      AttentionItem item = tile;
-      item.kv_head = head;
-      item.kv_count = std::min(together, job.kv_heads - head);
-      item.cost = tile.cost * item.kv_count;
-      cut_tile(job, item, largest, items);
+  const int64_t largest = threads == 1 ? INT64_MAX / 2 : even + 1;
+  for (AttentionItem& tile : tiles) {
+    if (tile.sharer_first >= 0) {
+      for (; tile.kv_head < job.kv_heads; ++tile.kv_head) cut_item(tile, largest, 0, items);
+    } else if (Sharer* sharer = sharer_of[tile.row]) {
+      add_sharer(job, tile, largest, *sharer, items);
+    } else {
+      add_tile(job, tile, largest, items);
     }
   }
   if (threads == 1) return;

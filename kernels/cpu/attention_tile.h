@@ -73,10 +73,19 @@ HG_INLINE int query_row(const AttentionItem& item, int query) {
   return item.query_first + query % item.query_count;
 }
 
-HG_INLINE int32_t position_of(const AttentionJob& job, const AttentionItem& item, int query) {
-  const int32_t row = item.row, end = job.cu_query_lens[row + 1];
-  return job.context_lens[row] - (end - job.cu_query_lens[row]) +
-         query_row(item, query) / (job.heads / job.kv_heads);
+// The token of a query row, and its position.
+struct Token {
+  int32_t index, position;
+};
+
+HG_INLINE Token token_of(const AttentionJob& job, const AttentionItem& item, int query) {
+  const int32_t token = query_row(item, query) / (job.heads / job.kv_heads);
+  if (item.sharer_first >= 0) {
+    const int32_t row = job.sharers[item.sharer_first + token].row;
+    return {job.cu_query_lens[row], job.context_lens[row] - 1};
+  }
+  const int32_t start = job.cu_query_lens[item.row], end = job.cu_query_lens[item.row + 1];
+  return {start + token, job.context_lens[item.row] - (end - start) + token};
 }
 
 HG_INLINE int32_t first_seen(const AttentionJob& job, int32_t position) {
@@ -85,8 +94,8 @@ HG_INLINE int32_t first_seen(const AttentionJob& job, int32_t position) {
 
 // Those within the item's partitions.
 Keys keys_of(const AttentionJob& job, const AttentionItem& item) {
-  const int32_t seen = first_seen(job, position_of(job, item, 0));
-  const int32_t end = position_of(job, item, item.query_count - 1) + 1;
+  const int32_t seen = first_seen(job, token_of(job, item, 0).position);
+  const int32_t end = token_of(job, item, item.query_count - 1).position + 1;
   const int32_t low = item.partition_first * kPartition, high = item.partition_last * kPartition;
   return {seen > low ? seen : low, end < high ? end : high};
 }
@@ -95,7 +104,6 @@ void load_queries(Tile& t) {
   const AttentionJob& job = *t.job;
   const AttentionItem& item = *t.item;
   const int group = job.heads / job.kv_heads;
-  const int32_t start = job.cu_query_lens[item.row];
   const bool few = is_few(item.query_count, t.dim);
   for (int i = 0; i < t.padded_queries; ++i) {
     if (i >= t.queries) {  // lanes that pad a vector see nothing
@@ -105,11 +113,10 @@ void load_queries(Tile& t) {
         for (int d = 0; d < t.dim; ++d) t.q[d * t.padded_queries + i] = 0.0f;
       continue;
     }
-    const int row = query_row(item, i), token = row / group;
-    const int head = item.kv_head + i / item.query_count;
-    const float* q = job.q + (start + token) * job.q_token_stride +
-                     (head * group + row % group) * job.q_head_stride;
-    t.high[i] = position_of(job, item, i);
+    const Token token = token_of(job, item, i);
+    const int head = (item.kv_head + i / item.query_count) * group + query_row(item, i) % group;
+    const float* q = job.q + token.index * job.q_token_stride + head * job.q_head_stride;
+    t.high[i] = token.position;
     t.low[i] = first_seen(job, t.high[i]);
     for (int d = 0; d < t.dim; ++d)
       t.q[few ? i * t.dim + d : d * t.padded_queries + i] = q[d] * job.scale;

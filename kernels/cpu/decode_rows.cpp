@@ -4,6 +4,10 @@
 #include <cstdint>
 #include <cstring>
 
+#define HG_API extern "C" __attribute__((visibility("default")))
+
+HG_API void hg_argmax(const float* scores, int64_t rows, int64_t size, int64_t* tokens);
+
 namespace {
 
 // As shard/decode_rows.py fills it in: eight bytes a field.
@@ -40,7 +44,6 @@ struct DecodeRows {
 };
 
 constexpr uint8_t kLength = 1, kEos = 2;
-constexpr int64_t kLanes = 16;
 
 // Whether the row's last token is all that is to be computed, and there is room for it.
 bool ready(const DecodeRows& d, int64_t slot) {
@@ -69,37 +72,7 @@ bool is_eos(const DecodeRows& d, int64_t token) {
   return false;
 }
 
-// As NumPy's argmax: the first of the largest, or the first that is not a number.
-int64_t argmax(const float* scores, int64_t size) {
-  const int64_t whole = size / kLanes * kLanes;
-  float best[kLanes];
-  uint32_t undefined[kLanes] = {};
-  for (int64_t lane = 0; lane < kLanes; ++lane) best[lane] = -__builtin_inff();
-  for (int64_t i = 0; i < whole; i += kLanes) {
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
-      const float score = scores[i + lane];
-      best[lane] = score > best[lane] ? score : best[lane];
-      undefined[lane] |= score != score;
-    }
-  }
-  float most = -__builtin_inff();
-  bool any_undefined = false;
-  for (int64_t lane = 0; lane < kLanes; ++lane) {
-    most = best[lane] > most ? best[lane] : most;
-    any_undefined |= undefined[lane] != 0;
-  }
-  for (int64_t i = whole; i < size; ++i) {
-    most = scores[i] > most ? scores[i] : most;
-    any_undefined |= scores[i] != scores[i];
-  }
-  for (int64_t i = 0; i < size; ++i)
-    if (any_undefined ? scores[i] != scores[i] : scores[i] == most) return i;
-  return 0;
-}
-
 }  // namespace
-
-#define HG_API extern "C" __attribute__((visibility("default")))
 
 // Lays out a step that computes one token of each row: 1. It does nothing and returns 0 where a row
 // cannot go on so.
@@ -116,8 +89,7 @@ HG_API int32_t hg_decode_place(const void* rows) {
 // are there already where it is null. How many rows ended with them.
 HG_API int32_t hg_decode_settle(const void* rows, const float* logits, int64_t vocabulary) {
   const DecodeRows& d = *static_cast<const DecodeRows*>(rows);
-  for (int64_t row = 0; logits && row < d.count; ++row)
-    d.tokens[row] = argmax(logits + row * vocabulary, vocabulary);
+  if (logits) hg_argmax(logits, d.count, vocabulary, d.tokens);
   int32_t num_ended = 0;
   for (int64_t row = 0; row < d.count; ++row) {
     const int64_t slot = d.slots[row], token = d.tokens[row];

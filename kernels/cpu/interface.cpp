@@ -171,6 +171,7 @@ HG_API int32_t hg_paged_attention(const float* q, int64_t q_token_stride, int64_
     if (!memory) return -1;
     job.partials = reinterpret_cast<float*>(memory);
   }
+  job.sharers = items.sharers.data();
   job.items = items.attend.data();
   job.item_count = int64_t(items.attend.size());
   job.item_stride = num_threads();
@@ -258,6 +259,12 @@ HG_API void hg_rotary_and_write_kv(float* q, int64_t q_token_stride, int64_t q_h
        k_head_stride, v_token_stride, v_head_stride, kv_heads, head_dim, cache_dtype, block_size},
       q_norm, k_norm, eps};
   run(kernels->heads, job, divide_up(tokens, per_tile), tokens * cost);
+}
+
+// Of each row of scores [rows, size], as NumPy's argmax: the first of the largest, or the first that is
+// not a number.
+HG_API void hg_argmax(const float* scores, int64_t rows, int64_t size, int64_t* tokens) {
+  run(kernels->argmax, ArgmaxJob{scores, tokens, size}, rows, rows * size / 8);
 }
 
 // The token with the largest (score - best) / temperature + noise, the first of equals; -1 where no

@@ -13,7 +13,7 @@ namespace headgate {
 extern const Kernels HG_TABLE = {
     HG_TEXT(HG_NAME), kTileRows, VL == 16, input_rows_tile, linear_tile, attention_tile,
     attention_merge_tile, embedding_tile,  rms_norm_tile,  gate_tile,   rotary_tile,
-    heads_tile, gumbel_tile, write_kv_tile,
+    heads_tile, gumbel_tile, argmax_tile, write_kv_tile,
 };
 
 }  // namespace headgate

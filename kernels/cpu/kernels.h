@@ -94,13 +94,23 @@ static inline bool is_few(int queries, int dim) {
 constexpr int kKeyBlock = 64;
 constexpr int kPartition = 256;
 
-// A part of the work on one row and key/value heads that lie side by side.
+// A part of the work on one row and key/value heads that lie side by side; or on one head of rows of one
+// token that share the item's keys.
 struct AttentionItem {
   int32_t row, kv_head, kv_count;
   int32_t query_first, query_count;          // of each: query rows, token-major over its group
   int32_t partition_first, partition_last;   // partitions of keys [first, last)
+  int32_t sharer_first;                      // the rows are `sharers` from this one on; -1: `row` alone
   int64_t partial;                           // where to leave results in `partials`; -1: in `out`
   int64_t cost;                              // nanoseconds, roughly
+};
+
+// A row of one token whose first keys other rows have too.
+struct Sharer {
+  int32_t row;
+  int32_t partitions;                        // of its keys
+  int32_t shared;                            // of those, the leading ones that items of several rows take
+  int64_t partial;                           // of its first head's first partition; the others follow
 };
 
 struct AttentionJob {
@@ -111,6 +121,7 @@ struct AttentionJob {
   const int32_t* cu_query_lens;
   const int32_t* context_lens;
   const int32_t* block_tables;
+  const Sharer* sharers;
   const AttentionItem* items;
   int64_t item_count, item_stride;           // a thread's next item, probably: the one so much later
   const float* k_scales;                     // [blocks, kv_heads, block_size], or null
@@ -122,7 +133,7 @@ struct AttentionJob {
   float scale, soft_cap;                     // 0: none
 };
 
-// Floats that an item of n query rows leaves: maximum, sum, and the weighted sum of values.
+// Floats that n query rows leave of a partition, each its maximum, sum, and weighted sum of values.
 static inline int64_t partial_size(int64_t query_rows, int64_t head_dim) {
   return query_rows * (2 + head_dim);
 }
@@ -212,6 +223,12 @@ struct GumbelJob {
   float best, temperature;                   // the sum's score is (score - best) / temperature
 };
 
+struct ArgmaxJob {
+  const float* scores;                       // [rows, size]
+  int64_t* tokens;                           // [rows]
+  int64_t size;
+};
+
 struct Kernels {
   const char* name;
   int tile_rows;  // tallest row tile of linear
@@ -226,6 +243,7 @@ struct Kernels {
   void (*rotary)(const void* job, int64_t tile);
   void (*heads)(const void* job, int64_t tile);
   void (*gumbel)(const void* job, int64_t tile);
+  void (*argmax)(const void* job, int64_t tile);
   void (*write_kv)(const void* job, int64_t tile);
 };
 

@@ -51,6 +51,7 @@ SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
         (_P, _L, _L) * 3 + (_P, _P, _F, _P, _P, _I, *_CACHES, _P, _L, _I, _I, _I),
     ),
     "hg_write_kv": (None, (_P, _L, _L, _P, _L, _L, *_CACHES, _P, _L, _I, _I)),
+    "hg_argmax": (None, (_P, _L, _L, _P)),
     "hg_gumbel_argmax": (_L, (_P, _L, _F, _F, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint32)),
     "hg_shared_bytes": (_L, (_I, _L)),
     "hg_shared_open": (_P, (_P, _I, _I, _L, _P, _P, _I, _D)),

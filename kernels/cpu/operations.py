@@ -305,6 +305,15 @@ def paged_attention(
     return out
 
 
+def argmax(scores: torch.Tensor) -> npt.NDArray[np.int64]:
+    if scores.dtype != torch.float32 or not scores.is_contiguous() or not scores.numel():
+        return reference.argmax(scores)
+    rows, size = scores.shape
+    found = np.empty(rows, np.int64)
+    call("hg_argmax", scores.data_ptr(), rows, size, found.ctypes.data)
+    return found
+
+
 def gumbel_argmax(
     scores: npt.NDArray[np.float32], best: float, temperature: float, draw: Draw
 ) -> int:
@@ -339,6 +348,7 @@ OPS: dict[str, Callable[..., Any]] = {
         rotary_embedding,
         rotary_and_write_kv,
         write_kv,
+        argmax,
         gumbel_argmax,
         paged_attention,
     )

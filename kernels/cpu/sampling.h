@@ -1,5 +1,5 @@
-// The Gumbel-max rule over a whole vocabulary: argmax of score + noise, with Philox4x32-10 noise (see
-// philox.py), whose numbers these are.
+// The likeliest token of a whole vocabulary, and the Gumbel-max rule: argmax of score + noise, with
+// Philox4x32-10 noise (see philox.py), whose numbers these are.
 //
 // Noise is needed exactly only where it may decide: an approximation in float32 of all sums finds the
 // few tokens that come within its error of the best, and those get the logarithms in double.
@@ -109,6 +109,54 @@ void gumbel_tile(const void* data, int64_t tile) {
     if (sum > found.sum) found = {sum, first + i};
   }
   job.found[tile] = found;
+}
+
+// The first of the largest, where none is infinite or not a number; -1 where that cannot be told.
+int64_t argmax_of_finite(const float* scores, int64_t size) {
+  constexpr int kChains = 4;
+  vf best[kChains], odd[kChains];
+  for (int c = 0; c < kChains; ++c) best[c] = set1(-__builtin_inff()), odd[c] = set1(0.0f);
+  int64_t i = 0;
+  for (; i + kChains * VL <= size; i += kChains * VL) {
+#pragma GCC unroll 4
+    for (int c = 0; c < kChains; ++c) {
+      const vf score = load(scores + i + c * VL);
+      best[c] = vmax(best[c], score);
+      odd[c] = odd[c] + (score - score);
+    }
+  }
+  const vf all = vmax(vmax(best[0], best[1]), vmax(best[2], best[3]));
+  float most = max_lanes(all), differences = 0.0f;
+  alignas(64) float lanes[VL];
+  store(lanes, (odd[0] + odd[1]) + (odd[2] + odd[3]));
+  for (int lane = 0; lane < VL; ++lane) differences += lanes[lane];
+  for (; i < size; ++i) {
+    most = scores[i] > most ? scores[i] : most;
+    differences += scores[i] - scores[i];
+  }
+  if (differences != 0.0f) return -1;  // a difference that is not a number is not zero either
+  constexpr int kAtOnce = 64;
+  int64_t first = 0;
+  for (; first + kAtOnce <= size; first += kAtOnce) {
+    int found = 0;
+    for (int k = 0; k < kAtOnce; ++k) found |= scores[first + k] == most;
+    if (found) break;
+  }
+  while (scores[first] != most) ++first;
+  return first;
+}
+
+// Tile: a row. As NumPy's argmax: the first of the largest, or the first that is not a number.
+void argmax_tile(const void* data, int64_t row) {
+  const ArgmaxJob& job = *(const ArgmaxJob*)data;
+  const float* scores = job.scores + row * job.size;
+  int64_t best = argmax_of_finite(scores, job.size);
+  if (best < 0) {
+    best = 0;
+    for (int64_t i = 1; i < job.size && scores[best] == scores[best]; ++i)
+      if (!(scores[i] <= scores[best])) best = i;
+  }
+  job.tokens[row] = best;
 }
 
 }  // namespace

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -113,6 +115,51 @@ def test_bits_do_not_depend_on_the_number_of_threads(dtype: torch.dtype) -> None
         for _ in range(5):
             for step, want in zip(steps, expected, strict=True):
                 assert all(map(torch.equal, attend(step, dtype=dtype), want))
+
+
+def continued(row: Row, first: int, length: int, seed: int) -> Row:
+    """Another row with this one's first positions."""
+    heads, dim = row.q.shape[1:]
+    other = Row.random(length - first, heads, row.k.shape[1], dim, seed)
+    pairs = (row.q, other.q), (row.k, other.k), (row.v, other.v)
+    return Row(*(torch.cat([begin[:first], rest]) for begin, rest in pairs))
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (71, 1, 8)], ids=str)
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("block_size", [16, 7])
+def test_bits_do_not_depend_on_who_shares_a_rows_blocks(
+    shape: tuple[int, int, int], kind: tuple[int, float, torch.dtype], block_size: int
+) -> None:
+    """Two families of rows, in one of them a family with more in common; a chunk in between."""
+    first, second = rows([620, 300], *shape)
+    inner = continued(first, 300, 1100, seed=7)
+    parents = [(first, 520), (inner, 1030), (second, 260)]
+    members = [0, 1, 2, 0, 1, 2, 0, 1, 1, 0, 2, 0]
+    chunks, shared = [], []
+    for seed, member in enumerate(members):
+        parent, common = parents[member]
+        length = common + 1 + 37 * (seed % 4)
+        row = continued(parent, common, length, seed=20 + seed)
+        chunks.append(Chunk(row, length - (4 if seed == 5 else 1), length))
+        shared.append(common // block_size)
+    q, k_cache, v_cache, step = make_step(chunks, block_size, kind[2])
+    tables = step.block_tables.clone()
+    for place, member in enumerate(members):
+        model = tables[members.index(member)]
+        tables[place, : shared[place]] = model[: shared[place]]
+        if member == 1:
+            tables[place, : 300 // block_size] = tables[0, : 300 // block_size]
+    alike = replace(step, block_tables=tables)
+    for threads in (1, 3):
+        set_num_threads(threads)
+        outs = [
+            operations.paged_attention(q, k_cache, v_cache, each, 0.3, *kind[:2])
+            for each in (step, alike)
+        ]
+        assert torch.equal(*outs)
+        expected = reference.paged_attention(q, k_cache, v_cache, step, 0.3, *kind[:2])
+        torch.testing.assert_close(outs[1], expected, rtol=2e-5, atol=2e-5)
 
 
 def test_bits_do_not_depend_on_the_instruction_set(cpu_kernels: str) -> None:

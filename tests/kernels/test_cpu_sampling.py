@@ -1,9 +1,10 @@
-"""The Gumbel-max rule in C++: the reference's tokens for any vocabulary, threads and scores."""
+"""Likeliest tokens and the Gumbel-max rule in C++: the reference's for any vocabulary."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from headgate.kernels import reference
 from headgate.kernels.cpu import operations, set_num_threads
@@ -14,6 +15,23 @@ pytestmark = pytest.mark.usefixtures("cpu_kernels")
 
 def scores_of(vocab_size: int, seed: int, spread: float = 3.0) -> np.ndarray:
     return (np.random.default_rng(seed).standard_normal(vocab_size) * spread).astype(np.float32)
+
+
+@pytest.mark.parametrize("size", [1, 15, 64, 259, 2049, 49_152])
+def test_the_likeliest_is_the_references(size: int) -> None:
+    """Ties, the last of a row, infinities and what is not a number among them."""
+    generator = np.random.default_rng(size)
+    scores = generator.integers(-9, 9, (40, size)).astype(np.float32)
+    scores[20:] = generator.standard_normal((20, size))
+    scores[1, -1] = scores[21, -1] = 100.0
+    for row, value in ((2, np.nan), (3, np.inf), (4, -np.inf), (5, -0.0)):
+        scores[row, generator.integers(size)] = scores[row, -1] = value
+    scores[6], scores[7], scores[8] = -np.inf, np.nan, -0.0
+    for count in (1, 40):
+        rows = torch.from_numpy(scores[:count])
+        assert np.array_equal(operations.argmax(rows), reference.argmax(rows))
+    if size > 1:
+        assert np.array_equal(operations.argmax(rows[:, :-1]), reference.argmax(rows[:, :-1]))
 
 
 @pytest.mark.parametrize("vocab_size", [1, 5, 259, 2048, 2049, 10_000, 49_152])
