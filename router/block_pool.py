@@ -78,6 +78,13 @@ class BlockPool:
         assert self._ref_counts[block] > 0, f"block {block} is not in use"
         self._retained.add(block)
 
+    def discard(self, block: int) -> None:
+        """The content of this block, which was to be kept, is of no worth after all."""
+        self._retained.remove(block)
+        if self._ref_counts[block] == 0:
+            del self._cached[block]
+            self._free.append(block)
+
     def retained(self) -> set[int]:
         """All blocks whose content is to be kept."""
         return set(self._retained)

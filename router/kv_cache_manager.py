@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from itertools import islice
 
 from headgate.router.block_pool import BlockPool
 from headgate.router.prefix_cache import PrefixCache, block_hash, root_hash
@@ -18,10 +17,11 @@ from headgate.router.request import Request
 class KVCacheManager:
     """KV memory of one group of shards.
 
-    Blocks that are given back may be given out at once, although plans in flight still read and
-    write them: the shards execute plans strictly in order, and whoever gets the blocks is
-    first computed in a later plan, which writes each position before it reads it. Published blocks
-    are full and confirmed, so no plan in flight writes those.
+    The shards execute plans strictly in order, and all of a step's rows write a layer's KV before
+    one of them reads it. So a block is published as soon as a plan fills it with tokens that are
+    known: whoever finds it is computed in that plan or a later one. And blocks that are given back
+    may be given out at once, although plans in flight still read and write them: whoever gets them
+    is first computed in a later plan, which writes each position before it reads it.
     """
 
     def __init__(self, num_blocks: int, block_size: int, prefix_caching: bool = True) -> None:
@@ -47,8 +47,9 @@ class KVCacheManager:
 
     # ------------------------------------------------------------ prefix cache
 
-    def match(self, request: Request) -> list[int]:
-        """Cached blocks that hold the beginning of the request's tokens; takes no reference.
+    def match(self, request: Request, start: int = 0) -> list[int]:
+        """Cached blocks that hold the request's tokens from its block `start` on; takes no
+        reference.
 
         Never the last token: it must be computed for its logits, and into a block of the
         request's own since others may read the cached one.
@@ -57,19 +58,31 @@ class KVCacheManager:
             return []
         limit = (request.num_tokens - 1) // self.block_size
         self._hash_blocks(request, limit)
-        return self._cache.longest_match(islice(request.block_hashes, limit))
+        hashes = request.block_hashes
+        return self._cache.longest_match(hashes[index] for index in range(start, limit))
 
-    def publish(self, request: Request) -> None:
-        """Makes its blocks whose last token is confirmed findable by others."""
-        full = request.num_confirmed // self.block_size
-        if full <= request.num_published or not self._prefix_caching:
-            return
+    def publish(self, request: Request) -> list[int]:
+        """Makes its blocks findable by others as far as their content is settled (num_settled).
+
+        Returns those that are full since the last time.
+        """
+        first, full = request.num_published, request.num_settled // self.block_size
+        if full <= first or not self._prefix_caching:
+            return []
         self._hash_blocks(request, full)
-        for index in range(request.num_published, full):
-            block = request.block_ids[index]
-            if self._cache.publish(request.block_hashes[index], block):
+        blocks = request.block_ids[first:full]
+        for key, block in zip(request.block_hashes[first:full], blocks, strict=True):
+            if self._cache.publish(key, block):
                 self.pool.retain(block)
         request.num_published = full
+        return blocks
+
+    def withdraw(self, blocks: Iterable[int]) -> None:
+        """Hides those of these blocks that are published: nothing will be computed into them."""
+        for block in blocks:
+            if block in self._cache:
+                self._cache.forget(block)
+                self.pool.discard(block)
 
     def _hash_blocks(self, request: Request, count: int) -> None:
         """Extends the request's chain of hashes to its first `count` blocks, each hashed once."""
@@ -113,6 +126,23 @@ class KVCacheManager:
         if blocks is not None:
             request.block_ids.extend(blocks)
         return blocks
+
+    def take_over(self, request: Request) -> int:
+        """Has its table go on with the cached blocks that hold the tokens it is to compute next.
+
+        They take the place of its own there, the one in part filled included. Returns how far its
+        blocks are computed or planned then, in positions; 0, and nothing done, if there are none.
+        """
+        start = request.num_scheduled // self.block_size
+        hits = self.match(request, start)
+        if not hits:
+            return 0
+        for block in hits:
+            self.pool.share(block)
+        self.pool.release(request.block_ids[start:])
+        request.block_ids[start:] = hits
+        request.num_published = len(request.block_ids)
+        return len(request.block_ids) * self.block_size
 
     def fork(
         self, parent: Request, child: Request, num_positions: int

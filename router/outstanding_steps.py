@@ -10,7 +10,8 @@ from headgate.proto.messages import StepResult
 from headgate.router.request import Request, RequestStatus
 from headgate.router.row_output import ProtocolError
 
-PlannedRow = tuple[Request, int, bool]  # request, tokens to compute, whether that samples a token
+# A request, tokens to compute, its KV positions after that, and whether it then samples a token.
+PlannedRow = tuple[Request, int, int, bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,24 +23,25 @@ class OutstandingStep:
     rows: list[PlannedRow]  # in batch order
     row_ids: Sequence[int]  # theirs
     forked: list[Request]  # those of them that begin with a copy of another's KV
+    filled: list[int]  # blocks that it fills with known tokens, findable since it was made
 
     @property
     def num_tokens(self) -> int:
-        return sum(count for _, count, _ in self.rows)
+        return sum(count for _, count, _, _ in self.rows)
 
     def places(self, result: StepResult) -> Sequence[int]:
         """For each row its place in the result, -1 for one that sampled nothing.
 
         Raises ProtocolError for a result that is not this plan's.
         """
-        plain = all(samples and request.beams is None for request, _, samples in self.rows)
+        plain = all(samples and request.beams is None for request, _, _, samples in self.rows)
         if plain and result.rows == self.row_ids:
             return range(len(self.rows))
         return self._find_rows(result)
 
     def _find_rows(self, result: StepResult) -> list[int]:
         sampled, places, place = result.rows, [], 0
-        for request, _, samples in self.rows:
+        for request, _, _, samples in self.rows:
             if samples and place < len(sampled) and sampled[place] == request.id:
                 if request.beams is not None and not result.top:
                     raise ProtocolError(
@@ -90,10 +92,10 @@ class OutstandingSteps:
     def drop(self) -> None:
         """None of them will be answered."""
         for step in self._steps:
-            for request, _, _ in step.rows:
+            for request, _, _, _ in step.rows:
                 request.in_flight = 0
         self._steps.clear()
 
     def in_flight(self) -> Counter[Request]:
         """How many of them each request is in."""
-        return Counter(request for step in self._steps for request, _, _ in step.rows)
+        return Counter(request for step in self._steps for request, _, _, _ in step.rows)

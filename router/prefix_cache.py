@@ -36,6 +36,9 @@ class PrefixCache:
     def __len__(self) -> int:
         return len(self._blocks)
 
+    def __contains__(self, block: int) -> bool:
+        return block in self._hashes
+
     def longest_match(self, hashes: Iterable[bytes]) -> list[int]:
         """Blocks of the leading hashes, up to the first that is not here."""
         blocks = []
@@ -47,22 +50,20 @@ class PrefixCache:
         return blocks
 
     def publish(self, key: bytes, block: int) -> bool:
-        """Makes a full block findable. False: another block holds the same content already.
+        """Makes a full block findable. False: one of the same content is already.
 
-        The first one stays (block tables only ever grow, so nobody's can be switched over); the
-        second is an ordinary block that becomes free when released. A block shared by forks is
-        published by each of them.
+        The first one stays: requests share it by now. A second is an ordinary block that becomes
+        free when released. A block shared by forks is published by each of them.
         """
-        known = self._blocks.get(key)
-        if known is not None:
-            return known == block
+        if key in self._blocks:
+            return False
         assert block not in self._hashes, f"block {block} holds something else already"
         self._blocks[key] = block
         self._hashes[block] = key
         return True
 
     def forget(self, block: int) -> None:
-        """The block is about to hold something else."""
+        """The block is about to hold something else, or never got what it was to hold."""
         del self._blocks[self._hashes.pop(block)]
 
     def blocks(self) -> set[int]:

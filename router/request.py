@@ -58,11 +58,11 @@ class Request:
     finish_reason: str = ""  # "length", "eos", "stop_token", "cancelled" or what finish() was told
     num_prefill_tokens: int = 0  # tokens known when its row was last sent; their end samples first
     num_scheduled: int = 0  # KV positions planned
-    num_confirmed: int = 0  # KV positions computed, as far as results are back
+    num_confirmed: int = 0  # KV positions whose results are back, or that it has from others
     in_flight: int = 0  # plans without a result that compute it
     row_sent: bool = False  # the shards hold its row
     last_sequence: int = 0  # of the last plan that computed it
-    block_ids: list[int] = field(default_factory=list)  # block table, append-only while running
+    block_ids: list[int] = field(default_factory=list)  # block table
     fork_of: Request | None = None  # its table is a fork of this one's, and the shards don't know
     copies: list[tuple[int, int]] = field(default_factory=list)  # blocks to copy for that
     block_hashes: list[bytes] = field(default_factory=list)  # of its leading full blocks, as needed
@@ -93,6 +93,14 @@ class Request:
     def num_tokens(self) -> int:
         """Prompt and confirmed output tokens."""
         return len(self.prompt_ids) + len(self.output_ids)
+
+    @property
+    def num_settled(self) -> int:
+        """Leading KV positions whose content is certain by now: those planned of the tokens that
+        its row was sent with, and those confirmed. A sampled token's may be planned and never
+        computed, since it may have ended the row.
+        """
+        return max(min(self.num_scheduled, self.num_prefill_tokens), self.num_confirmed)
 
     @property
     def num_rows(self) -> int:

@@ -6,9 +6,11 @@ It moves requests between the two and ends them. Who runs, and when, is the sche
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections.abc import Collection
 
 from headgate.router.beam_rows import BeamGroup
 from headgate.router.kv_cache_manager import KVCacheManager
+from headgate.router.outstanding_steps import OutstandingStep
 from headgate.router.request import Request, RequestStatus
 from headgate.router.waiting_queue import WaitingQueue
 
@@ -74,11 +76,27 @@ class RowSet:
         assert self.running[index] is request
         del self.running[index]
         self._kv.free(request)
+        self._remove_row(request)
+        request.num_scheduled = request.num_confirmed = 0
+        request.fork_of, request.copies = None, []
+
+    def _remove_row(self, request: Request) -> None:
+        """The shards are to forget it."""
         if request.row_sent:
             self.removed.append(request.id)
         request.row_sent = False
-        request.num_scheduled = request.num_confirmed = 0
-        request.fork_of, request.copies = None, []
+
+    def take_over(self, row: Request) -> int:
+        """A row in the middle of its prompt goes on from where others have got with the same
+        tokens, if they are further; as a new row to the shards. Returns the positions gained.
+        """
+        num_computed = self._kv.take_over(row)
+        if not num_computed:
+            return 0
+        self._remove_row(row)
+        gained = num_computed - row.num_scheduled
+        row.num_scheduled = row.num_confirmed = num_computed
+        return gained
 
     def requeue(self, request: Request) -> None:
         """One that has left waits again, at its place."""
@@ -100,6 +118,29 @@ class RowSet:
             self.requeue(row)
             row.preemptions += 1
             self.preemptions += 1
+
+    def rewind(self, void: Collection[OutstandingStep]) -> None:
+        """These plans, the last that were made, are void: running rows go back to what is confirmed
+        and are to be sent anew. Those that began with KV from these plans wait again.
+        """
+        size = self._kv.block_size
+        missing = {block for plan in void for block in plan.filled}
+        lost = [row for plan in void for row in plan.forked]
+        for row in self.running:
+            if not missing.isdisjoint(row.block_ids[: row.num_confirmed // size]):
+                lost.append(row)
+        for first in lost:
+            for row in [first] if first.beams is None else first.beams.running:
+                if row.is_running:
+                    self.leave(row)
+                    self.requeue(row)
+        self._kv.withdraw(missing)
+        for row in self.running:
+            row.num_scheduled = row.num_confirmed
+            row.num_prefill_tokens = row.num_tokens
+            row.num_published = min(row.num_published, row.num_confirmed // size)
+            row.row_sent = False
+        self.removed.clear()
 
     # ------------------------------------------------------------ beams
 
@@ -157,7 +198,7 @@ class RowSet:
             assert row.status is RequestStatus.RUNNING
             assert row.num_confirmed <= row.num_scheduled <= row.max_positions
             assert row.num_scheduled <= len(row.block_ids) * self._kv.block_size
-            assert row.row_sent or not row.in_flight
+            assert row.row_sent or not row.in_flight or row.id in self.removed
             held = row.beams is not None  # until its other beams' tokens are known
             assert row.num_confirmed < row.num_tokens + held
             assert row.num_scheduled <= row.num_tokens or not row.lockstep

@@ -6,6 +6,7 @@ no I/O, reads no clock and knows no text.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from heapq import nsmallest
 
 from headgate.proto.messages import StepPlan, StepResult
@@ -155,18 +156,24 @@ class Scheduler:
         for row in rows:
             if draft.preempted and row.status is not RequestStatus.RUNNING:
                 continue  # gave way just now to one before it
-            count, planned = 1, row.num_scheduled
-            missing = row.num_prefill_tokens - planned - 1
-            if missing > 0 and extra:
-                more = min(extra, missing)
+            count = 1
+            if row.num_scheduled < row.num_prefill_tokens - 1:
+                self._totals["prefix_hits"] += self._rows.take_over(row)
+                more = min(extra, row.num_prefill_tokens - row.num_scheduled - 1)
                 count += more
                 extra -= more
-            if planned + count <= len(row.block_ids) * block_size:
-                draft.add(row, count, ())
+            if row.num_scheduled + count <= len(row.block_ids) * block_size:
+                self._plan_row(row, count, (), draft)
                 continue
-            blocks = self._blocks_by_force(row, planned + count, draft)
+            blocks = self._blocks_by_force(row, row.num_scheduled + count, draft)
             if blocks is not None:
-                draft.add(row, count, blocks)
+                self._plan_row(row, count, blocks, draft)
+
+    def _plan_row(self, row: Request, count: int, blocks: Sequence[int], draft: StepDraft) -> None:
+        """Adds it to the draft; what that fills of its prompt can be shared from now on."""
+        draft.add(row, count, blocks)
+        if row.num_scheduled <= row.num_prefill_tokens:
+            draft.filled += self._kv.publish(row)
 
     def _blocks_by_force(
         self, row: Request, num_positions: int, draft: StepDraft
@@ -226,7 +233,7 @@ class Scheduler:
         if request.first_scheduled is None:
             request.num_cached_tokens = min(cached, len(request.prompt_ids))
         self._start(request, cached, now)
-        draft.add(request, count, [])
+        self._plan_row(request, count, (), draft)
         return True
 
     def _admit_fork(self, request: Request, leader: Request, draft: StepDraft, now: float) -> bool:
@@ -236,9 +243,12 @@ class Scheduler:
         leader's prompt is planned up to there, it waits.
         """
         shared = len(request.prompt_ids) - 1
+        full, rest = divmod(shared, self._config.block_size)
         if draft.planned_before(leader) < shared:
             return False
-        blocks = leader.block_ids[: shared // self._config.block_size]
+        if rest and leader.block_ids[full] in draft.filled:
+            return False  # it shares what another row has in this plan, and copies are made first
+        blocks = leader.block_ids[:full]
         if not self._admission.fits(request, blocks, alone=False):
             return False
         copies = self._kv.fork(leader, request, shared)
@@ -246,7 +256,7 @@ class Scheduler:
             return False
         request.fork_of, request.copies = leader, copies
         self._start(request, shared, now)
-        draft.add(request, 1, [])
+        self._plan_row(request, 1, (), draft)
         return True
 
     def _start(self, request: Request, num_computed: int, now: float) -> None:
@@ -287,7 +297,7 @@ class Scheduler:
         outputs: list[RowOutput] = []
         block_size = self._config.block_size
         searches: dict[BeamGroup, None] = {}
-        for (request, count, _), place in zip(plan.rows, places, strict=True):
+        for (request, _, num_positions, _), place in zip(plan.rows, places, strict=True):
             request.in_flight -= 1
             if request.status is RequestStatus.FINISHED:
                 continue  # ended by the plan before, or stopped by the router since
@@ -303,7 +313,7 @@ class Scheduler:
             elif place >= 0:
                 output.take_token(result, place)
             if request.status is RequestStatus.RUNNING:  # else its blocks are gone
-                request.num_confirmed += count
+                request.num_confirmed = max(request.num_confirmed, num_positions)
                 if request.num_confirmed // block_size > request.num_published:
                     self._kv.publish(request)
             if output.end:
@@ -341,18 +351,8 @@ class Scheduler:
                 return
 
     def _void(self, refused: OutstandingStep) -> None:
-        for plan in self._outstanding:
-            for forked in plan.forked:  # the KV it was to share or copy is not there
-                for row in [forked] if forked.beams is None else forked.beams.running:
-                    if row.is_running:
-                        self._rows.leave(row)
-                        self._rows.requeue(row)
+        self._rows.rewind(list(self._outstanding))
         self._outstanding.drop()
-        for row in self._rows.running:
-            row.num_scheduled = row.num_confirmed
-            row.num_prefill_tokens = row.num_tokens
-            row.row_sent = False
-        self._rows.removed.clear()
         self._reset_rows = True
         self._budget.cut(refused.num_tokens)
         self._totals["refusals"] += 1

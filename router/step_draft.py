@@ -21,6 +21,7 @@ class StepDraft:
     holds_prompt: bool = False  # it computes a part of a prompt, or of an output anew
     rows: list[PlannedRow] = field(default_factory=list)
     forked: list[Request] = field(default_factory=list)
+    filled: list[int] = field(default_factory=list)  # blocks, with known tokens
     _forks: list[Fork] = field(default_factory=list)
     _copies: list[tuple[int, int]] = field(default_factory=list)
     _choices: list[tuple[int, int]] = field(default_factory=list)
@@ -45,7 +46,7 @@ class StepDraft:
         known = row.num_prefill_tokens
         if scheduled <= known and (count > 1 or scheduled <= len(row.prompt_ids)):
             self.holds_prompt = True
-        self.rows.append((row, count, scheduled >= known))
+        self.rows.append((row, count, scheduled, scheduled >= known))
 
     def _send(self, row: Request) -> None:
         """Tells the shards of a row: as a fork where it is one of a row that they know."""
@@ -65,19 +66,21 @@ class StepDraft:
         beams = row.beams
         return any(
             planned is row or (beams is not None and planned.beams is beams)
-            for planned, _, _ in self.rows
+            for planned, _, _, _ in self.rows
         )
 
     def planned_before(self, row: Request) -> int:
         """KV positions of the row that earlier plans compute."""
-        return row.num_scheduled - sum(count for planned, count, _ in self.rows if planned is row)
+        return row.num_scheduled - sum(
+            count for planned, count, _, _ in self.rows if planned is row
+        )
 
     def plan(self, removed: Sequence[int], reset: bool) -> StepPlan:
         return StepPlan(
             epoch=self.epoch,
             sequence=self.sequence,
-            rows=[request.id for request, _, _ in self.rows],
-            counts=[count for _, count, _ in self.rows],
+            rows=[request.id for request, _, _, _ in self.rows],
+            counts=[count for _, count, _, _ in self.rows],
             new_rows=self._new_rows,
             forks=self._forks,
             copies=self._copies,
@@ -90,7 +93,9 @@ class StepDraft:
 
     def outstanding(self, plan: StepPlan) -> OutstandingStep:
         """What is to be remembered of `plan`, which `plan` has made."""
-        return OutstandingStep(self.epoch, self.sequence, self.rows, plan.rows, self.forked)
+        return OutstandingStep(
+            self.epoch, self.sequence, self.rows, plan.rows, self.forked, self.filled
+        )
 
 
 def _fork(row: Request, parent: Request) -> Fork:

@@ -267,7 +267,11 @@ class FakeShard:
         _require(not self.max_tokens or plan.num_tokens <= self.max_tokens, "too many tokens")
         _require(not self.max_rows or len(self._rows) <= self.max_rows, "too many rows")
         alive = {row_id: row for row_id, row in self._rows.items() if not row.dead}
-        holders = Counter(block for row in alive.values() for block in row.blocks)
+        come = {new.id for new in plan.new_rows} | {fork.child for fork in plan.forks}
+        readers = Counter(
+            block for row_id, row in alive.items() if row_id not in come for block in row.blocks
+        )
+        written: set[int] = set()
         for row in alive.values():
             _require(len(set(row.blocks)) == len(row.blocks), "a block is twice in one table")
             _require(all(0 <= block < self.num_blocks for block in row.blocks), "no such block")
@@ -279,7 +283,11 @@ class FakeShard:
             _require(stop <= len(row.tokens), f"row {row_id} lacks tokens for {count} more")
             _require(stop <= len(row.blocks) * self.block_size, f"row {row_id} lacks blocks")
             for index in range(row.computed // self.block_size, -(-stop // self.block_size)):
-                _require(holders[row.blocks[index]] == 1, f"row {row_id} writes a shared block")
+                block = row.blocks[index]
+                others = readers[block] - (row_id not in come)
+                _require(not others, f"row {row_id} writes a block that others have read")
+                _require(block not in written, f"row {row_id} writes where another writes")
+                written.add(block)
 
     # ------------------------------------------------------------ computing
 

@@ -103,6 +103,21 @@ def test_an_evicted_block_is_an_ordinary_one_again() -> None:
     assert (pool.num_free, pool.num_cached) == (1, 0)
 
 
+def test_what_is_of_no_worth_after_all_is_free_once_released() -> None:
+    pool, _ = make_pool(2)
+    blocks = pool.allocate(2)
+    assert blocks is not None
+    for block in blocks:
+        pool.retain(block)
+    pool.release(blocks[:1])
+    for block in blocks:
+        pool.discard(block)
+    pool.check_integrity()
+    assert (pool.num_free, pool.num_cached) == (1, 0)
+    pool.release(blocks[1:])
+    assert (pool.num_free, pool.num_cached) == (2, 0)
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_random_walk(seed: int) -> None:
     rng = random.Random(seed)

@@ -80,8 +80,43 @@ def test_only_confirmed_full_blocks_are_published() -> None:
     request = tables.admit(tables.request(ids(12)), confirmed=7)
     assert len(tables.kv.match(tables.request(ids(12)))) == 1
     request.num_confirmed = 12
-    tables.kv.publish(request)
+    assert tables.kv.publish(request) == request.block_ids[1:3]
+    assert tables.kv.publish(request) == []
     assert len(tables.kv.match(tables.request(ids(13)))) == 3
+
+
+def test_blocks_planned_of_known_tokens_are_published_until_withdrawn() -> None:
+    tables = Tables()
+    request = tables.request(ids(9))
+    assert tables.kv.admit(request, [], 13)
+    tables.holders.append(request)
+    request.num_prefill_tokens, request.num_scheduled = 9, 12  # the last three are to be sampled
+    blocks = tables.kv.publish(request)
+    assert blocks == request.block_ids[:2] == tables.kv.match(tables.request(ids(9)))
+    tables.kv.withdraw(blocks[1:])
+    tables.check()
+    assert tables.kv.match(tables.request(ids(9))) == blocks[:1]
+    tables.free(request)
+    assert (tables.kv.pool.num_cached, tables.kv.pool.num_free) == (1, 15)
+    tables.kv.withdraw(blocks)
+    tables.check()
+    assert tables.kv.pool.num_free == 16
+
+
+def test_a_prompt_takes_over_what_others_have_of_it() -> None:
+    tables = Tables()
+    slow = tables.admit(tables.request(ids(18)), confirmed=0)
+    slow.num_scheduled = 6
+    own = slow.block_ids[:]
+    assert tables.kv.take_over(slow) == 0
+    assert slow.block_ids == own
+    fast = tables.admit(tables.request(ids(17)))  # its last block is the last of slow's that counts
+    assert tables.kv.take_over(slow) == 16
+    assert slow.block_ids == [own[0], *fast.block_ids[1:4]]
+    tables.check()
+    tables.free(fast)
+    tables.free(slow)
+    assert tables.kv.pool.num_used == 0
 
 
 def test_generated_tokens_are_cached_too() -> None:

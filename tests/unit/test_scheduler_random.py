@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from contextlib import suppress
+from typing import Any
 
 import pytest
 
@@ -18,10 +19,17 @@ SYSTEM_PROMPTS: tuple[list[int], ...] = ([], [1, 2, 3, 4, 5, 6, 7, 8, 9], [1, 2,
 
 
 def arrive(rng: random.Random, simulation: Simulation) -> None:
-    """A request of any kind, small enough to fit alone."""
+    """A request of any kind, small enough to fit alone; some go as one of the last ones went."""
     capacity = simulation.config.num_blocks * simulation.config.block_size
-    prompt = [*rng.choice(SYSTEM_PROMPTS)]
-    prompt += [rng.randrange(1, 5) for _ in range(rng.randrange(1, 14))]
+    sampling: dict[str, Any] = {}
+    if simulation.requests and rng.random() < 0.4:
+        twin = rng.choice(simulation.requests[-6:])
+        prompt = [*twin.prompt_ids, *twin.output_ids[: rng.choice([0, 0, 2, 9])]]
+        prompt += [rng.randrange(1, 5)] * rng.choice([0, 0, 1])
+        sampling["seed"] = twin.sampling.seed
+    else:
+        prompt = [*rng.choice(SYSTEM_PROMPTS)]
+        prompt += [rng.randrange(1, 5) for _ in range(rng.randrange(1, 14))]
     prompt = prompt[: capacity - 1]
     new = rng.randrange(1, min(40, capacity - len(prompt) + 2))
     if rng.random() < 0.15:
@@ -35,7 +43,7 @@ def arrive(rng: random.Random, simulation: Simulation) -> None:
             1,
             adapter_id=rng.choice(["", "french"]),
             skip_prefix_cache=pooling is Pooling.MEAN,
-            sampling={"pooling": pooling},
+            sampling={**sampling, "pooling": pooling},
         )
         return
     simulation.add_samples(
@@ -47,6 +55,7 @@ def arrive(rng: random.Random, simulation: Simulation) -> None:
         adapter_id=rng.choice(["", "", "", "french"]),
         skip_prefix_cache=whole,
         sampling={
+            **sampling,
             "prompt_logprobs": whole,
             "stop_token_ids": (rng.randrange(40),) if rng.random() < 0.3 else (),
             "min_new_tokens": rng.choice([0, 0, min(3, new)]),
@@ -99,8 +108,8 @@ def live(rng: random.Random, simulation: Simulation, depth: int, trouble: float)
 
 
 @pytest.mark.parametrize("caching", [True, False], ids=["cache", "no_cache"])
-@pytest.mark.parametrize("depth", [1, 2])
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("depth", [1, 2, 4])
+@pytest.mark.parametrize("seed", range(4))
 def test_random_lives(seed: int, depth: int, caching: bool) -> None:
     rng = random.Random(f"{seed} {depth} {caching}")
     simulation = Simulation(
