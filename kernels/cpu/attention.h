@@ -63,7 +63,7 @@ void weigh_tile(Tile& t, int query, int dim_at, int first, int last, int query_s
     for (int v = 0; v < V; ++v) sums[r][v] = load(values + r * padded_dim + v * VL) * scale;
   }
   for (int k = first; k < last; ++k) {
-    if (k < ahead) fetch_value(t, k);
+    if (k - first < ahead) fetch_value(t, k - first);
     else if (first_tile && heads > 1) fetch_evenly(t, fetch_value, t.asked_vals, 1, heads);
     vf x[V];
 #pragma GCC unroll 4
@@ -148,7 +148,7 @@ Few choose_few(const Tile& t) {
 
 // Keys [first, last) of the block at `base`, whose places are known; asks for those to come.
 void attend_block(Tile& t, int32_t base, int32_t first, int32_t last, const Few& few) {
-  look_ahead(t, base);
+  look_ahead(t, first, last);
   open_block(t, base, first, last, !few.score);
   const int a = first - base, b = last - base;
   if (few.score) {
@@ -157,8 +157,8 @@ void attend_block(Tile& t, int32_t base, int32_t first, int32_t last, const Few&
     soften_few(t, base, group_first, group_last);
     for (t.head = 0; t.head < t.item->kv_count; ++t.head) few.weigh(t, a, b, kKeyBlock, 1);
     // What a short block left over.
-    fetch_rest(t, fetch_key, t.asked_keys, group_last * VL);
-    fetch_rest(t, fetch_value, t.asked_vals, b);
+    fetch_rest(t, fetch_key, t.asked_keys, (group_last - group_first) * VL);
+    fetch_rest(t, fetch_value, t.asked_vals, b - a);
     return;
   }
   for (int i = 0; i < t.ahead; ++i) fetch_key(t, i);
@@ -177,10 +177,8 @@ void attend_partition(Tile& t, int32_t partition, const Few& few) {
     const int32_t first = base > t.seen.first ? base : t.seen.first;
     const int32_t last = block_end(base, t.seen);
     if (first >= last) continue;
-    if (!t.placed) find_places(*t.job, *t.item, base, first, last, t.places[t.current]);
+    find_places(*t.job, *t.item, base, first, last, t.places);
     attend_block(t, base, first, last, few);
-    t.placed = true;
-    t.current = !t.current;
   }
   // Halves are folded onto each other. Of few, a query's sums are side by side; of many, queries'.
   const int step = few.score ? 1 : t.padded_queries, row = few.score ? kSums : 1;
@@ -278,8 +276,7 @@ void attention_tile(const void* data, int64_t index) {
   t.seen = keys_of(job, *t.item);
   load_queries(t);
   const Few few = choose_few(t);
-  t.current = 0;
-  t.placed = false;
+  enter_stream(job, *t.item, t.seen);
   if (t.item->partial < 0) clear_state(t, t.total);
   for (int32_t p = t.item->partition_first; p < t.item->partition_last; ++p) {
     attend_partition(t, p, few);

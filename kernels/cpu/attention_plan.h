@@ -29,8 +29,6 @@ constexpr int64_t kItemsPerThread = 4;
 // Bytes of a position's keys, at most, that are read together: blocks of those, of their values and
 // of what comes next stay in a core's cache.
 constexpr int64_t kTogetherBytes = 1024;
-// Heads of fewer bytes are no faster together: their arithmetic takes longer than memory does.
-constexpr int64_t kLeastHeadBytes = 256;
 
 namespace {
 
@@ -59,7 +57,7 @@ AttentionItem query_tile(const AttentionJob& job, int row, int64_t tile, int32_t
 int heads_together(const AttentionJob& job, const AttentionItem& tile, int64_t largest) {
   const int64_t bytes = job.head_dim * item_size(job.cache_dtype);
   // A head's scales are not beside the next one's.
-  if (bytes < kLeastHeadBytes || job.k_scales || !is_few(tile.query_count, job.head_dim)) return 1;
+  if (job.k_scales || !is_few(tile.query_count, job.head_dim)) return 1;
   const int64_t most = std::min({kTogetherBytes / bytes, largest / std::max<int64_t>(tile.cost, 1),
                                  int64_t(kQueryTile / tile.query_count)});
   const int64_t items = divide_up(job.kv_heads, std::max<int64_t>(most, 1));

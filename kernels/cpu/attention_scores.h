@@ -32,7 +32,7 @@ void score_few(Tile& t, int group_first, int group_last) {
   const bool alone = t.item->kv_count == 1;
   for (int g = group_first; g < group_last; ++g) {
     const void* const* keys = t.keys + g * VL;
-    int fetch = g * VL, fetch_due = 0;
+    int fetch = (g - group_first) * VL, fetch_due = 0;
     vf folded[4][Q];
 #pragma GCC unroll 4
     for (int j = 0; j < 4; j += kPairs) {

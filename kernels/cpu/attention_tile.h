@@ -40,6 +40,18 @@ struct Places {
   int64_t scales[kKeyBlock];
 };
 
+// The keys that a thread comes to, item by item, and how far it has asked memory for them. It asks for
+// as many as it works on at the time, kKeyBlock in advance: also where rows end with a short block, on
+// which there is too little work to hide the next one's way from memory.
+struct Stream {
+  const void* cache;             // the layer's: none but its keys are in the stream
+  const AttentionItem* item;     // what is to be asked for next: of an item's keys those from `key` on
+  int32_t key, last;
+  const AttentionItem* awaited;  // the thread's next item, if it comes as expected
+  int32_t lead;                  // keys asked for, from those of the block at hand on
+};
+thread_local Stream stream;
+
 struct Tile {
   const AttentionJob* job;
   const AttentionItem* item;
@@ -58,10 +70,9 @@ struct Tile {
   const void* vals[kKeyBlock];
   alignas(64) float key_scales[kKeyBlock];  // of this block, zero for positions outside of it
   alignas(64) float val_scales[kKeyBlock];
-  Places places[2];  // of this block, and of the one to come
-  int current;  // which of the two is this block's
-  bool placed;  // whether this block's are known
-  int ahead, ahead_bytes;  // number of those to come, and what their item reads at each
+  Places places;            // of this block
+  Places ahead_places;      // of what memory is to be asked for meanwhile
+  int ahead, ahead_bytes;   // number of those, and what their item reads at each
   Asked asked_keys, asked_vals;
   // Blocks of a narrower cache, widened.
   alignas(64) float wide_keys[kKeyBlock * kMaxHeadDim];
@@ -144,31 +155,48 @@ HG_INLINE int32_t block_end(int32_t base, const Keys& keys) {
   return base + kKeyBlock < keys.last ? base + kKeyBlock : keys.last;
 }
 
-// Finds the places of what comes after the block at `base`: the item's next block, or the first one
-// of the thread's next item.
-void look_ahead(Tile& t, int32_t base) {
-  const AttentionItem* item = t.item;
+// The stream is at an item that the thread begins; it starts anew if that is not the one awaited.
+void enter_stream(const AttentionJob& job, const AttentionItem& item, const Keys& seen) {
+  if (stream.cache != job.k_cache || stream.awaited != &item)
+    stream = {job.k_cache, &item, seen.first, seen.last, nullptr, 0};
+  stream.awaited = &item + job.item_stride;
+}
+
+// Finds the places of what memory is to be asked for during the work on keys [first, last).
+void look_ahead(Tile& t, int32_t first, int32_t last) {
+  const AttentionJob& job = *t.job;
   t.asked_keys = t.asked_vals = {0, 0};
-  Keys keys = t.seen;
-  int32_t first = base + kKeyBlock;
-  if (first >= keys.last) {
-    item += t.job->item_stride;
-    t.ahead = 0;
-    if (item >= t.job->items + t.job->item_count) return;
-    keys = keys_of(*t.job, *item);
-    first = keys.first;
+  t.ahead = 0;
+  t.ahead_bytes = t.item->kv_count * t.dim * item_size(job.cache_dtype);
+  const int count = last - first;
+  if (stream.lead < count) {  // a new one: it does not ask for what is worked on already
+    stream.lead = count;
+    stream.key = last;
   }
-  const int32_t last = block_end(first / kKeyBlock * kKeyBlock, keys);
-  t.ahead = last - first;
-  t.ahead_bytes = item->kv_count * t.dim * item_size(t.job->cache_dtype);
-  find_places(*t.job, *item, first, first, last, t.places[!t.current]);
+  const int wanted = kKeyBlock + count - stream.lead;
+  const AttentionItem* end = job.items + job.item_count;
+  while (t.ahead < wanted && stream.item < end) {
+    if (stream.key >= stream.last) {
+      stream.item += job.item_stride;
+      if (stream.item >= end) break;
+      const Keys keys = keys_of(job, *stream.item);
+      stream.key = keys.first;
+      stream.last = keys.last;
+    }
+    const int left = stream.last - stream.key;
+    const int more = left < wanted - t.ahead ? left : wanted - t.ahead;
+    find_places(job, *stream.item, stream.key - t.ahead, stream.key, stream.key + more, t.ahead_places);
+    stream.key += more;
+    t.ahead += more;
+  }
+  stream.lead += t.ahead - count;
 }
 
 // Asks for one key or value of those to come, of all heads of its item at once. Calls are spread over
 // the work on this block: a burst would fill the core's few slots for misses, and then stall it while
 // memory has nothing to do.
 HG_INLINE void fetch_ahead(const Tile& t, const void* cache, const float* scales, int i) {
-  const Places& places = t.places[!t.current];
+  const Places& places = t.ahead_places;
   const char* p = (const char*)cache + places.numbers[i] * item_size(t.job->cache_dtype);
   for (int byte = 0; byte < t.ahead_bytes; byte += 64) __builtin_prefetch(p + byte, 0, 2);
   if (scales && i % 16 == 0) __builtin_prefetch(scales + places.scales[i], 0, 2);
@@ -207,7 +235,7 @@ const float* widen_to(float* to, const void* from, int dtype, int dim) {
 void open_block(Tile& t, int32_t base, int32_t first, int32_t last, bool widen) {
   const AttentionJob& job = *t.job;
   const int size = item_size(job.cache_dtype);
-  const Places& places = t.places[t.current];
+  const Places& places = t.places;
   if (job.k_scales) {
     memset(t.key_scales, 0, sizeof t.key_scales);
     memset(t.val_scales, 0, sizeof t.val_scales);
