@@ -44,7 +44,7 @@ struct Places {
 // as many as it works on at the time, kKeyBlock in advance: also where rows end with a short block, on
 // which there is too little work to hide the next one's way from memory.
 struct Stream {
-  const void* cache;             // the layer's: none but its keys are in the stream
+  int64_t job;                   // whose items these are: another's may not be looked at
   const AttentionItem* item;     // what is to be asked for next: of an item's keys those from `key` on
   int32_t key, last;
   const AttentionItem* awaited;  // the thread's next item, if it comes as expected
@@ -157,8 +157,8 @@ HG_INLINE int32_t block_end(int32_t base, const Keys& keys) {
 
 // The stream is at an item that the thread begins; it starts anew if that is not the one awaited.
 void enter_stream(const AttentionJob& job, const AttentionItem& item, const Keys& seen) {
-  if (stream.cache != job.k_cache || stream.awaited != &item)
-    stream = {job.k_cache, &item, seen.first, seen.last, nullptr, 0};
+  if (stream.job != job.number || stream.awaited != &item)
+    stream = {job.number, &item, seen.first, seen.last, nullptr, 0};
   stream.awaited = &item + job.item_stride;
 }
 

@@ -2,6 +2,7 @@
 //
 // Pointers are the caller's; nothing is kept after a call returns. Strides are in elements. Shapes
 // are checked in Python, before the call.
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <vector>
@@ -141,7 +142,9 @@ HG_API int32_t hg_paged_attention(const float* q, int64_t q_token_stride, int64_
                                   const int32_t* block_tables, int64_t table_stride, int32_t rows,
                                   int32_t heads, int32_t kv_heads, int32_t head_dim, float scale,
                                   int32_t window, float soft_cap, float* out) {
+  static std::atomic<int64_t> jobs{0};
   AttentionJob job = {};
+  job.number = ++jobs;
   job.q = q;
   job.k_cache = k_cache;
   job.v_cache = v_cache;

@@ -114,6 +114,7 @@ struct Sharer {
 };
 
 struct AttentionJob {
+  int64_t number;                            // no other has the same
   const float* q;
   const void* k_cache;
   const void* v_cache;
