@@ -94,7 +94,7 @@ def test_ragged_rows_give_what_the_reference_gives(
     ]
     dtypes, block_size = (torch.float32, kept), 16 if kind[0] else 7
     out, wanted = attend(randoms.device, chunks, kind, block_size, dtypes)
-    assert_near(out, wanted, 4)
+    assert_near(out, wanted, 4 * max(1.0, shape[2] / 64))  # a score's rounding grows with its terms
 
 
 @pytest.mark.parametrize(
