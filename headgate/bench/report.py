@@ -53,8 +53,8 @@ def render(session: Session) -> str:
         "best of the machine": f"fp32 FMA {session.roof('fma_gflops'):.0f} GFLOP/s, bf16 dot "
         f"product {session.roof('bf16_gflops'):.0f} GFLOP/s, int8 VNNI "
         f"{session.roof('vnni_gops'):.0f} GOP/s, memory {session.roof('memory_gb_s'):.1f} GB/s "
-        f"in huge pages and {session.roof('small_pages_gb_s'):.1f} in pages of 4 KB "
-        f"(spread {_roof_spread(session)})",
+        f"in huge pages and {session.roof('small_pages_gb_s'):.1f} in pages of 4 KB, medians of "
+        f"the rounds (spread {_roof_spread(session)})",
     }
     parts = [
         _HEAD.format(
