@@ -29,6 +29,7 @@ CORE_FLOPS = {
     "int4": 120e9,
 }
 CPU_STEP_TOKENS = (128, 512)
+CPU_DRAFT_TOKENS = 8  # to a row; none on a GPU unless asked for
 CPU_MOST_STEP_TOKENS = 1024  # a budget made for a GPU would let one step hold up all others
 SMALLEST_KV_TOKENS = 512  # less is no use, so it is too little memory
 FALLBACK_POSITIONS = 4096  # for a model that does not say how long it may get
@@ -75,6 +76,7 @@ class Sizes:
     max_total_tokens: int
     max_batch_prefill_tokens: int
     max_batch_size: int
+    speculate: int  # draft tokens that a step may add to a row
     block_size: int
     num_blocks: int  # 0: as many as fit, found out by the shards (GPU)
     weight_bytes: int
@@ -132,6 +134,7 @@ def work_out_sizes(model: ModelFacts, config: LauncherConfig, hardware: Hardware
         max_total_tokens=total,
         max_batch_prefill_tokens=shape.step_tokens,
         max_batch_size=shape.batch_size,
+        speculate=_draft_tokens(config, shape.device),
         block_size=config.block_size,
         num_blocks=kv_tokens // config.block_size if given_blocks else 0,
         weight_bytes=demand.weight_bytes,
@@ -308,6 +311,14 @@ def _step_tokens(model: ModelFacts, device: str, cpu_flops: float) -> int:
     return max(low, min(high, int(tokens) // 16 * 16))
 
 
+def _draft_tokens(config: LauncherConfig, device: str) -> int:
+    if config.speculate is not None:
+        return config.speculate
+    if device == "cuda" or config.null_shard:  # which measures what one token of a row costs
+        return 0
+    return CPU_DRAFT_TOKENS
+
+
 def _longest_allowed(model: ModelFacts, config: LauncherConfig) -> int:
     """Positions the model may be given, stretched by --rope-factor. Raises LaunchError."""
     positions = model.max_position_embeddings
@@ -448,6 +459,7 @@ def describe(sizes: Sizes, model: ModelFacts, hardware: Hardware) -> list[tuple[
         ("quantisation", sizes.quantize or "none"),
         ("longest request", f"{sizes.max_total_tokens} tokens (prompt {sizes.max_input_tokens})"),
         ("tokens per step", str(sizes.max_batch_prefill_tokens)),
+        ("draft tokens", f"up to {sizes.speculate} a row" if sizes.speculate else "none"),
         ("sequences at a time", str(sizes.max_batch_size)),
         ("KV cache", kv),
         ("memory", f"about {show_bytes(need)} of {show_bytes(hardware.memory_available)} free")

@@ -89,6 +89,7 @@ def router_config(
         "validation_workers": config.validation_workers,
         "block_size": sizes.block_size,
         "kv_overcommit": config.kv_overcommit,
+        "speculate": sizes.speculate,
         "pooling": config.pooling,
         "watermark_gamma": config.watermark_gamma,
         "watermark_delta": config.watermark_delta,

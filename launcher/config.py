@@ -45,6 +45,7 @@ class LauncherConfig:
     rope_factor: float | None
     huggingface_hub_cache: str
     weights_cache_override: str
+    speculate: int | None
     sharded: bool | None
     num_shard: int | None
     threads_per_shard: int | None

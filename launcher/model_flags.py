@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from headgate.launcher.flag import Flag, Kind, Policy
 
+MOST_DRAFT_TOKENS = 64  # more are hardly ever right, and two rows would fill a CPU's smallest step
+
 _QUANTIZE = ("int8", "int8-weight-only", "int4")  # those of headgate.kernels.quantised
 _OTHER_QUANTIZE = (  # TGI's
     "awq",
@@ -170,10 +172,10 @@ MODEL = (
     Flag(
         "speculate",
         Kind.INTEGER,
-        "Number of draft tokens per step.",
+        "Draft tokens that a step may add to a row: guesses at its next tokens by n-grams, which "
+        "are kept where it would have got them anyway; 0: none. See speculation.md.",
         minimum=0,
-        policy=Policy.REFUSED,
-        note="speculation is not available in this version",
-        neutral=(0,),
+        maximum=MOST_DRAFT_TOKENS,
+        default_text="8 on a CPU, 0 on a GPU",
     ),
 )

@@ -37,6 +37,7 @@ class RouterConfig:
     validation_workers: int = 2  # threads that tokenise
     block_size: int = 16
     kv_overcommit: float = 0.1
+    speculate: int = 0  # draft tokens that a step may add to a row
     pooling: str = "auto"  # of embeddings: "mean", "last", or "auto": the model's own, else mean
     watermark_gamma: float = 0.5
     watermark_delta: float = 2.0

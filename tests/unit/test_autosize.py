@@ -132,6 +132,19 @@ def test_medium_precision_is_for_bfloat16_weights_on_a_cpu() -> None:
     assert sizes("--matmul-precision medium --kernels cpu", hardware=cpu).device == "cpu"
 
 
+def test_draft_tokens_by_the_device() -> None:
+    gpu = replace(MACHINE, gpus=(L4,))
+    assert (sizes().speculate, sizes(hardware=gpu).speculate) == (8, 0)
+    assert sizes("--kernels cpu", hardware=gpu).speculate == 8
+    assert sizes("--null-shard").speculate == 0  # a benchmark of one token a row and step
+    assert sizes("--speculate 0").speculate == 0
+    for line, hardware in (("", MACHINE), ("", gpu), ("--null-shard", MACHINE)):
+        found = sizes(f"--speculate 3 {line}", hardware=hardware)
+        assert found.speculate == 3
+        assert dict(describe(found, SMALL, hardware))["draft tokens"] == "up to 3 a row"
+    assert dict(describe(sizes("--speculate 0"), SMALL, MACHINE))["draft tokens"] == "none"
+
+
 def test_given_sizes_are_taken() -> None:
     found = sizes(
         "--max-batch-total-tokens 1000 --max-total-tokens 500 --max-input-tokens 400 "

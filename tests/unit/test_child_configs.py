@@ -60,6 +60,7 @@ def test_defaults(loaded: Any) -> None:
     assert router.num_shards == 1 and router.prefix_caching and router.model_sha == "abc"
     assert gateway.compute_type == "cpu" and gateway.router_address == router.gateway_address
     assert (router.max_total_tokens, router.block_size) == (64, shard.block_size)
+    assert router.speculate == 8
 
 
 def test_flags_reach_the_children(loaded: Any) -> None:
@@ -79,6 +80,10 @@ def test_flags_reach_the_children(loaded: Any) -> None:
     assert router.api_key == gateway.api_key == "k"
     assert gateway.strict and gateway.payload_limit == 10
     assert gateway.cors_allow_origin == ("https://a",)
+
+
+def test_draft_tokens_reach_the_router(loaded: Any) -> None:
+    assert [loaded(f"--speculate {number}")[1].speculate for number in (0, 5)] == [0, 5]
 
 
 def test_a_null_shard_needs_neither_gpu_nor_memory(loaded: Any) -> None:

@@ -198,7 +198,8 @@ def test_lists_repeat_and_take_commas() -> None:
     [
         ("--quantize gptq", ("--quantize gptq", "not available", "int8-weight-only")),
         ("--quantize made-up", ("--quantize", "awq")),
-        ("--speculate 2", ("--speculate 2", "not available")),
+        ("--speculate 65", ("--speculate", "from 0 to 64", "65")),
+        ("--speculate -1", ("--speculate", "from 0 to 64", "-1")),
         ("--lora-adapters a,b", ("--lora-adapters a,b",)),
         ("--ngrok", ("--ngrok",)),
         ("--otlp-endpoint http://x", ("--otlp-endpoint http://x",)),
@@ -226,7 +227,7 @@ def test_a_bad_variable_is_named_by_its_own_name() -> None:
 
 
 def test_neutral_values_are_as_if_absent() -> None:
-    assert resolve("--speculate 0 --cuda-graphs 0", NGROK="false", LORA_ADAPTERS="").warnings == ()
+    assert resolve("--cuda-graphs 0", NGROK="false", LORA_ADAPTERS="").warnings == ()
 
 
 def test_the_page_has_the_tables_as_they_are() -> None:
