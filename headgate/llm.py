@@ -69,6 +69,7 @@ class LLM:
         block_size: int | None = None,
         kv_cache_dtype: str | None = None,
         enable_prefix_caching: bool | None = None,
+        speculative_config: Mapping[str, Any] | None = None,
         served_model_name: str | None = None,
         download_dir: str | None = None,
         trust_remote_code: bool = False,

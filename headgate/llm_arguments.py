@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from headgate.speculative_config import draft_tokens
+
 DTYPES = {"auto": "", "half": "float16", "float": "float32"}
 KV_CACHE_DTYPES = {"fp8": "fp8_e4m3fn", "fp8_e4m3": "fp8_e4m3fn"}
 STOP_TEXTS = 1024  # vLLM has no limit
@@ -29,6 +31,7 @@ SERVE_FLAGS: dict[str, tuple[str, tuple[Any, ...]]] = {
     "max_num_batched_tokens": ("max-batch-prefill-tokens", (None,)),
     "block_size": ("block-size", (None,)),
     "max_logprobs": ("max-top-n-tokens", ()),
+    "speculative_config": ("speculate", (None, {})),
     "download_dir": ("huggingface-hub-cache", (None,)),
     "trust_remote_code": ("trust-remote-code", (False, None)),
 }
@@ -47,7 +50,6 @@ ONLY: dict[str, tuple[Any, ...]] = {
     "hf_overrides": (None, {}),
     "rope_scaling": (None, {}),
     "enable_lora": (None, False),
-    "speculative_config": (None, {}),
     "limit_mm_per_prompt": (None, {}),
     "logits_processors": (None, []),
     "scheduling_policy": ("fcfs",),
@@ -86,6 +88,8 @@ def to_flags(arguments: Mapping[str, Any]) -> list[str]:
             continue
         if name == "kv_cache_dtype":
             value = KV_CACHE_DTYPES.get(value, value)
+        if name == "speculative_config":
+            value = draft_tokens(value, "`speculative_config`")
         flags.append(f"--{flag}" if value is True else f"--{flag}={value}")
     dtype = str(arguments["dtype"]).removeprefix("torch.")
     dtype = DTYPES.get(dtype, dtype)

@@ -7,10 +7,11 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 
-from headgate.entrypoints.flags import VLLM_FLAGS, VllmFlag
+from headgate.entrypoints.flags import LOOKUP_NOTE, VLLM_FLAGS, VllmFlag
 from headgate.launcher.errors import LaunchError
 from headgate.launcher.flag import Policy
 from headgate.llm_arguments import DTYPES, KV_CACHE_DTYPES, STOP_TEXTS
+from headgate.speculative_config import LOOKUP_SIZES, draft_tokens
 
 # vLLM queues whatever comes and bounds little: its defaults in place of TGI's.
 LIMITS = {
@@ -42,11 +43,14 @@ def serve_words(
         if value is None or _is_neutral(flag, value):
             continue
         if flag.policy is Policy.REFUSED:
-            raise LaunchError(f"--{flag.name} cannot be served: {flag.note}.")
+            shown = f" {value}" if flag.neutral and isinstance(value, str) else ""
+            raise LaunchError(f"--{flag.name}{shown} cannot be served: {flag.note}.")
         if flag.policy is Policy.NO_OP:
             notes.append(f"--{flag.name} has no effect: {flag.note}")
+        elif flag.note in words:
+            raise LaunchError(f"--{flag.name} says {flag.note} a second time: give one of the two.")
         else:
-            words[flag.note] = _values(flag, value)
+            words[flag.note] = _values(flag, value, notes)
     defaults = dict(LIMITS)
     if api_key := environment.get("VLLM_API_KEY"):
         defaults["api-key"] = api_key
@@ -94,8 +98,11 @@ def _is_neutral(flag: VllmFlag, value: str | bool | list[str]) -> bool:
     return isinstance(value, str) and value in flag.neutral
 
 
-def _values(flag: VllmFlag, value: str | bool | list[str]) -> list[str]:
-    """Values of the flag of `headgate serve`; an empty one for a switch. Raises LaunchError."""
+def _values(flag: VllmFlag, value: str | bool | list[str], notes: list[str]) -> list[str]:
+    """Values of the flag of `headgate serve`; an empty one for a switch. Adds to `notes`.
+
+    Raises LaunchError.
+    """
     if flag.name == "enable-prefix-caching":
         return [] if value else [""]
     if isinstance(value, bool):
@@ -106,6 +113,8 @@ def _values(flag: VllmFlag, value: str | bool | list[str]) -> list[str]:
         return value
     if flag.name == "allowed-origins":
         return _origins(value)
+    if flag.name == "speculative-config":
+        return [_speculate(value, notes)]
     if flag.name == "dtype":
         return [DTYPES.get(value, value)]
     if flag.name == "kv-cache-dtype":
@@ -113,6 +122,21 @@ def _values(flag: VllmFlag, value: str | bool | list[str]) -> list[str]:
     if flag.name == "quantization":
         return [value.removesuffix("_marlin")]
     return [_length(value)] if flag.name in _LENGTHS else [value]
+
+
+def _speculate(text: str, notes: list[str]) -> str:
+    try:
+        config = json.loads(text)
+    except ValueError:
+        config = text
+    try:
+        number = draft_tokens(config, "--speculative-config")
+    except ValueError as error:
+        raise LaunchError(f"{error}.") from None
+    for key in LOOKUP_SIZES:
+        if config.get(key) is not None:
+            notes.append(f"`{key}` of --speculative-config has no effect: {LOOKUP_NOTE}")
+    return str(number)
 
 
 def _origins(text: str) -> list[str]:

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 
 from headgate.launcher.flag import Policy
 from headgate.llm_arguments import MEANINGLESS, ONLY, SERVE_FLAGS
+from headgate.speculative_config import NGRAM
 
+LOOKUP_NOTE = "the number of draft tokens says how long a run of tokens is looked up"
 _ITS_OWN = "it is about how vLLM does its work"
 
 
@@ -29,7 +31,8 @@ class VllmFlag:
 
 
 _SHORT = {"tensor-parallel-size": "-tp", "pipeline-parallel-size": "-pp", "quantization": "-q",
-          "data-parallel-size": "-dp", "compilation-config": "-O"}  # fmt: skip
+          "data-parallel-size": "-dp", "compilation-config": "-O",
+          "speculative-config": "-sc"}  # fmt: skip
 
 # Of no effect, beside what llm_arguments.py names: (names, why).
 _NO_EFFECT: tuple[tuple[str, str], ...] = (
@@ -55,6 +58,7 @@ _NO_EFFECT: tuple[tuple[str, str], ...] = (
     ("enable-server-load-tracking show-hidden-metrics-for-version", "see /metrics"),
     ("disable-fastapi-docs", "there is no FastAPI"),
     ("enable-auto-tool-choice", "tools need no flag"),
+    ("ngram-prompt-lookup-max ngram-prompt-lookup-min", LOOKUP_NOTE),
 )
 _SWITCH_NAMES = (
     "trust-remote-code skip-tokenizer-init enable-lora enforce-eager disable-log-stats "
@@ -86,7 +90,7 @@ _REFUSED: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("code-revision", "no code of a model repository is run", ()),
     ("lora-modules prompt-adapters max-loras max-lora-rank max-cpu-loras lora-dtype "
      "fully-sharded-loras", "adapters are not available in this version", ()),
-    ("speculative-model num-speculative-tokens", "speculation is not available", ()),
+    ("speculative-model spec-model spec-method", "drafts come from n-grams alone (`ngram`)", NGRAM),
     ("disable-sliding-window enable-prompt-embeds override-generation-config "
      "override-attention-dtype calculate-kv-scales logits-processor-pattern io-processor-plugin "
      "model-loader-extra-config rope-theta", "it is not available in this version", ()),
@@ -110,6 +114,8 @@ _OF_THE_SERVER = (
     VllmFlag("chat-template", Policy.WORKS, "--tokenizer-config-path"),
     VllmFlag("tool-call-parser", Policy.WORKS, "--tool-call-parser"),
     VllmFlag("reasoning-parser", Policy.WORKS, "--reasoning-parser"),
+    VllmFlag("num-speculative-tokens", Policy.WORKS, "--speculate"),
+    VllmFlag("spec-tokens", Policy.WORKS, "--speculate"),
     VllmFlag("enable-prefix-caching", Policy.WORKS, "--disable-prefix-caching", switch=True),
 )
 

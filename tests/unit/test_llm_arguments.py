@@ -14,6 +14,7 @@ from headgate.llm_arguments import check_others, to_flags
 from headgate.outputs import request_output
 from headgate.prompts import Prompt, read_prompts
 from headgate.proto import router_pb2
+from headgate.speculative_config import draft_tokens
 
 
 def arguments(**given: Any) -> dict[str, Any]:
@@ -35,6 +36,7 @@ def test_arguments_are_flags() -> None:
             max_num_seqs=7,
             enable_prefix_caching=False,
             max_logprobs=4,
+            speculative_config={"method": "ngram", "num_speculative_tokens": 5},
         )
     )
     config = parse_serve(flags, {})
@@ -43,6 +45,7 @@ def test_arguments_are_flags() -> None:
     assert config.kv_cache_dtype == "fp8_e4m3fn"
     assert (config.max_batch_size, config.max_concurrent_requests) == (7, 14)
     assert config.disable_prefix_caching and config.max_top_n_tokens == 4
+    assert config.speculate == 5
 
 
 def test_the_defaults_leave_the_rest_to_the_server() -> None:
@@ -61,6 +64,33 @@ def test_unknown_and_refused_arguments() -> None:
         LLM("m", pipeline_parallel_size=2)
     with pytest.raises(ValueError, match="`tokenizer` = 'other'"):
         LLM("m", tokenizer="other")
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"method": "eagle3", "model": "org/draft"}, "`method` = 'eagle3' .* only 'ngram'"),
+        ({"model": "org/draft"}, "`model` = 'org/draft' .* only 'ngram'"),
+        ({"method": None}, "`method` is missing"),
+        ({"disable_by_batch_size": 8}, "`disable_by_batch_size` = 8 is not supported"),
+        ({"num_speculative_tokens": 0}, "`num_speculative_tokens` .* from 1 to 64, not 0"),
+        ({"num_speculative_tokens": 65}, "`num_speculative_tokens` .* from 1 to 64, not 65"),
+        ({"num_speculative_tokens": True}, "`num_speculative_tokens` .* whole number .* not True"),
+        ({"num_speculative_tokens": None}, "`num_speculative_tokens` must be .* not None"),
+    ],
+)
+def test_what_speculation_is_refused(changed: dict[str, Any], said: str) -> None:
+    config = {"method": "ngram", "num_speculative_tokens": 5, **changed}
+    with pytest.raises(ValueError, match=f"`speculative_config`: {said}"):
+        LLM("m", speculative_config=config)
+
+
+def test_keys_of_speculation_that_change_no_answer() -> None:
+    neutral = {"prompt_lookup_max": 4, "prompt_lookup_min": 2, "parallel_drafting": False}
+    config = {"method": "ngram", "num_speculative_tokens": 3, "quantization": None, **neutral}
+    assert draft_tokens(config, "it") == 3
+    with pytest.raises(ValueError, match="must be an object with keys, not 3"):
+        draft_tokens(3, "it")
 
 
 @pytest.mark.parametrize(

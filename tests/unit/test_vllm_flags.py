@@ -23,6 +23,7 @@ PUBLISHED = (
     "--host 0.0.0.0 --model M --swap-space 16 --max-num-seqs 64 --max_num_batched_tokens 4096",
     "--model=M --served-model-name gpt --api-key token-abc123 --enforce-eager -O3",
     "--model M --enable-prefix-caching --enable-chunked-prefill --block-size 32 --seed 0",
+    "--model M --speculative-config '{\"method\": \"ngram\", \"num_speculative_tokens\": 5}'",
     "--model M --dtype auto --kv-cache-dtype auto --allowed-origins '[\"*\"]'",
 )  # fmt: skip
 
@@ -86,11 +87,55 @@ def test_no_effect_is_said_and_neutral_values_are_not() -> None:
         "--tokenizer other",
         "--allowed-origins x",
         "--served-model-name a b",
+        "--speculative-model org/draft --num-speculative-tokens 5",
+        "--spec-method eagle3 --spec-tokens 2",
+        "--speculative-config [ngram]",
     ],
 )
 def test_refusals_name_the_flag(line: str) -> None:
     with pytest.raises(LaunchError, match=line.split()[0]):
         serve_words(shlex.split(line), {})
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '--speculative-config \'{"method": "ngram", "num_speculative_tokens": 4}\'',
+        '-sc \'{"model": "[ngram]", "num_speculative_tokens": 4, "quantization": null}\'',
+        '--speculative_model "[ngram]" --num_speculative_tokens 4',
+        "--spec-method ngram --spec-tokens 4",
+    ],
+)
+def test_ngrams_are_speculated_with(line: str) -> None:
+    assert resolve(line).speculate == 4
+    assert serve_words(shlex.split(line), {})[1] == []
+
+
+def test_speculation_left_to_the_server() -> None:
+    for line in ("", "--speculative-config null", "--speculative-config {}"):
+        assert resolve(line).speculate is None
+
+
+def test_sizes_of_ngrams_have_no_effect() -> None:
+    config = '{"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3}'
+    words, notes = serve_words(["--speculative-config", config], {})
+    assert "--speculate=4" in words and "`prompt_lookup_max`" in notes[0]
+    _, notes = serve_words(["--ngram-prompt-lookup-max", "3"], {})
+    assert notes[0].startswith("--ngram-prompt-lookup-max has no effect")
+
+
+def test_a_setting_is_given_once() -> None:
+    with pytest.raises(LaunchError, match="--spec-tokens says --speculate a second time"):
+        serve_words(["--num-speculative-tokens", "4", "--spec-tokens", "3"], {})
+
+
+def test_a_refused_value_is_named_where_others_are_served() -> None:
+    for line, shown in (
+        ("--speculative-model org/draft", "--speculative-model org/draft cannot"),
+        ("--hf-token secret", "--hf-token cannot"),
+    ):
+        with pytest.raises(LaunchError, match=shown):
+            serve_words(line.split(), {})
 
 
 def test_serve_takes_the_model_by_its_place(capsys: pytest.CaptureFixture[str]) -> None:
