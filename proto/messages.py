@@ -106,6 +106,7 @@ class StepPlan:
     sequence: int
     rows: Sequence[int] = ()  # row ids to compute, in batch order
     counts: Sequence[int] = ()  # tokens to compute of each
+    drafts: Sequence[int] = ()  # guessed tokens that each may be computed with too; empty: none
     new_rows: Sequence[NewRow] = ()
     removed: Sequence[int] = ()
     block_rows: Sequence[int] = ()  # row id of each new block ...
@@ -150,11 +151,12 @@ class PooledStates:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What a step produced: a token of each scheduled row that reached the end of what is known."""
+    """What a step produced: a token of each scheduled row that reached the end of what is known,
+    and one more for every guessed token that the row would have sampled."""
 
     epoch: int
     sequence: int
-    rows: Sequence[int] = ()
+    rows: Sequence[int] = ()  # a row with several tokens comes several times
     token_ids: Sequence[int] = ()
     logprobs: Sequence[float] = ()  # one per row
     ends: Sequence[RowEnd] = ()  # one per row
@@ -165,6 +167,7 @@ class StepResult:
     total_ns: int = 0
     pooled: Sequence[PooledStates] = ()
     failures: Mapping[int, str] = field(default_factory=dict)  # by row id: why it ended FAILED
+    num_drafts: int = 0  # guessed tokens that were computed
 
 
 # ------------------------------------------------------------------ packing
@@ -221,6 +224,8 @@ def encode_plan(plan: StepPlan) -> shard_pb2.StepPlan:
         rows=pack_ids(plan.rows),
         counts=pack_ids(plan.counts),
     )
+    if plan.drafts:
+        message.drafts = pack_ids(plan.drafts)
     if plan.block_rows or plan.block_ids:
         message.block_rows = pack_ids(plan.block_rows)
         message.block_ids = pack_ids(plan.block_ids)
@@ -244,6 +249,7 @@ def encode_plan(plan: StepPlan) -> shard_pb2.StepPlan:
 def decode_plan(message: shard_pb2.StepPlan) -> StepPlan:
     epoch, sequence = message.epoch, message.sequence
     rows, counts = unpack_ids(message.rows), unpack_ids(message.counts)
+    drafts = unpack_ids(message.drafts)
     block_rows, block_ids = unpack_ids(message.block_rows), unpack_ids(message.block_ids)
     changed = (
         message.removed
@@ -256,12 +262,15 @@ def decode_plan(message: shard_pb2.StepPlan) -> StepPlan:
         or message.chosen_ids
     )
     if not changed:
-        return StepPlan(epoch, sequence, rows, counts, block_rows=block_rows, block_ids=block_ids)
+        return StepPlan(
+            epoch, sequence, rows, counts, drafts, block_rows=block_rows, block_ids=block_ids
+        )
     return StepPlan(
         epoch=epoch,
         sequence=sequence,
         rows=rows,
         counts=counts,
+        drafts=drafts,
         new_rows=[_decode_row(row) for row in message.new_rows],
         removed=unpack_ids(message.removed),
         block_rows=block_rows,
@@ -382,6 +391,7 @@ def encode_result(result: StepResult) -> shard_pb2.StepResult:
         ends=bytes(result.ends),
         forward_ns=result.forward_ns,
         total_ns=result.total_ns,
+        num_drafts=result.num_drafts,
     )
     if result.refused:
         message.refused = result.refused
@@ -422,6 +432,7 @@ def decode_result(message: shard_pb2.StepResult) -> StepResult:
             ends,
             forward_ns=forward_ns,
             total_ns=total_ns,
+            num_drafts=message.num_drafts,
         )
     return StepResult(
         epoch=epoch,
@@ -437,6 +448,7 @@ def decode_result(message: shard_pb2.StepResult) -> StepResult:
         total_ns=total_ns,
         pooled=[_decode_pooled(entry) for entry in message.pooled],
         failures=dict(message.failures),
+        num_drafts=message.num_drafts,
     )
 
 

@@ -48,19 +48,25 @@ class Delivery:
     def deliver_step(self, outputs: Sequence[RowOutput], arrived: float) -> None:
         """All that a result brought, which arrived then."""
         gaps: Counter[float] = Counter()  # when a request's token before this one came
+        others: Counter[int] = Counter()  # tokens that came with another one, by row
         live = self._live
         for output in outputs:
             answer = live.get(output.request.id)
             if answer is None:
                 continue
             try:
-                self._deliver_output(answer, output, arrived, gaps)
+                self._deliver_output(answer, output, arrived, gaps, others)
             except Exception:
                 # One answer's text must not take the other requests with it.
                 logger.exception("request %s failed", answer.live.valid.request_id)
                 self._fail(answer.live, InternalError())
         for last, times in gaps.items():
             self._metrics.next_tokens(arrived - last, times)
+        if gaps:
+            alone = gaps.total() - others.total() - len(others)
+            self._metrics.came_together(0, alone)
+            for count, times in Counter(others.values()).items():
+                self._metrics.came_together(count, times)
 
     def deliver(self, answer: LiveAnswer, outcome: Outcome) -> None:
         """A token, text, or an end."""
@@ -71,7 +77,12 @@ class Delivery:
             self._finish(answer, outcome)
 
     def _deliver_output(
-        self, answer: LiveAnswer, output: RowOutput, arrived: float, gaps: Counter[float]
+        self,
+        answer: LiveAnswer,
+        output: RowOutput,
+        arrived: float,
+        gaps: Counter[float],
+        others: Counter[int],
     ) -> None:
         if output.failure:
             self._fail(answer.live, GenerationError(output.failure))
@@ -89,6 +100,8 @@ class Delivery:
                 self._metrics.first_token(arrived - answer.live.valid.arrival)
             else:
                 gaps[last] += 1
+                if last == arrived:
+                    others[output.request.id] += 1
         self.deliver(answer, outcome)
 
     def _deliver_beams(

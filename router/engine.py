@@ -44,6 +44,11 @@ logger = logging.getLogger(__name__)
 MAX_IN_FLIGHT = 2  # plans, where a step takes longer than AHEAD_SECONDS
 AHEAD_SECONDS = 0.008  # of further steps that only go on with what runs: a newcomer waits for them
 MAX_AHEAD = 4  # such steps
+# Who asks just after a step has begun may still come into the next: that is planned when this share
+# of the time that lately the shortest step took has passed, where that is worth a timer.
+PATIENCE = 0.4
+PATIENT_SECONDS = 0.004
+FORGETTING = 1.05  # how much longer the shortest step is taken to be after each other one
 MAX_RECOVERIES = 3  # groups that may die under a request before it is taken for the cause
 MAX_REFUSALS = 16  # in a row: by then a step has been cut down to one token
 LOADING_RETRY = 5.0  # seconds
@@ -85,6 +90,7 @@ class Engine:
         self._on_broken: Callable[[GroupBroken], None] = lambda broken: None
         self._last_result = 0.0
         self._step_seconds = AHEAD_SECONDS  # that a step takes, see _take
+        self._shortest_step = 0.0  # seconds, of those lately
         self._lost_group = False
 
     # --------------------------------------------------------------- requests
@@ -211,6 +217,7 @@ class Engine:
                     max_total_tokens=config.max_total_tokens,
                     kv_overcommit=config.kv_overcommit,
                     prefix_caching=config.prefix_caching,
+                    draft_tokens=config.speculate,
                 )
             )
             backlog, self._backlog = self._backlog, []
@@ -285,6 +292,12 @@ class Engine:
                     worked = True
                     self._on_first_step(group.epoch)
                 self._take(in_flight.popleft(), result)
+            delay = self._patience(in_flight)
+            if delay > 0:
+                timer = asyncio.get_running_loop().call_later(delay, self._wake.set)
+                await self._wake.wait()
+                timer.cancel()
+                continue
             if len(in_flight) < MAX_IN_FLIGHT:
                 plans: list[StepPlan] = []
                 while len(in_flight) < MAX_IN_FLIGHT + self._num_ahead(plans):
@@ -297,6 +310,13 @@ class Engine:
                 if plans:
                     await group.send(plans)
             await self._wake.wait()
+
+    def _patience(self, in_flight: Sequence[_Step]) -> float:
+        """Seconds until the next step should be planned."""
+        if len(in_flight) != 1 or self._shortest_step < PATIENT_SECONDS:
+            return 0.0
+        began = max(in_flight[0].sent, self._last_result)
+        return began + self._shortest_step * PATIENCE - time.monotonic()
 
     def _num_ahead(self, plans: Sequence[StepPlan]) -> int:
         """Steps that may follow the `plans` made just now, beyond those that keep shards busy."""
@@ -339,7 +359,8 @@ class Engine:
             # Up at once, down slowly: what follows a longer step is rather not planned ahead.
             slower = self._step_seconds + (seconds.inference - self._step_seconds) / 8
             self._step_seconds = max(seconds.inference, slower)
-        self._metrics.step_done(step.method, seconds)
+            self._shortest_step = min(seconds.inference, self._shortest_step * FORGETTING + 1e-4)
+        self._metrics.step_done(step.method, seconds, result.num_drafts)
 
     def _refused(self, step: _Step, result: StepResult) -> None:
         assert self._scheduler is not None

@@ -118,7 +118,7 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "tgi_request_skipped_tokens",
         "summary",
-        "Tokens that came with another one in the same step of a request.",
+        "Tokens that came with another one in the same step of a request: guesses that were right.",
     ),
     # ---- steps, TGI's names
     Metric("tgi_queue_size", "gauge", "Requests waiting to be scheduled, preempted ones included."),
@@ -195,6 +195,10 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric("tgi_prompt_tokens", "counter", "Prompt tokens of accepted requests."),
     Metric("tgi_generated_tokens", "counter", "Tokens generated."),
+    Metric("tgi_draft_tokens", "counter", "Tokens that were guessed, and computed to check them."),
+    Metric(
+        "tgi_accepted_draft_tokens", "counter", "Guessed tokens that were right, and delivered."
+    ),
     Metric(
         "tgi_request_live",
         "gauge",
@@ -307,8 +311,14 @@ class Metrics:
 
     def next_tokens(self, seconds: float, times: int) -> None:
         """Tokens of `times` requests, `seconds` after the token before of each."""
-        self._tokens(times)
+        self._generated.inc(times)
         self._between_tokens.observe(seconds, times)
+
+    def came_together(self, others: int, times: int) -> None:
+        """`others`: tokens that came with another one, in a step of each of `times` requests."""
+        self._skipped.observe(others, times)
+        if others:
+            self.value("tgi_accepted_draft_tokens").inc(others * times)
 
     def tokens_at_once(self, count: int) -> None:
         """A whole answer, none of whose tokens came before."""
@@ -366,13 +376,16 @@ class Metrics:
             self.value("tgi_batch_concat", reason="chunking").inc()
             self.histogram("tgi_batch_concat_duration", method="decode").observe(seconds)
 
-    def step_done(self, method: str, times: StepTimes) -> None:
+    def step_done(self, method: str, times: StepTimes, draft_tokens: int = 0) -> None:
+        """`draft_tokens`: guessed ones that it computed."""
         series = self._steps[method]
         series.success.inc()
         series.inference.observe(times.inference)
         series.forward.observe(times.forward)
         series.decode.observe(times.decode)
         series.filter.observe(times.filter)
+        if draft_tokens:
+            self.value("tgi_draft_tokens").inc(draft_tokens)
 
     def _of_steps(self, method: str) -> _StepSeries:
         durations = (

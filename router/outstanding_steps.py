@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 
 from headgate.proto.messages import StepResult
 from headgate.router.request import Request, RequestStatus
 from headgate.router.row_output import ProtocolError
 
-# A request, tokens to compute, its KV positions after that, and whether it then samples a token.
-PlannedRow = tuple[Request, int, int, bool]
+# A request, tokens to compute, guessed ones beside them at most, its KV positions after the first
+# (as it was planned: guesses of steps before may have brought it further), and whether it then
+# samples a token.
+PlannedRow = tuple[Request, int, int, int, bool]
+# Where a row's tokens are in a result: the first, and how many there are.
+Place = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,32 +32,36 @@ class OutstandingStep:
 
     @property
     def num_tokens(self) -> int:
-        return sum(count for _, count, _, _ in self.rows)
+        return sum(count for _, count, *_ in self.rows)
 
-    def places(self, result: StepResult) -> Sequence[int]:
-        """For each row its place in the result, -1 for one that sampled nothing.
+    def places(self, result: StepResult) -> Iterable[Place]:
+        """For each row the place of its tokens in the result.
 
         Raises ProtocolError for a result that is not this plan's.
         """
-        plain = all(samples and request.beams is None for request, _, _, samples in self.rows)
+        plain = all(samples and request.beams is None for request, *_, samples in self.rows)
         if plain and result.rows == self.row_ids:
-            return range(len(self.rows))
+            return zip(range(len(self.rows)), repeat(1))
         return self._find_rows(result)
 
-    def _find_rows(self, result: StepResult) -> list[int]:
+    def _find_rows(self, result: StepResult) -> list[Place]:
         sampled, places, place = result.rows, [], 0
-        for request, _, _, samples in self.rows:
-            if samples and place < len(sampled) and sampled[place] == request.id:
-                if request.beams is not None and not result.top:
-                    raise ProtocolError(
-                        f"no alternatives for beam {request.id} in step {self.sequence}"
-                    )
-                places.append(place)
+        for request, _, guesses, _, samples in self.rows:
+            first = place
+            while place < len(sampled) and sampled[place] == request.id:
                 place += 1
-            elif samples and request.status is not RequestStatus.FINISHED:
+            found = place - first
+            if found > samples + guesses:
+                raise ProtocolError(
+                    f"{found} tokens for request {request.id} in step {self.sequence}"
+                )
+            if found and request.beams is not None and not result.top:
+                raise ProtocolError(
+                    f"no alternatives for beam {request.id} in step {self.sequence}"
+                )
+            if samples and not found and request.status is not RequestStatus.FINISHED:
                 raise ProtocolError(f"no token for request {request.id} in step {self.sequence}")
-            else:
-                places.append(-1)
+            places.append((first, found))
         if place != len(sampled):
             raise ProtocolError(f"step {self.sequence} has tokens of rows it did not plan")
         return places
@@ -92,10 +101,18 @@ class OutstandingSteps:
     def drop(self) -> None:
         """None of them will be answered."""
         for step in self._steps:
-            for request, _, _, _ in step.rows:
-                request.in_flight = 0
+            for request, *_ in step.rows:
+                request.in_flight = request.drafts_in_flight = 0
         self._steps.clear()
 
     def in_flight(self) -> Counter[Request]:
         """How many of them each request is in."""
-        return Counter(request for step in self._steps for request, _, _, _ in step.rows)
+        return Counter(request for step in self._steps for request, *_ in step.rows)
+
+    def drafts_in_flight(self) -> Counter[Request]:
+        """How many guessed tokens they may compute of each request."""
+        found: Counter[Request] = Counter()
+        for step in self._steps:
+            for request, _, guesses, *_ in step.rows:
+                found[request] += guesses
+        return found

@@ -57,9 +57,10 @@ class Request:
     status: RequestStatus = RequestStatus.WAITING
     finish_reason: str = ""  # "length", "eos", "stop_token", "cancelled" or what finish() was told
     num_prefill_tokens: int = 0  # tokens known when its row was last sent; their end samples first
-    num_scheduled: int = 0  # KV positions planned
+    num_scheduled: int = 0  # KV positions planned, guessed tokens apart
     num_confirmed: int = 0  # KV positions whose results are back, or that it has from others
     in_flight: int = 0  # plans without a result that compute it
+    drafts_in_flight: int = 0  # guessed tokens that these may compute of it too
     row_sent: bool = False  # the shards hold its row
     last_sequence: int = 0  # of the last plan that computed it
     block_ids: list[int] = field(default_factory=list)  # block table
@@ -101,6 +102,17 @@ class Request:
         computed, since it may have ended the row.
         """
         return max(min(self.num_scheduled, self.num_prefill_tokens), self.num_confirmed)
+
+    @property
+    def num_reserved(self) -> int:
+        """KV positions that it comes to if all guesses of the plans in flight are right."""
+        return min(self.num_scheduled + self.drafts_in_flight, self.max_positions)
+
+    @property
+    def takes_drafts(self) -> bool:
+        """Whether tokens may be guessed for it: not where a grammar or a search needs each token
+        before the next."""
+        return not self.lockstep and self.beams is None and not self.sampling.grammar
 
     @property
     def num_rows(self) -> int:

@@ -197,7 +197,7 @@ class RowSet:
         for row in self.running:
             assert row.status is RequestStatus.RUNNING
             assert row.num_confirmed <= row.num_scheduled <= row.max_positions
-            assert row.num_scheduled <= len(row.block_ids) * self._kv.block_size
+            assert row.num_reserved <= len(row.block_ids) * self._kv.block_size
             assert row.row_sent or not row.in_flight or row.id in self.removed
             held = row.beams is not None  # until its other beams' tokens are known
             assert row.num_confirmed < row.num_tokens + held

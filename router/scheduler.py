@@ -6,7 +6,7 @@ no I/O, reads no clock and knows no text.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from heapq import nsmallest
 
 from headgate.proto.messages import StepPlan, StepResult
@@ -152,7 +152,6 @@ class Scheduler:
         Each is sure of one token, so neither answers nor prompts starve the other.
         """
         extra = draft.budget - len(rows)
-        block_size = self._config.block_size
         for row in rows:
             if draft.preempted and row.status is not RequestStatus.RUNNING:
                 continue  # gave way just now to one before it
@@ -162,16 +161,44 @@ class Scheduler:
                 more = min(extra, row.num_prefill_tokens - row.num_scheduled - 1)
                 count += more
                 extra -= more
-            if row.num_scheduled + count <= len(row.block_ids) * block_size:
+            elif self._plan_with_guesses(row, draft):
+                continue
+            target = min(row.num_reserved + count, row.max_positions)
+            if target <= len(row.block_ids) * self._config.block_size:
                 self._plan_row(row, count, (), draft)
                 continue
-            blocks = self._blocks_by_force(row, row.num_scheduled + count, draft)
+            blocks = self._blocks_by_force(row, target, draft)
             if blocks is not None:
                 self._plan_row(row, count, blocks, draft)
 
-    def _plan_row(self, row: Request, count: int, blocks: Sequence[int], draft: StepDraft) -> None:
+    def _plan_with_guesses(self, row: Request, draft: StepDraft) -> bool:
+        """One token for the row and some that the shards may guess, if nobody has to give way.
+
+        How many will be right is not known before the result, so there are blocks for all of them.
+        They don't count in the step's budget: shards guess only as far as their step has room.
+        """
+        if self._budget.is_cut or row.num_scheduled < row.num_prefill_tokens:
+            return False
+        target = row.num_reserved + 1
+        num_guesses = min(self._config.draft_tokens, row.max_positions - target)
+        if num_guesses < 1 or not row.takes_drafts:
+            return False
+        blocks = self._kv.extend(row, target + num_guesses)
+        if blocks is None:
+            return False
+        self._plan_row(row, 1, blocks, draft, num_guesses)
+        return True
+
+    def _plan_row(
+        self,
+        row: Request,
+        count: int,
+        blocks: Sequence[int],
+        draft: StepDraft,
+        num_guesses: int = 0,
+    ) -> None:
         """Adds it to the draft; what that fills of its prompt can be shared from now on."""
-        draft.add(row, count, blocks)
+        draft.add(row, count, blocks, num_guesses)
         if row.num_scheduled <= row.num_prefill_tokens:
             draft.filled += self._kv.publish(row)
 
@@ -297,8 +324,10 @@ class Scheduler:
         outputs: list[RowOutput] = []
         block_size = self._config.block_size
         searches: dict[BeamGroup, None] = {}
-        for (request, _, num_positions, _), place in zip(plan.rows, places, strict=True):
+        for row, (place, found) in zip(plan.rows, places, strict=True):
+            request, _, guesses, num_positions, _ = row
             request.in_flight -= 1
+            request.drafts_in_flight -= guesses
             if request.status is RequestStatus.FINISHED:
                 continue  # ended by the plan before, or stopped by the router since
             output = RowOutput(request)
@@ -306,26 +335,40 @@ class Scheduler:
                 output.take_prompt_logprobs(prompt_logprobs[request.id])
             if pooled and request.id in pooled:
                 output.take_pooled(pooled[request.id])
-            if place >= 0 and request.beams is not None:
+            if found and request.beams is not None:
                 request.beams.take(request, result.top[place])
                 searches[request.beams] = None
-                place = -1
-            elif place >= 0:
+                found = 0
+            elif found:
                 output.take_token(result, place)
+            if found or output.prompt_logprobs:
+                outputs.append(output)
+            if found > 1:
+                outputs += _more_tokens(request, result, range(place + 1, place + found))
+                output = outputs[-1]
             if request.status is RequestStatus.RUNNING:  # else its blocks are gone
-                request.num_confirmed = max(request.num_confirmed, num_positions)
+                self._advance(request, num_positions, found)
                 if request.num_confirmed // block_size > request.num_published:
                     self._kv.publish(request)
             if output.end:
                 if output.pooled is None:  # else there was no answer to learn from
                     self._admission.record(request)
                 self._rows.end(request, output.end.name.lower())
-            if place >= 0 or output.prompt_logprobs:
-                outputs.append(output)
         for group in searches:
             if group.is_complete and not self._rows.next_round(group):
                 outputs.append(self._end_search(group))
         return outputs
+
+    @staticmethod
+    def _advance(request: Request, num_positions: int, num_tokens: int) -> None:
+        """A result is back of a plan that was to bring the request to `num_positions`, with this
+        many tokens: each but the first a guess that was right, and took it further."""
+        if num_tokens:  # all of its tokens are computed but the last
+            num_positions = request.num_tokens - 1
+        request.num_confirmed = max(request.num_confirmed, num_positions)
+        if num_tokens > 1:
+            further = request.num_scheduled + num_tokens - 1
+            request.num_scheduled = min(further, request.max_positions)
 
     def _end_search(self, group: BeamGroup) -> RowOutput:
         leader = group.members[0]
@@ -406,9 +449,22 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Raises AssertionError where the books do not balance."""
         self._rows.check_integrity()
-        in_flight = self._outstanding.in_flight()
+        in_flight, guesses = self._outstanding.in_flight(), self._outstanding.drafts_in_flight()
         for request in self._rows.unfinished():
             assert request.in_flight == in_flight[request]
+            assert request.drafts_in_flight == guesses[request]
+
+
+def _more_tokens(request: Request, result: StepResult, places: Iterable[int]) -> list[RowOutput]:
+    """Guesses that were right. Raises ProtocolError for a token after the row's end."""
+    outputs = []
+    for place in places:
+        if result.ends[place - 1]:
+            raise ProtocolError(f"a token of row {request.id} after its end")
+        output = RowOutput(request)
+        output.take_token(result, place)
+        outputs.append(output)
+    return outputs
 
 
 def _turn(row: Request) -> tuple[int, float, int]:

@@ -25,6 +25,7 @@ class SchedulerConfig:
     max_total_tokens: int = 0  # prompt + max_new_tokens of one request; 0: what fits into KV
     kv_overcommit: float = 0.1  # [0, 1]; see admission.py
     prefix_caching: bool = True
+    draft_tokens: int = 0  # guessed tokens that a step may compute of a row beyond its next
 
 
 @dataclass(frozen=True, slots=True)

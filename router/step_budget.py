@@ -14,6 +14,10 @@ class StepBudget:
         self.tokens = full
         self.refusals_in_a_row = 0
 
+    @property
+    def is_cut(self) -> bool:
+        return self.tokens < self._full
+
     def cut(self, refused_tokens: int) -> None:
         """A step of that many tokens was refused: half of it from now on."""
         self.tokens = max(min(self.tokens, refused_tokens) // 2, 1)

@@ -29,8 +29,9 @@ class StepDraft:
     _block_rows: list[int] = field(default_factory=list)
     _block_ids: list[int] = field(default_factory=list)
 
-    def add(self, row: Request, count: int, blocks: Sequence[int]) -> None:
-        """Computes `count` tokens more of `row`, whose table has just grown by `blocks`."""
+    def add(self, row: Request, count: int, blocks: Sequence[int], num_guesses: int = 0) -> None:
+        """Computes `count` tokens more of `row`, whose table has just grown by `blocks`, and up to
+        `num_guesses` that the shards guess."""
         if not row.row_sent:
             self._send(row)
         else:
@@ -41,12 +42,13 @@ class StepDraft:
                 self._block_ids.extend(blocks)
         row.num_scheduled = scheduled = row.num_scheduled + count
         row.in_flight += 1
+        row.drafts_in_flight += num_guesses
         row.last_sequence = self.sequence
         self.budget -= count
         known = row.num_prefill_tokens
         if scheduled <= known and (count > 1 or scheduled <= len(row.prompt_ids)):
             self.holds_prompt = True
-        self.rows.append((row, count, scheduled, scheduled >= known))
+        self.rows.append((row, count, num_guesses, scheduled, scheduled >= known))
 
     def _send(self, row: Request) -> None:
         """Tells the shards of a row: as a fork where it is one of a row that they know."""
@@ -66,21 +68,21 @@ class StepDraft:
         beams = row.beams
         return any(
             planned is row or (beams is not None and planned.beams is beams)
-            for planned, _, _, _ in self.rows
+            for planned, *_ in self.rows
         )
 
     def planned_before(self, row: Request) -> int:
         """KV positions of the row that earlier plans compute."""
-        return row.num_scheduled - sum(
-            count for planned, count, _, _ in self.rows if planned is row
-        )
+        return row.num_scheduled - sum(count for planned, count, *_ in self.rows if planned is row)
 
     def plan(self, removed: Sequence[int], reset: bool) -> StepPlan:
+        drafts = [num_guesses for _, _, num_guesses, _, _ in self.rows]
         return StepPlan(
             epoch=self.epoch,
             sequence=self.sequence,
-            rows=[request.id for request, _, _, _ in self.rows],
-            counts=[count for _, count, _, _ in self.rows],
+            rows=[request.id for request, *_ in self.rows],
+            counts=[count for _, count, *_ in self.rows],
+            drafts=drafts if any(drafts) and not self.holds_prompt else (),
             new_rows=self._new_rows,
             forks=self._forks,
             copies=self._copies,

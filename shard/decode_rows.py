@@ -1,12 +1,14 @@
 """DecodeRows: rows that go on decoding as in the step before, without InputBatch's general way.
 
-A plan that computes one token of each of the last plan's rows and changes nothing but their block
-tables is what most plans are. Its inputs are laid out, and its tokens taken, by two calls into C++
-on the very columns that InputBatch keeps, so either way may follow the other at any step.
+A plan that computes one token of each of the last plan's rows, and guesses after it, and changes
+nothing but their block tables is what most plans are. Its inputs are laid out, and its tokens
+taken, by two calls into C++ on the very columns that InputBatch keeps, so either way may follow the
+other at any step.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +16,7 @@ import numpy.typing as npt
 
 from headgate.kernels.cpu import library
 from headgate.proto.messages import RowEnd, StepPlan
-from headgate.shard.input_batch import InputBatch, ScheduledRows
+from headgate.shard.input_batch import Draws, InputBatch, ScheduledRows
 from headgate.shard.sampling.params import IntArray
 
 
@@ -29,6 +31,16 @@ class DecodeInputs:
     context_lens: npt.NDArray[np.int32]
     block_tables: npt.NDArray[np.int32]  # [most rows, most blocks]
     sample_tokens: IntArray
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DecodedTokens:
+    """What counts of the tokens that a step has sampled."""
+
+    row_ids: list[int]  # of each
+    token_ids: list[int]
+    ends: list[RowEnd]
+    places: IntArray  # of each among those sampled
 
 
 class DecodeRows:
@@ -53,15 +65,21 @@ class DecodeRows:
     def __init__(
         self, batch: InputBatch, plan: StepPlan, slots: IntArray, inputs: DecodeInputs
     ) -> None:
-        self.slots = slots
-        self.tokens = np.zeros(len(slots), np.int64)  # for `settle`
         self.greedy = bool(batch.plain[slots].all())
+        self.num_tokens = 0  # of the step laid out
+        most = batch.limits.max_step_tokens
+        self.tokens = np.zeros(most, np.int64)  # after each of these, for `settle`
+        self._slots = slots
         self._row_ids, self._counts = plan.rows, plan.counts
+        self._ids = np.array(plan.rows, np.int64)
+        self._drafts: Sequence[int] = ()  # that a row may be computed with; empty: none
+        self._most_drafts = np.zeros(len(slots), np.int64)
         self._batch = batch
         self._changes = batch.changes
-        self._num_ended = 0
-        self._nothing_ended = [RowEnd.NONE] * len(slots)
-        self._ends = np.zeros(len(slots), np.uint8)
+        self._draws = Draws(np.zeros(most, np.int64), np.zeros(most, np.int64))
+        self._places = np.zeros(most, np.int64)
+        self._result_rows = np.zeros(most, np.int64)
+        self._ends = np.zeros(most, np.uint8)
         self._eos = batch.eos_token_ids
         loaded = library.load()
         assert loaded is not None, "there are recorded steps"
@@ -74,8 +92,8 @@ class DecodeRows:
         """decode_rows.cpp's DecodeRows. It holds while the batch has the same rows."""
         batch = self._batch
         fields: list[int | npt.NDArray[np.generic]] = [
-            len(self.slots),
-            self.slots,
+            len(self._slots),
+            self._slots,
             batch.token_ids,
             batch.token_ids.shape[1],
             batch.num_tokens,
@@ -89,9 +107,14 @@ class DecodeRows:
             batch.limits.block_size,
             self._eos,
             len(self._eos),
+            self._ids,
+            self._most_drafts,
+            len(self.tokens),
             inputs.input_ids,
             inputs.positions,
             inputs.slot_mapping,
+            self._draws.slots,
+            self._draws.ahead,
             inputs.cu_query_lens,
             inputs.context_lens,
             inputs.block_tables,
@@ -99,13 +122,16 @@ class DecodeRows:
             inputs.sample_tokens,
             len(inputs.sample_tokens),
             self.tokens,
+            self._places,
+            self._result_rows,
             self._ends,
+            0,  # rows that ended
         ]
         values = [field if isinstance(field, int) else field.ctypes.data for field in fields]
         return np.array(values, np.int64)
 
     def __len__(self) -> int:
-        return len(self.slots)
+        return len(self._slots)
 
     def continues(self, plan: StepPlan) -> bool:
         """Whether the plan computes a token of each of these rows, and changes no more than their
@@ -114,19 +140,35 @@ class DecodeRows:
             plan.rows == self._row_ids
             and plan.counts == self._counts
             and self._batch.changes == self._changes
-            and not self._num_ended
+            and not self._table[-1]  # none has ended
             and not (plan.removed or plan.new_rows or plan.forks)
             and not (plan.choices or plan.copies or plan.reset)
         )
 
-    def place(self) -> bool:
+    def place(self, plan: StepPlan) -> bool:
         """Lays out a step's inputs. False, and nothing is done: the plan does not fit the rows."""
-        return bool(self._library.hg_decode_place(self._address))
+        if plan.drafts != self._drafts:
+            if plan.drafts and len(plan.drafts) != len(self):
+                return False
+            self._drafts, self._most_drafts[:] = plan.drafts, plan.drafts or 0
+        self.num_tokens = self._library.hg_decode_place(self._address)
+        return self.num_tokens > 0
 
-    def settle(self, logits: int = 0, vocab_size: int = 0) -> list[RowEnd]:
-        """Takes the rows' `tokens`, as InputBatch.settle; with `logits`, the address of
-        float32[R, vocab_size], the likeliest ones."""
-        self._num_ended = self._library.hg_decode_settle(self._address, logits, vocab_size)
-        if not self._num_ended:
-            return self._nothing_ended
-        return [RowEnd(end) for end in self._ends.tolist()]
+    @property
+    def draws(self) -> Draws:
+        """A token after each that is computed."""
+        return self._draws.take(slice(self.num_tokens))
+
+    def settle(self, logits: int = 0, vocab_size: int = 0) -> DecodedTokens:
+        """Takes `tokens`, as InputBatch.settle; with `logits`, the address of
+        float32[num_tokens, vocab_size], the likeliest ones."""
+        count = self._library.hg_decode_settle(self._address, logits, vocab_size)
+        ends = [RowEnd.NONE] * count
+        if self._table[-1]:
+            ends = [RowEnd(end) for end in self._ends[:count].tolist()]
+        return DecodedTokens(
+            self._result_rows[:count].tolist(),
+            self.tokens[:count].tolist(),
+            ends,
+            self._places[:count],
+        )

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from headgate.proto.messages import Fork, NewRow, Pooling, RowEnd, RowSampling, StepPlan
+from headgate.shard.drafts import guess
 from headgate.shard.last_tokens import codes
 from headgate.shard.sampling.grammar import NO_MASKS, ConstrainedRow, Masks, RowGrammar
 from headgate.shard.sampling.params import (
@@ -55,17 +56,42 @@ class ScheduledRows:
     """The live rows a plan computes, in plan order."""
 
     slots: IntArray  # [R]: where the batch holds them
-    counts: IntArray  # [R]: tokens to compute
+    counts: IntArray  # [R]: known tokens to compute
     samples: npt.NDArray[np.bool_]  # [R]: all known tokens are computed, so a new one is sampled
+    drafts: IntArray  # [R]: guessed tokens to compute after the known ones
+
+    @property
+    def lengths(self) -> IntArray:
+        """[R]: tokens to compute, guessed ones too."""
+        return self.counts + self.drafts
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Draws:
+    """The S tokens that a step samples: of each row that samples the next one, and one after each
+    of its guesses."""
+
+    slots: IntArray  # [S]: where the batch holds their rows
+    ahead: IntArray  # [S]: guesses that stand before them
+
+    @classmethod
+    def next(cls, slots: IntArray) -> Draws:
+        """One token for each row, after those that are known."""
+        return cls(slots, np.zeros(len(slots), np.int64))
+
+    def take(self, places: IntArray | slice) -> Draws:
+        """Those at these places."""
+        return Draws(self.slots[places], self.ahead[places])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ExpectedTokens:
-    """The rows of a step that get a token, [S], as they were when the step began."""
+    """The rows of a step that get tokens, as they were when the step began."""
 
     slots: IntArray
     tenants: IntArray  # who held the slots, see InputBatch.tenants
-    positions: IntArray  # of the tokens in their rows
+    positions: IntArray  # of the next tokens in their rows
+    drafts: IntArray  # guesses that were computed
 
 
 class InputBatch:
@@ -77,12 +103,14 @@ class InputBatch:
             sorted(token for token in eos_token_ids if token < limits.vocab_size), np.int64
         )
         self._num_tenants = 0  # rows ever held
+        self._guessing = False  # how many tokens rows have got is not known before `settle`
         self.changes = 0  # grows whenever rows come, go, move or get another token
         self.clear()
 
     def clear(self) -> None:
         """Forgets all rows."""
         self.changes += 1
+        self._guessing = False
         self._slots: dict[int, int] = {}
         self._free: list[int] = []
         self._allocate(max(1, self.limits.expected_rows))
@@ -324,7 +352,25 @@ class InputBatch:
         self._refuse_if(after > known, slots, "is scheduled for tokens that are not known yet")
         room = self.num_blocks[slots] * self.limits.block_size
         self._refuse_if(after > room, slots, "is scheduled for more tokens than its blocks hold")
-        return ScheduledRows(slots, counts, after == known)
+        samples = after == known
+        drafts = np.zeros(len(slots), np.int64)
+        if any(plan.drafts):
+            if len(plan.drafts) != len(plan.rows):
+                raise PlanError(f"{len(plan.drafts)} numbers of guesses for {len(plan.rows)} rows")
+            most = np.array(plan.drafts, np.int64)[alive] * (samples & ~self.constrained[slots])
+            self._guess(slots, most, self.limits.max_step_tokens - int(counts.sum()), drafts)
+        return ScheduledRows(slots, counts, samples, drafts)
+
+    def _guess(self, slots: IntArray, most: IntArray, room: int, drafts: IntArray) -> None:
+        """Puts guesses behind the rows' tokens, their numbers into `drafts`: as far as a row's
+        blocks, its length and the step have room."""
+        known, blocks = self.num_tokens[slots], self.num_blocks[slots] * self.limits.block_size
+        limit = np.minimum(self.most_tokens[slots] - 1, blocks) - known
+        for row, slot in enumerate(slots.tolist()):
+            wanted = min(int(most[row]), int(limit[row]), room)
+            if wanted > 0:
+                drafts[row] = guess(self.token_ids[slot], int(known[row]), wanted)
+                room -= int(drafts[row])
 
     def _refuse_if(self, wrong: npt.NDArray[np.bool_], slots: IntArray, problem: str) -> None:
         if wrong.any():
@@ -333,31 +379,42 @@ class InputBatch:
     # ------------------------------------------------------------ a step's outcome
 
     def advance(self, scheduled: ScheduledRows, tokens: IntArray) -> npt.NDArray[np.uint8]:
-        """Takes one token for each row that samples, or NO_TOKEN; returns their RowEnds.
+        """Takes a token for each of `draws`, or NO_TOKEN; returns the RowEnds of those that count.
 
         A pooled row's token counts for nothing.
         """
         return self.settle(self.expect(scheduled), tokens)[1]
 
+    def draws(self, scheduled: ScheduledRows) -> Draws:
+        """The tokens that are to be sampled."""
+        slots, drafts = scheduled.slots[scheduled.samples], scheduled.drafts[scheduled.samples]
+        if not drafts.any():
+            return Draws.next(slots)
+        places, ahead = _unrolled(drafts + 1)
+        return Draws(slots[places], ahead)
+
     def expect(self, scheduled: ScheduledRows) -> ExpectedTokens:
         """As if the rows had their tokens: until `settle`, codes (last_tokens.py) stand for them.
 
-        Only one step's tokens may be outstanding when the next is built.
+        Only one step's tokens may be outstanding when the next is built, and none after guesses.
         """
         self.num_computed[scheduled.slots] += scheduled.counts
-        slots = scheduled.slots[scheduled.samples]
+        slots, drafts = scheduled.slots[scheduled.samples], scheduled.drafts[scheduled.samples]
         positions = self.num_tokens[slots]
-        self.token_ids[slots, positions] = codes(len(slots))
+        self._guessing = bool(drafts.any())
+        if not self._guessing:  # else the guesses are there
+            self.token_ids[slots, positions] = codes(len(slots))
         self.num_tokens[slots] += 1
-        return ExpectedTokens(slots, self.tenants[slots], positions)
+        return ExpectedTokens(slots, self.tenants[slots], positions, drafts)
 
     def settle(
         self, expected: ExpectedTokens, tokens: IntArray
-    ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.uint8]]:
-        """(which of the rows are still there, RowEnds of those that are).
+    ) -> tuple[IntArray, npt.NDArray[np.uint8]]:
+        """(which of the tokens count, in order; their RowEnds).
 
-        tokens: one for each row expected. A row is gone if it was removed since, or if its token
-        before has ended it.
+        tokens: one for each of the step's `draws`. None counts of a row that was removed since, or
+        that the token before has ended. A token after a guess counts if that was what the row
+        sampled in its place, and so on back to the first.
 
         A row may end here, by EOS before a stop token before length. The decision needs only the
         tokens, so every rank comes to the same. EOS always ends a row with a grammar, which allows
@@ -365,10 +422,52 @@ class InputBatch:
         """
         here = self.tenants[expected.slots] == expected.tenants
         here &= ~self.ended[expected.slots]
-        slots, positions, tokens = expected.slots[here], expected.positions[here], tokens[here]
+        if self._guessing:
+            return self._settle_guesses(expected, here, tokens)
+        slots, positions = expected.slots[here], expected.positions[here]
+        ends = self._take(slots, positions, tokens[here])
+        self.ended[slots] = ends != RowEnd.NONE
+        return np.flatnonzero(here), ends
+
+    def _settle_guesses(
+        self, expected: ExpectedTokens, here: npt.NDArray[np.bool_], tokens: IntArray
+    ) -> tuple[IntArray, npt.NDArray[np.uint8]]:
+        """`here`: which of the rows count."""
+        self._guessing = False
+        rows, ahead = _unrolled(expected.drafts + 1)
+        slots, positions = expected.slots[rows], expected.positions[rows] + ahead
+        right = self.token_ids[slots, positions] == tokens  # what was guessed after them
+        ends = self._ends(slots, positions, tokens)
+        counts = np.zeros(len(tokens), np.bool_)
+        first = 0
+        for row in range(len(expected.slots)):
+            last = first + int(expected.drafts[row])
+            if here[row]:
+                stop = first
+                while stop < last and right[stop] and not ends[stop]:
+                    stop += 1
+                counts[first : stop + 1] = True
+                slot = expected.slots[row]
+                self.num_computed[slot] += stop - first
+                self.num_tokens[slot] += stop - first
+                self.ended[slot] = ends[stop] != RowEnd.NONE
+            first = last + 1
+        places = np.flatnonzero(counts)
+        self.token_ids[slots[places], positions[places]] = np.maximum(tokens[places], 0)
+        return places, ends[places]
+
+    def _take(
+        self, slots: IntArray, positions: IntArray, tokens: IntArray
+    ) -> npt.NDArray[np.uint8]:
+        """Puts the tokens there; their RowEnds."""
+        self.token_ids[slots, positions] = np.maximum(tokens, 0)
+        return self._ends(slots, positions, tokens)
+
+    def _ends(
+        self, slots: IntArray, positions: IntArray, tokens: IntArray
+    ) -> npt.NDArray[np.uint8]:
+        """The RowEnds of tokens at these positions."""
         failed = tokens == NO_TOKEN
-        tokens = np.maximum(tokens, 0)
-        self.token_ids[slots, positions] = tokens
         ends = np.zeros(len(slots), np.uint8)
         ends[positions + 1 >= self.most_tokens[slots]] = RowEnd.LENGTH
         for index, slot in enumerate(slots.tolist()):
@@ -380,16 +479,15 @@ class InputBatch:
         ends[failed] = RowEnd.FAILED
         if not self.plain[slots].all():
             ends[self.params["pooling"][slots] != Pooling.NONE] = RowEnd.POOLED
-        self.ended[slots] = ends != RowEnd.NONE
-        return here, ends
+        return ends
 
     def must_settle(self, plan: StepPlan) -> bool:
         """Whether the plan cannot be applied, or its rows not be sampled, before all is settled.
 
         So it is for a plan that resets, forks or chooses tokens of beams; and for rows whose next
-        token is made out on the host from those before, by a grammar or a watermark.
+        token is made out on the host from those before, by a grammar, a watermark or as a guess.
         """
-        if plan.reset or plan.forks or plan.choices:
+        if plan.reset or plan.forks or plan.choices or plan.drafts or self._guessing:
             return True
         slots = [slot for row in plan.rows if (slot := self._slots.get(row)) is not None]
         return bool(self.constrained[slots].any()) or self.is_watermarked(np.array(slots, np.int64))
@@ -410,15 +508,13 @@ class InputBatch:
             found.append(ConstrainedRow(slot, grammar, output))
         return found
 
-    def sampled_rows(self, slots: IntArray, masks: Masks = NO_MASKS) -> SampledRows:
-        """What the sampler has to know of the rows in `slots`; `masks`: what grammars say."""
-        params = self.params[slots]
-        positions = self.num_tokens[slots] - self.num_prompt[slots]
+    def sampled_rows(self, draws: Draws, masks: Masks = NO_MASKS) -> SampledRows:
+        """What the sampler has to know of the `draws`; `masks`: what grammars say."""
+        slots = draws.slots
+        params, ends = self.params[slots], self.num_tokens[slots] + draws.ahead
+        positions = ends - self.num_prompt[slots]
         histories = {
-            row: History(
-                self.token_ids[slots[row], : self.num_tokens[slots[row]]],
-                int(self.num_prompt[slots[row]]),
-            )
+            row: History(self.token_ids[slots[row], : ends[row]], int(self.num_prompt[slots[row]]))
             for row in np.flatnonzero(needs_history(params)).tolist()
         }
         early = positions < params["min_new_tokens"]
@@ -434,7 +530,7 @@ class InputBatch:
             if bias is not None:
                 biases[row] = bias
                 if bias.bad_words is not None:
-                    output = self.token_ids[slot, self.num_prompt[slot] : self.num_tokens[slot]]
+                    output = self.token_ids[slot, self.num_prompt[slot] : ends[row]]
                     completing = bias.bad_words.completing(output)
                     if completing:
                         banned[row] = np.array([*banned.get(row, ()), *completing], np.int64)
@@ -452,6 +548,12 @@ class InputBatch:
         if self.constrained[slot] or not self.params["ignore_eos"][slot]:
             ids.update(self.eos_token_ids.tolist())
         return np.array(sorted(ids), np.int64)
+
+
+def _unrolled(counts: IntArray) -> tuple[IntArray, IntArray]:
+    """For each of the tokens of rows that have so many: its row, and its place among the row's."""
+    rows = np.repeat(np.arange(len(counts)), counts)
+    return rows, np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
 def _sampling_problem(sampling: RowSampling, vocab_size: int) -> str:

@@ -280,7 +280,7 @@ class ModelRunner:
         assert batch is not None  # _check_order
         if decode_rows is not None and decode_rows.continues(plan):
             batch.take_blocks(plan)
-            if decode_rows.place():
+            if decode_rows.place(plan):
                 return decode_rows
             scheduled = batch.schedule(plan)
         else:
@@ -316,8 +316,8 @@ class ModelRunner:
         self._copy_blocks(plan)
         if inputs is None:
             return PendingStep.done(clock.stopped(self._last_done))
-        slots = scheduled.slots[scheduled.samples]
-        finish_masks = self._begin_masks(plan, slots)
+        draws = self._batch.draws(scheduled)
+        finish_masks = self._begin_masks(plan, draws.slots)
         if self.recorded is not None:
             hidden = self.recorded.forward(inputs)
         else:
@@ -337,14 +337,14 @@ class ModelRunner:
             self.heartbeat.beat()
             return self._logits(hidden, inputs.sample_tokens, first)
 
-        sampler = self._device_sampler
-        if sampler is not None and not masks.failures and not self._batch.is_watermarked(slots):
-            wait, sampled = sampler.sample(self._batch, slots, masks, logits_of)
+        sampler, watermarked = self._device_sampler, self._batch.is_watermarked(draws.slots)
+        if sampler is not None and not masks.failures and not watermarked:
+            wait, sampled = sampler.sample(self._batch, draws, masks, logits_of)
             finish = self._finisher(scheduled, sampled, masks, clock)
             step = PendingStep(finish, wait, self._under_way)
             self._under_way.add(step)
             return step
-        tokens = self._host_sampler.sample(self._batch, slots, masks, logits_of)
+        tokens = self._host_sampler.sample(self._batch, draws, masks, logits_of)
         return PendingStep.done(self._finisher(scheduled, lambda: tokens, masks, clock)())
 
     def _decode(self, plan: StepPlan, rows: DecodeRows, started: int) -> StepResult:
@@ -352,15 +352,17 @@ class ModelRunner:
         began = time.perf_counter_ns()
         batch, recorded = self._batch, self.recorded
         assert batch is not None and isinstance(recorded, RecordedModel)
-        recorded.decode(len(rows))
-        logprobs = [0.0] * len(rows)
+        recorded.decode(rows.num_tokens, len(rows))
+        logprobs: list[float] = []
         top: list[TopTokens] = []
-        if rows.greedy and len(rows) <= recorded.most_logits and self.group.world_size == 1:
-            ends = rows.settle(*recorded.first_logits)
+        if rows.greedy and rows.num_tokens <= recorded.most_logits and self.group.world_size == 1:
+            taken = rows.settle(*recorded.first_logits)
         else:
-            found = self._host_sampler.sample(batch, rows.slots, NO_MASKS, recorded.logits)
-            rows.tokens[:], logprobs, top = found.tokens, found.logprobs, found.top
-            ends = rows.settle()
+            found = self._host_sampler.sample(batch, rows.draws, NO_MASKS, recorded.logits)
+            rows.tokens[: rows.num_tokens] = found.tokens
+            taken = rows.settle()
+            logprobs = [found.logprobs[place] for place in taken.places.tolist()]
+            top = [found.top[place] for place in taken.places.tolist()] if found.top else []
         self._last_done = done = time.perf_counter_ns()
         forward_ns, total_ns = done - began, done - started
         if self.group.rank:
@@ -368,13 +370,14 @@ class ModelRunner:
         return StepResult(
             plan.epoch,
             plan.sequence,
-            plan.rows,
-            rows.tokens.tolist(),
-            logprobs,
-            ends,
+            taken.row_ids,
+            taken.token_ids,
+            logprobs or [0.0] * len(taken.row_ids),
+            taken.ends,
             top,
             forward_ns=forward_ns,
             total_ns=total_ns,
+            num_drafts=rows.num_tokens - len(rows),
         )
 
     def _logits(
@@ -408,31 +411,31 @@ class ModelRunner:
     ) -> Callable[[], StepResult]:
         """Makes the step's result of its tokens, which the batch expects from now on."""
         assert self._batch is not None
-        batch, expected = self._batch, self._batch.expect(scheduled)
-        row_ids = batch.ids[expected.slots]
+        batch, slots = self._batch, self._batch.draws(scheduled).slots
+        row_ids, expected = batch.ids[slots], batch.expect(scheduled)
 
         def finish() -> StepResult:
             found = sampled()
-            here, ends = batch.settle(expected, found.tokens)
+            places, ends = batch.settle(expected, found.tokens)
             answer = clock.stopped(self._last_done)
             self._last_done = time.perf_counter_ns()
             self.heartbeat.busy = len(self._under_way) > 0
             if self.group.rank:
                 return answer
-            places = np.flatnonzero(here).tolist()
             failures = {
                 row: masks.failures[slot]
-                for row, slot in zip(row_ids.tolist(), expected.slots.tolist(), strict=True)
+                for row, slot in zip(row_ids.tolist(), slots.tolist(), strict=True)
                 if slot in masks.failures
             }
             return replace(
                 answer,
-                rows=row_ids[here].tolist(),
-                token_ids=np.maximum(found.tokens[here], 0).tolist(),
-                logprobs=[found.logprobs[place] for place in places],
+                rows=row_ids[places].tolist(),
+                token_ids=np.maximum(found.tokens[places], 0).tolist(),
+                logprobs=[found.logprobs[place] for place in places.tolist()],
                 ends=[RowEnd(end) for end in ends.tolist()],
-                top=[found.top[place] for place in places] if found.top else [],
+                top=[found.top[place] for place in places.tolist()] if found.top else [],
                 failures=failures,
+                num_drafts=int(expected.drafts.sum()),
             )
 
         return finish

@@ -84,10 +84,10 @@ class RecordedModel:
         """Where `decode` finds its inputs."""
         return self._inputs.for_decoding
 
-    def decode(self, rows: int) -> None:
-        """A step of one token of each row, whose inputs are in `decode_inputs` already."""
-        self._sample_tokens, self._num_samples = self._inputs.row_numbers, rows
-        self._step.run((rows, rows, min(rows, self.most_logits)), self._beats)
+    def decode(self, tokens: int, rows: int) -> None:
+        """A step whose inputs are in `decode_inputs` already; each token is one to sample after."""
+        self._sample_tokens, self._num_samples = self._inputs.token_numbers, tokens
+        self._step.run((tokens, rows, min(tokens, self.most_logits)), self._beats)
 
     def logits(self, first: int) -> torch.Tensor | None:
         """Of the last step's sample_tokens from place `first` on, StepLimits.logits_rows of them or
@@ -127,7 +127,7 @@ class _StepBuffers:
         self.most_logits = limits.logits_rows
         recorded = max(_RECORDED_LOGITS)  # maybe more than will ever be replayed
         self.sample_tokens = torch.zeros(max(self.most_logits, recorded), dtype=torch.int64)
-        self.row_numbers = torch.arange(tokens)
+        self.token_numbers = torch.arange(tokens)
         # NumPy's copies of a few numbers cost less than torch's.
         self.for_decoding = DecodeInputs(
             input_ids=self.input_ids.numpy(),

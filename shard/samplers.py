@@ -15,7 +15,7 @@ import torch
 from headgate.kernels import ops
 from headgate.proto.messages import Pooling, TopTokens
 from headgate.shard.distributed import Group
-from headgate.shard.input_batch import InputBatch
+from headgate.shard.input_batch import Draws, InputBatch
 from headgate.shard.last_tokens import LastTokens
 from headgate.shard.sampling.device import rows_to_sample
 from headgate.shard.sampling.grammar import Masks
@@ -87,10 +87,9 @@ class HostSampler:
         self._group = group
         self._device = device
 
-    def sample(
-        self, batch: InputBatch, slots: IntArray, masks: Masks, logits_of: Logits
-    ) -> Sampled:
-        """slots: int64[S], of the rows."""
+    def sample(self, batch: InputBatch, draws: Draws, masks: Masks, logits_of: Logits) -> Sampled:
+        """Of S tokens."""
+        slots = draws.slots
         sampled, plain = Sampled.nothing(len(slots)), bool(batch.plain[slots].all())
         for index, part in enumerate(_parts(batch, slots, plain)):
             logits = logits_of(index * LOGITS_ROWS)
@@ -99,13 +98,14 @@ class HostSampler:
             if plain:
                 sampled.tokens[part] = ops.argmax(logits)
                 continue
-            tokens = sampled.tokens[part] = sample(logits, batch.sampled_rows(slots[part], masks))
+            rows = batch.sampled_rows(draws.take(part), masks)
+            tokens = sampled.tokens[part] = sample(logits, rows)
             asking, top_n = _asking(batch, slots[part])
             if len(asking):
-                rows = logits
+                asked = logits
                 if len(asking) < len(logits):
-                    rows = logits[torch.from_numpy(asking).to(logits.device)]
-                found = token_logprobs(rows, tokens[asking], top_n)
+                    asked = logits[torch.from_numpy(asking).to(logits.device)]
+                found = token_logprobs(asked, tokens[asking], top_n)
                 sampled.add_logprobs(part[asking], *found)
         if masks.failures:
             sampled.tokens[np.isin(slots, list(masks.failures))] = NO_TOKEN
@@ -130,16 +130,17 @@ class DeviceSampler:
         self._sample_tokens: Callable[..., torch.Tensor] = sample_tokens
 
     def sample(
-        self, batch: InputBatch, slots: IntArray, masks: Masks, logits_of: Logits
+        self, batch: InputBatch, draws: Draws, masks: Masks, logits_of: Logits
     ) -> tuple[Callable[[], object], Callable[[], Sampled]]:
         """(waits for the copy, on any thread; also reads it). No synchronisation here."""
+        slots = draws.slots
         parts, logprobs = _parts(batch, slots), []
         pieces: list[torch.Tensor] = []
         for index, part in enumerate(parts):
             logits = logits_of(index * LOGITS_ROWS)
             if logits is None:
                 continue
-            pieces.append(self._tokens(logits, batch.sampled_rows(slots[part], masks)))
+            pieces.append(self._tokens(logits, batch.sampled_rows(draws.take(part), masks)))
             asking, top_n = _asking(batch, slots[part])
             if len(asking):
                 found = self._logprobs(logits, pieces[-1], asking, max(top_n))

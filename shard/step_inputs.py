@@ -42,7 +42,7 @@ class StepInputs:
     input_ids: torch.Tensor  # int64[T]
     positions: torch.Tensor  # int64[T]
     attention: AttentionMetadata
-    sample_tokens: torch.Tensor  # int64[S]: index of the last token of each row that draws a token
+    sample_tokens: torch.Tensor  # int64[S]: index of the token before each that is drawn
     prompt_chunks: tuple[PromptChunk, ...]
     pooled_chunks: tuple[PooledChunk, ...]
 
@@ -51,7 +51,7 @@ def build_inputs(
     batch: InputBatch, scheduled: ScheduledRows, device: torch.device | str
 ) -> StepInputs:
     """The inputs of a step that computes the `scheduled` rows; at least one."""
-    slots, counts = scheduled.slots, scheduled.counts
+    slots, counts = scheduled.slots, scheduled.lengths
     computed = batch.num_computed[slots]
     ends = np.cumsum(counts)
     plain = batch.plain[slots].all()
@@ -63,11 +63,16 @@ def build_inputs(
     draws = scheduled.samples
     if not plain:
         draws = draws & (batch.params["pooling"][slots] == Pooling.NONE)
+    sample_tokens = ends[draws] - 1
+    if scheduled.drafts.any():  # a row's last known token and its guesses
+        firsts = ends - 1 - scheduled.drafts
+        spans = [np.arange(firsts[row], ends[row]) for row in np.flatnonzero(draws)]
+        sample_tokens = np.concatenate(spans)
     return StepInputs(
         input_ids=_tensor(batch.token_ids[token_slots, positions].astype(np.int64), device),
         positions=_tensor(positions, device),
         attention=_attention(batch, scheduled, token_slots, positions, device),
-        sample_tokens=_tensor(ends[draws] - 1, device),
+        sample_tokens=_tensor(sample_tokens, device),
         prompt_chunks=() if plain else _prompt_chunks(batch, scheduled, ends - counts),
         pooled_chunks=() if plain else _pooled_chunks(batch, scheduled, ends),
     )
@@ -80,7 +85,7 @@ def _attention(
     positions: IntArray,
     device: torch.device | str,
 ) -> AttentionMetadata:
-    slots, counts = scheduled.slots, scheduled.counts
+    slots, counts = scheduled.slots, scheduled.lengths
     block_size = batch.limits.block_size
     blocks, offsets = np.divmod(positions, block_size)
     slot_mapping = batch.block_tables[token_slots, blocks].astype(np.int64) * block_size + offsets

@@ -192,6 +192,7 @@ class FakeShard:
     sequence: int = 0  # of the last plan
     refuse: bool = False  # set it to refuse the next plan, and all until one with `reset`
     refuse_above: int = 0  # refuse plans of more tokens than this; 0: none
+    right_guesses: int = 0  # that were made
     steps: int = 0
     tokens_computed: int = 0
     _kv: dict[int, int] = field(default_factory=dict)  # by slot
@@ -275,12 +276,17 @@ class FakeShard:
         for row in alive.values():
             _require(len(set(row.blocks)) == len(row.blocks), "a block is twice in one table")
             _require(all(0 <= block < self.num_blocks for block in row.blocks), "no such block")
-        for row_id, count in zip(plan.rows, plan.counts, strict=True):
+        drafts = plan.drafts or [0] * len(plan.rows)
+        for row_id, count, most in zip(plan.rows, plan.counts, drafts, strict=True):
             row = self._row(row_id)
             if row.dead:
                 continue
             stop = row.computed + count
             _require(stop <= len(row.tokens), f"row {row_id} lacks tokens for {count} more")
+            if most:
+                _require(stop == len(row.tokens), f"row {row_id} has tokens that are known yet")
+                _require(not row.lockstep, f"row {row_id} may not go on by guesses")
+                stop = min(stop + most, row.prompt_length + row.sampling.max_new_tokens - 1)
             _require(stop <= len(row.blocks) * self.block_size, f"row {row_id} lacks blocks")
             for index in range(row.computed // self.block_size, -(-stop // self.block_size)):
                 block = row.blocks[index]
@@ -299,15 +305,19 @@ class FakeShard:
         prompt_logprobs: list[PromptLogprobs] = []
         pooled: list[PooledStates] = []
         # All writes, then all reads: as one batch would.
+        drafts = plan.drafts or [0] * len(plan.rows)
         batch = [
-            (row_id, self._rows[row_id], count)
-            for row_id, count in zip(plan.rows, plan.counts, strict=True)
+            (row_id, self._rows[row_id], count, most)
+            for row_id, count, most in zip(plan.rows, plan.counts, drafts, strict=True)
             if not self._rows[row_id].dead
         ]
-        for _, row, count in batch:
+        for _, row, count, most in batch:
             for position in range(row.computed, row.computed + count):
                 self._kv[self._slot(row, position)] = row.histories[position]
-        for row_id, row, count in batch:
+            for position in range(row.computed + count, row.computed + count + most):
+                if position < row.prompt_length + row.sampling.max_new_tokens - 1:
+                    self._kv[self._slot(row, position)] = -1  # of a guess: wrong until it is right
+        for row_id, row, count, most in batch:
             start, row.computed = row.computed, row.computed + count
             self.tokens_computed += count
             for position in range(row.computed):
@@ -332,10 +342,17 @@ class FakeShard:
                 count = row.sampling.top_n_tokens if row.lockstep else 0
                 top.append(best_tokens(row.histories[-1], self.vocabulary, count))
                 tokens.append(self._next(row))
-                ends.append(
-                    _end(row.sampling, tokens[-1], len(row.tokens) - row.prompt_length, self.eos_id)
-                )
-                row.dead = ends[-1] is not RowEnd.NONE
+                ends.append(self._end(row))
+                for _ in range(self._right_guesses(row, most)):
+                    if row.dead:
+                        break
+                    self._kv[self._slot(row, row.computed)] = row.histories[row.computed]
+                    row.computed += 1
+                    rows.append(row_id)
+                    top.append(TopTokens((), ()))
+                    tokens.append(self._next(row))
+                    ends.append(self._end(row))
+                    self.right_guesses += 1
         self.steps += 1
         return StepResult(
             plan.epoch,
@@ -358,6 +375,16 @@ class FakeShard:
         states = [_hidden(history) for history in row.histories[start : row.computed]]
         sums = [sum(column) for column in zip(*states, strict=True)]
         return PooledStates(row_id, start, row.computed, sums)
+
+    def _end(self, row: _Row) -> RowEnd:
+        count = len(row.tokens) - row.prompt_length
+        end = _end(row.sampling, row.tokens[-1], count, self.eos_id)
+        row.dead = end is not RowEnd.NONE
+        return end
+
+    def _right_guesses(self, row: _Row, most: int) -> int:
+        """How many of its next tokens are guessed: any number up to `most`."""
+        return _sample(row.histories[-1], row.sampling, self.sequence, most + 1)
 
     def _next(self, row: _Row) -> int:
         position = len(row.tokens) - row.prompt_length

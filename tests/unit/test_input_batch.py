@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from headgate.proto.messages import Fork, NewRow, RowEnd, RowSampling, StepPlan
-from headgate.shard.input_batch import BatchLimits, InputBatch, PlanError
+from headgate.shard.input_batch import BatchLimits, Draws, InputBatch, PlanError
 from headgate.shard.sampling.sampler import sample
 from headgate.shard.step_inputs import build_inputs
 
@@ -151,7 +151,7 @@ def test_what_a_row_says_of_tokens_reaches_the_sampler_and_its_forks() -> None:
     run(target, [60], new_rows=[new_row(1, **said)], rows=[1], counts=[5])
     target.apply(plan(forks=[Fork(1, 2, 1, [8, 9], 6)], new_rows=[new_row(3), new_row(4)]))
     slots = np.array([target.slot_of(row) for row in (1, 2, 3)])
-    rows = target.sampled_rows(slots)
+    rows = target.sampled_rows(Draws.next(slots))
     assert sorted(rows.biases) == sorted(rows.allowed) == [0, 1]
     for row in (0, 1):
         assert rows.biases[row].ids.tolist() == [3]
@@ -166,7 +166,7 @@ def test_bad_words_are_banned_where_they_would_end() -> None:
     run(target, [60], new_rows=[new_row(1, bad_words=words)], rows=[1], counts=[5])
     resumed = new_row(2, bad_words=words, output_ids=[60, 61])
     target.apply(plan(new_rows=[resumed], forks=[Fork(1, 3, 1, [8, 9], 5, [60])]))
-    rows = target.sampled_rows(np.array([target.slot_of(row) for row in (1, 2, 3)]))
+    rows = target.sampled_rows(Draws.next(np.array([target.slot_of(row) for row in (1, 2, 3)])))
     # Of the prompt, which ends with 3 and 4, nothing is counted.
     assert rows.banned[0].tolist() == rows.banned[2].tolist() == [7, 62]
     assert rows.banned[1].tolist() == [7, 63]
@@ -180,7 +180,7 @@ def test_bad_words_beside_what_else_bans() -> None:
     target = batch()
     said = {"bad_words": ((5,), (6,)), "allowed_token_ids": (5, 6), "min_new_tokens": 2}
     run(target, [], new_rows=[new_row(1, **said), new_row(2, bad_words=((1, 2),))])
-    rows = target.sampled_rows(np.array([target.slot_of(row) for row in (1, 2)]))
+    rows = target.sampled_rows(Draws.next(np.array([target.slot_of(row) for row in (1, 2)])))
     assert sorted(rows.banned[0].tolist()) == [5, 6, EOS] and 1 not in rows.banned
     assert (
         sample(torch.zeros(2, 100), rows).tolist()[0] == 5
@@ -212,7 +212,7 @@ def test_a_row_sent_again_continues_with_its_output() -> None:
     target = batch()
     row = new_row(1, 3, output_ids=[10, 11], max_new_tokens=3)
     scheduled = target.apply(plan(new_rows=[row], rows=[1], counts=[5]))
-    assert target.sampled_rows(scheduled.slots).output_positions.tolist() == [2]
+    assert target.sampled_rows(target.draws(scheduled)).output_positions.tolist() == [2]
     assert target.advance(scheduled, np.array([12])).tolist() == [RowEnd.LENGTH]
 
 
@@ -257,17 +257,17 @@ def test_min_new_tokens_bans_what_would_end_the_row() -> None:
         new_row(3, stop_token_ids=(8,)),
     ]
     scheduled = target.apply(plan(new_rows=rows, rows=[1, 2, 3], counts=[5, 5, 5]))
-    sampled = target.sampled_rows(scheduled.slots)
+    sampled = target.sampled_rows(target.draws(scheduled))
     assert {row: ids.tolist() for row, ids in sampled.banned.items()} == {0: [7, EOS], 1: [8]}
     target.advance(scheduled, np.array([1, 1, 1]))
-    assert not target.sampled_rows(scheduled.slots).banned
+    assert not target.sampled_rows(target.draws(scheduled)).banned
 
 
 def test_the_sampler_sees_the_history_of_penalised_rows_only() -> None:
     target = batch()
     rows = [new_row(1, 2), new_row(2, 3, output_ids=[50], presence_penalty=1.0)]
     scheduled = target.apply(plan(new_rows=rows, rows=[1, 2], counts=[2, 4]))
-    sampled = target.sampled_rows(scheduled.slots)
+    sampled = target.sampled_rows(target.draws(scheduled))
     assert list(sampled.histories) == [1]
     assert sampled.histories[1].token_ids.tolist() == [0, 1, 2, 50]
     assert sampled.histories[1].num_prompt == 3

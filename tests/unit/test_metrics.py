@@ -74,15 +74,19 @@ def test_histogram_counts_up_to_and_including_its_bound(metrics: Metrics) -> Non
 def test_events(metrics: Metrics) -> None:
     metrics.first_token(0.5)
     metrics.next_tokens(0.1, 1)
+    metrics.came_together(0, 1)
+    metrics.came_together(3, 2)
     metrics.succeeded(RequestTimes(1.0, 0.1, 0.2, 0.7, 0.35), generated_tokens=2)
     metrics.step_planned("prefill", joined=2, was_running=True, seconds=0.001)
     metrics.step_planned("decode", joined=0, was_running=True, seconds=0.001)
-    metrics.step_done("prefill", StepTimes(0.1, 0.09, 0.001, 0.001))
+    metrics.step_done("prefill", StepTimes(0.1, 0.09, 0.001, 0.001), draft_tokens=8)
     metrics.step_failed("decode")
     metrics.failed("a new kind")
     seen = samples(metrics)
     assert seen["tgi_generated_tokens"] == 2
-    assert seen["tgi_request_skipped_tokens_count"] == 2
+    assert seen["tgi_request_skipped_tokens_count"] == 4
+    assert seen["tgi_request_skipped_tokens_sum"] == 6
+    assert (seen["tgi_draft_tokens"], seen["tgi_accepted_draft_tokens"]) == (8, 6)
     assert seen["tgi_request_time_to_first_token_duration_sum"] == 0.5
     assert seen["tgi_request_success"] == 1
     assert seen['tgi_batch_concat{reason="chunking"}'] == 1

@@ -120,6 +120,7 @@ def test_random_lives(seed: int, depth: int, caching: bool) -> None:
         kv_overcommit=rng.choice([0.0, 0.1, 0.5, 1.0, 1.0]),
         prefix_caching=caching,
         spacing=rng.choice([0.0, 0.005, 2.0]),
+        draft_tokens=rng.choice([0, 0, 1, 3, 8]),
     )
     trouble = rng.choice([0.0, 0.005, 0.02])
     for _ in range(EVENTS):
