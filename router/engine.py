@@ -293,12 +293,7 @@ class Engine:
                     self._on_first_step(group.epoch)
                 self._take(in_flight.popleft(), result)
             delay = self._patience(in_flight)
-            if delay > 0:
-                timer = asyncio.get_running_loop().call_later(delay, self._wake.set)
-                await self._wake.wait()
-                timer.cancel()
-                continue
-            if len(in_flight) < MAX_IN_FLIGHT:
+            if not delay and len(in_flight) < MAX_IN_FLIGHT:
                 plans: list[StepPlan] = []
                 while len(in_flight) < MAX_IN_FLIGHT + self._num_ahead(plans):
                     plan, step = self._plan(group.epoch, sequence + 1)
@@ -309,14 +304,23 @@ class Engine:
                     plans.append(plan)
                 if plans:
                     await group.send(plans)
+            await self._woken(delay)
+
+    async def _woken(self, delay: float) -> None:
+        """Returns when something has happened; with a `delay`, after so many seconds at most."""
+        if not delay:
             await self._wake.wait()
+            return
+        timer = asyncio.get_running_loop().call_later(delay, self._wake.set)
+        await self._wake.wait()
+        timer.cancel()
 
     def _patience(self, in_flight: Sequence[_Step]) -> float:
-        """Seconds until the next step should be planned."""
+        """Seconds until the next step should be planned; 0: now, or not before a result."""
         if len(in_flight) != 1 or self._shortest_step < PATIENT_SECONDS:
             return 0.0
         began = max(in_flight[0].sent, self._last_result)
-        return began + self._shortest_step * PATIENCE - time.monotonic()
+        return max(began + self._shortest_step * PATIENCE - time.monotonic(), 0.0)
 
     def _num_ahead(self, plans: Sequence[StepPlan]) -> int:
         """Steps that may follow the `plans` made just now, beyond those that keep shards busy."""

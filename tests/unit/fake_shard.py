@@ -367,6 +367,7 @@ class FakeShard:
             ],
             prompt_logprobs=prompt_logprobs,
             pooled=pooled,
+            num_drafts=sum(most for *_, most in batch),
         )
 
     def _pool(self, row_id: int, row: _Row, start: int) -> PooledStates:

@@ -56,8 +56,11 @@ def prompts(count: int, seed: int = 1) -> list[list[int]]:
     return [[rng.randrange(250) for _ in range(rng.randrange(1, 60))] for _ in range(count)]
 
 
-async def test_many_at_once_get_the_answers_they_would_get_alone(tmp_path: Path) -> None:
-    async with running_router(tmp_path, num_shards=3) as router:
+@pytest.mark.parametrize("drafts", [0, 3])
+async def test_many_at_once_get_the_answers_they_would_get_alone(
+    tmp_path: Path, drafts: int
+) -> None:
+    async with running_router(tmp_path, num_shards=3, speculate=drafts) as router:
         rng = random.Random(2)
         messages = [
             request(prompt, max_new_tokens=rng.randrange(1, 40), ignore_eos=rng.random() < 0.5)
@@ -78,6 +81,45 @@ async def test_many_at_once_get_the_answers_they_would_get_alone(tmp_path: Path)
         assert router.metric("tgi_generated_tokens") == sum(len(r.tokens) for r in responses)
         assert router.metric('tgi_batch_inference_success{method="prefill"}') > 0
         assert router.metric('tgi_batch_inference_success{method="decode"}') > 0
+        together = router.metric("tgi_accepted_draft_tokens")
+        assert together == router.metric("tgi_request_skipped_tokens_sum")
+        assert (together > 20) == (router.metric("tgi_draft_tokens") > together) == bool(drafts)
+
+
+async def test_tokens_after_a_stop_text_are_dropped(tmp_path: Path) -> None:
+    async with running_router(tmp_path, speculate=8) as router:
+        for prompt in prompts(12):
+            whole = await router.stub.Generate(request(prompt, max_new_tokens=30))
+            assert ids_of(whole) == answer_of(router, request(prompt, max_new_tokens=30))[0]
+            texts = [token.text for token in whole.tokens]
+            stop = next(text for text in texts[5:] if text.isascii() and text)
+            found = await router.stub.Generate(request(prompt, max_new_tokens=30, stop=[stop]))
+            count = texts.index(stop) + 1
+            assert ids_of(found) == ids_of(whole)[:count]
+            assert found.finished.generated_tokens == count
+        router.assert_idle()
+
+
+async def test_who_asks_after_a_step_began_comes_into_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running_router(tmp_path, behaviour=Behaviour(step_seconds=0.02)) as router:
+        steps: dict[float, int] = {}
+        for patience in (0.0, 0.8):
+            monkeypatch.setattr(engine, "PATIENCE", patience)
+            tokens = router.stub.GenerateStream(request([1, 2], max_new_tokens=60))
+            waits: list[int] = []
+            asked: asyncio.Task[object] | None = None
+            async for event in tokens:
+                if asked is None or asked.done():
+                    message = request([3, 4, len(waits)], max_new_tokens=1)
+                    asked = asyncio.ensure_future(router.stub.Generate(message))
+                    waits.append(0)
+                waits[-1] += len(event.tokens.tokens)
+            assert asked is not None
+            await asked
+            steps[patience] = sorted(waits[10:-1])[len(waits[10:-1]) // 2]
+        assert steps[0.8] < steps[0.0]
 
 
 async def test_short_steps_are_planned_a_few_at_a_time(
