@@ -32,6 +32,10 @@ __all__ = [
 ]
 
 
+# Steps with guesses have at most this part of the tokens of the largest step.
+DRAFT_SHARE = int(__import__("os").environ.get("HG_SHARE", "5"))
+
+
 class Scheduler:
     """Owns every unfinished request and the KV accounting.
 
@@ -152,6 +156,7 @@ class Scheduler:
         Each is sure of one token, so neither answers nor prompts starve the other.
         """
         extra = draft.budget - len(rows)
+        most_guesses = self._most_guesses(len(rows))
         for row in rows:
             if draft.preempted and row.status is not RequestStatus.RUNNING:
                 continue  # gave way just now to one before it
@@ -161,7 +166,7 @@ class Scheduler:
                 more = min(extra, row.num_prefill_tokens - row.num_scheduled - 1)
                 count += more
                 extra -= more
-            elif self._plan_with_guesses(row, draft):
+            elif most_guesses and self._plan_with_guesses(row, most_guesses, draft):
                 continue
             target = min(row.num_reserved + count, row.max_positions)
             if target <= len(row.block_ids) * self._config.block_size:
@@ -171,16 +176,25 @@ class Scheduler:
             if blocks is not None:
                 self._plan_row(row, count, blocks, draft)
 
-    def _plan_with_guesses(self, row: Request, draft: StepDraft) -> bool:
+    def _most_guesses(self, num_rows: int) -> int:
+        """Tokens that may be guessed for each of so many rows: none that make the step a long one.
+
+        Where many rows decode, a token more costs a step as much as it brings, and newcomers wait.
+        """
+        if self._budget.is_cut or not num_rows:
+            return 0
+        room = self._config.max_batch_prefill_tokens // DRAFT_SHARE
+        return max(min(self._config.draft_tokens, room // num_rows - 1), 0)
+
+    def _plan_with_guesses(self, row: Request, most: int, draft: StepDraft) -> bool:
         """One token for the row and some that the shards may guess, if nobody has to give way.
 
         How many will be right is not known before the result, so there are blocks for all of them.
-        They don't count in the step's budget: shards guess only as far as their step has room.
         """
-        if self._budget.is_cut or row.num_scheduled < row.num_prefill_tokens:
+        if row.num_scheduled < row.num_prefill_tokens:
             return False
         target = row.num_reserved + 1
-        num_guesses = min(self._config.draft_tokens, row.max_positions - target)
+        num_guesses = min(most, row.max_positions - target)
         if num_guesses < 1 or not row.takes_drafts:
             return False
         blocks = self._kv.extend(row, target + num_guesses)

@@ -241,11 +241,12 @@ float* partial_of(const Tile& t, int32_t partition, int query) {
   const AttentionJob& job = *t.job;
   const AttentionItem& item = *t.item;
   int64_t place = (partition - item.partition_first) * t.queries + query, first = item.partial;
-  if (item.sharer_first >= 0) {
+  if (item.token_first >= 0) {
     const int group = job.heads / job.kv_heads;
-    const Sharer& sharer = job.sharers[item.sharer_first + query / group];
+    const SharerToken& token = job.sharer_tokens[item.token_first + query / group];
+    const Sharer& sharer = job.sharers[token.sharer];
     const int64_t partitions = item.kv_head * sharer.partitions + partition;
-    place = partitions * group + query % group;
+    place = partitions * sharer.queries + token.token * group + query % group;
     first = sharer.partial;
   }
   return job.partials + first + partial_size(place, t.dim);

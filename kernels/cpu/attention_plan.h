@@ -19,6 +19,7 @@ struct AttentionItems {
   std::vector<AttentionItem> attend;
   std::vector<MergeItem> merge;
   std::vector<Sharer> sharers;
+  std::vector<SharerToken> sharer_tokens;
   int64_t partials = 0;  // floats
   int64_t cost = 0;      // nanoseconds, roughly
 };
@@ -116,18 +117,33 @@ void add_sharer(const AttentionJob& job, AttentionItem tile, int64_t largest, Sh
   }
 }
 
-// Tiles of the queries that share some keys, as even as may be.
-void tile_sharers(const AttentionJob& job, const SharedKeys& keys, const std::vector<Sharer>& sharers,
+// How many of `tokens` that share keys a tile takes: as many as fit in, or an even share, by which of
+// them fewer lanes of vectors are left empty.
+int32_t tokens_per_tile(int32_t tokens, int32_t group) {
+  const int32_t most = kQueryTile / group, even = int32_t(divide_up(tokens, divide_up(tokens, most)));
+  const auto lanes = [&](int32_t each) {
+    constexpr int32_t kVector = 16;
+    const int64_t full = divide_up(each * group, kVector), rest = divide_up(tokens % each * group, kVector);
+    return tokens / each * full + rest;
+  };
+  return lanes(most) < lanes(even) ? most : even;
+}
+
+// Tiles of the tokens that share some keys.
+void tile_sharers(const AttentionJob& job, const SharedKeys& keys, AttentionItems& items,
                   std::vector<AttentionItem>& tiles) {
-  const int group = job.heads / job.kv_heads, rows = keys.last - keys.first;
+  const int group = job.heads / job.kv_heads;
   const int64_t positions = int64_t(keys.partition_last - keys.partition_first) * kPartition;
-  const int64_t count = divide_up(rows, kQueryTile / group);
-  for (int64_t tile = 0; tile < count; ++tile) {
-    const int32_t first = int32_t(keys.first + rows * tile / count);
-    const int32_t last = int32_t(keys.first + rows * (tile + 1) / count);
-    const int32_t queries = (last - first) * group;
-    tiles.push_back({sharers[first].row, 0, 1, 0, queries, keys.partition_first, keys.partition_last,
-                     first, 0, cost_of(job, positions, queries)});
+  int32_t first = int32_t(items.sharer_tokens.size());
+  for (int32_t sharer = keys.first; sharer < keys.last; ++sharer)
+    for (int32_t token = 0; token * group < items.sharers[sharer].queries; ++token)
+      items.sharer_tokens.push_back({sharer, token});
+  const int32_t last = int32_t(items.sharer_tokens.size()), each = tokens_per_tile(last - first, group);
+  for (; first < last; first += each) {
+    const int32_t queries = std::min(each, last - first) * group;
+    const int32_t row = items.sharers[items.sharer_tokens[first].sharer].row;
+    tiles.push_back({row, 0, 1, 0, queries, keys.partition_first, keys.partition_last, first, 0,
+                     cost_of(job, positions, queries)});
   }
 }
 
@@ -150,12 +166,13 @@ static inline void plan_attention(const AttentionJob& job, int threads, Attentio
   tiles.clear();
   items.attend.clear();
   items.merge.clear();
+  items.sharer_tokens.clear();
   items.partials = items.cost = 0;
   find_shared_keys(job, items.sharers, shared);
   sharer_of.assign(job.rows, nullptr);
   for (Sharer& sharer : items.sharers)
     if (sharer.shared) sharer_of[sharer.row] = &sharer;
-  for (const SharedKeys& keys : shared) tile_sharers(job, keys, items.sharers, tiles);
+  for (const SharedKeys& keys : shared) tile_sharers(job, keys, items, tiles);
   const int group = job.heads / job.kv_heads;
   for (int row = 0; row < job.rows; ++row) {
     const int64_t tokens = job.cu_query_lens[row + 1] - job.cu_query_lens[row];
@@ -167,7 +184,7 @@ static inline void plan_attention(const AttentionJob& job, int threads, Attentio
   const int64_t even = items.cost / (threads * kItemsPerThread);
   const int64_t largest = threads == 1 ? INT64_MAX / 2 : even + 1;
   for (AttentionItem& tile : tiles) {
-    if (tile.sharer_first >= 0) {
+    if (tile.token_first >= 0) {
       for (; tile.kv_head < job.kv_heads; ++tile.kv_head) cut_item(tile, largest, 0, items);
     } else if (Sharer* sharer = sharer_of[tile.row]) {
       add_sharer(job, tile, largest, *sharer, items);

@@ -1,4 +1,4 @@
-// Rows that decode and whose tables begin with the same blocks: a prompt that many share.
+// Rows of few tokens (they decode) whose tables begin with the same blocks: a prompt that many share.
 //
 // Their queries attend to those keys in tiles of their own, in which the keys are read once for all of
 // them. Only whole partitions are shared, so sums stay as they are: each row's results of them are put
@@ -20,32 +20,46 @@ struct SharedKeys {
 
 namespace {
 
-// How many whole partitions two rows have the same blocks for, never that of a row's last key.
+// Whole partitions before the row's tokens.
+int32_t whole_partitions(const AttentionJob& job, const Sharer& sharer) {
+  const int32_t tokens = sharer.queries / (job.heads / job.kv_heads);
+  return (job.context_lens[sharer.row] - tokens) / kPartition;
+}
+
+// Blocks of the partitions that both could share.
+int64_t comparable_blocks(const AttentionJob& job, const Sharer& a, const Sharer& b) {
+  const int64_t blocks = kPartition / job.block_size;
+  return blocks * std::min(whole_partitions(job, a), whole_partitions(job, b));
+}
+
+// How many whole partitions two rows have the same blocks for, before the tokens of both.
 int32_t partitions_alike(const AttentionJob& job, const Sharer& a, const Sharer& b) {
   const int64_t blocks = kPartition / job.block_size;
   const int32_t* from = job.block_tables + a.row * job.table_stride;
   const int32_t* other = job.block_tables + b.row * job.table_stride;
-  const int64_t most = blocks * (std::min(a.partitions, b.partitions) - 1);
+  const int64_t most = comparable_blocks(job, a, b);
   return int32_t((std::mismatch(from, from + most, other).first - from) / blocks);
 }
 
-// Rows of one token with a whole partition before that of their last key, those side by side whose
+// Rows whose tokens fit into one tile and have a whole partition before them, those side by side whose
 // tables begin alike.
 void order_by_table(const AttentionJob& job, std::vector<Sharer>& sharers) {
   sharers.clear();
+  const int group = job.heads / job.kv_heads;
   for (int row = 0; row < job.rows; ++row) {
-    const int32_t last = job.context_lens[row] - 1;
-    if (job.cu_query_lens[row + 1] - job.cu_query_lens[row] == 1 && last >= kPartition)
-      sharers.push_back({row, last / kPartition + 1, 0, 0});
+    const int32_t tokens = job.cu_query_lens[row + 1] - job.cu_query_lens[row];
+    const int32_t partitions = (job.context_lens[row] - 1) / kPartition + 1;
+    if (tokens * group <= kQueryTile && job.context_lens[row] - tokens >= kPartition)
+      sharers.push_back({row, tokens * group, partitions, 0, 0});
   }
-  const int64_t blocks = kPartition / job.block_size;
   std::sort(sharers.begin(), sharers.end(), [&](const Sharer& a, const Sharer& b) {
     const int32_t* from = job.block_tables + a.row * job.table_stride;
     const int32_t* other = job.block_tables + b.row * job.table_stride;
-    const int64_t most = blocks * (std::min(a.partitions, b.partitions) - 1);
+    const int64_t most = comparable_blocks(job, a, b);
     const auto differ = std::mismatch(from, from + most, other);
     if (differ.first != from + most) return *differ.first < *differ.second;
-    return a.partitions != b.partitions ? a.partitions < b.partitions : a.row < b.row;
+    const int32_t wholes[] = {whole_partitions(job, a), whole_partitions(job, b)};
+    return wholes[0] != wholes[1] ? wholes[0] < wholes[1] : a.row < b.row;
   });
 }
 

@@ -90,13 +90,14 @@ struct Token {
 };
 
 HG_INLINE Token token_of(const AttentionJob& job, const AttentionItem& item, int query) {
-  const int32_t token = query_row(item, query) / (job.heads / job.kv_heads);
-  if (item.sharer_first >= 0) {
-    const int32_t row = job.sharers[item.sharer_first + token].row;
-    return {job.cu_query_lens[row], job.context_lens[row] - 1};
+  int32_t row = item.row, token = query_row(item, query) / (job.heads / job.kv_heads);
+  if (item.token_first >= 0) {
+    const SharerToken& shared = job.sharer_tokens[item.token_first + token];
+    row = job.sharers[shared.sharer].row;
+    token = shared.token;
   }
-  const int32_t start = job.cu_query_lens[item.row], end = job.cu_query_lens[item.row + 1];
-  return {start + token, job.context_lens[item.row] - (end - start) + token};
+  const int32_t start = job.cu_query_lens[row], end = job.cu_query_lens[row + 1];
+  return {start + token, job.context_lens[row] - (end - start) + token};
 }
 
 HG_INLINE int32_t first_seen(const AttentionJob& job, int32_t position) {

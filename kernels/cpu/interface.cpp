@@ -175,6 +175,7 @@ HG_API int32_t hg_paged_attention(const float* q, int64_t q_token_stride, int64_
     job.partials = reinterpret_cast<float*>(memory);
   }
   job.sharers = items.sharers.data();
+  job.sharer_tokens = items.sharer_tokens.data();
   job.items = items.attend.data();
   job.item_count = int64_t(items.attend.size());
   job.item_stride = num_threads();

@@ -94,23 +94,29 @@ static inline bool is_few(int queries, int dim) {
 constexpr int kKeyBlock = 64;
 constexpr int kPartition = 256;
 
-// A part of the work on one row and key/value heads that lie side by side; or on one head of rows of one
-// token that share the item's keys.
+// A part of the work on one row and key/value heads that lie side by side; or on one head of rows of few
+// tokens that share the item's keys.
 struct AttentionItem {
   int32_t row, kv_head, kv_count;
   int32_t query_first, query_count;          // of each: query rows, token-major over its group
   int32_t partition_first, partition_last;   // partitions of keys [first, last)
-  int32_t sharer_first;                      // the rows are `sharers` from this one on; -1: `row` alone
+  int32_t token_first;                       // the first of its `sharer_tokens`; -1: `row` alone
   int64_t partial;                           // where to leave results in `partials`; -1: in `out`
   int64_t cost;                              // nanoseconds, roughly
 };
 
-// A row of one token whose first keys other rows have too.
+// A row of few tokens whose first keys, before all of those, other rows have too.
 struct Sharer {
   int32_t row;
+  int32_t queries;                           // of each key/value head
   int32_t partitions;                        // of its keys
   int32_t shared;                            // of those, the leading ones that items of several rows take
   int64_t partial;                           // of its first head's first partition; the others follow
+};
+
+// A token of a sharer's row.
+struct SharerToken {
+  int32_t sharer, token;
 };
 
 struct AttentionJob {
@@ -123,6 +129,7 @@ struct AttentionJob {
   const int32_t* context_lens;
   const int32_t* block_tables;
   const Sharer* sharers;
+  const SharerToken* sharer_tokens;
   const AttentionItem* items;
   int64_t item_count, item_stride;           // a thread's next item, probably: the one so much later
   const float* k_scales;                     // [blocks, kv_heads, block_size], or null

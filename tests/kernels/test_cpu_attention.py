@@ -128,10 +128,15 @@ def continued(row: Row, first: int, length: int, seed: int) -> Row:
 @pytest.mark.parametrize("shape", [*SHAPES, (71, 1, 8)], ids=str)
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("block_size", [16, 7])
+@pytest.mark.parametrize("tokens", [[1], [1, 3, 9, 2, 5], [4]])
 def test_bits_do_not_depend_on_who_shares_a_rows_blocks(
-    shape: tuple[int, int, int], kind: tuple[int, float, torch.dtype], block_size: int
+    shape: tuple[int, int, int],
+    kind: tuple[int, float, torch.dtype],
+    block_size: int,
+    tokens: list[int],
 ) -> None:
-    """Two families of rows, in one of them a family with more in common; a chunk in between."""
+    """Two families of rows, in one of them a family with more in common; some of more tokens than
+    they have of their own."""
     first, second = rows([620, 300], *shape)
     inner = continued(first, 300, 1100, seed=7)
     parents = [(first, 520), (inner, 1030), (second, 260)]
@@ -141,7 +146,8 @@ def test_bits_do_not_depend_on_who_shares_a_rows_blocks(
         parent, common = parents[member]
         length = common + 1 + 37 * (seed % 4)
         row = continued(parent, common, length, seed=20 + seed)
-        chunks.append(Chunk(row, length - (4 if seed == 5 else 1), length))
+        count = 40 if seed == 5 else tokens[seed % len(tokens)]
+        chunks.append(Chunk(row, length - count, length))
         shared.append(common // block_size)
     q, k_cache, v_cache, step = make_step(chunks, block_size, kind[2])
     tables = step.block_tables.clone()
