@@ -133,7 +133,7 @@ template <int DTYPE>
 Few few_of(int queries) {
   static void (*const score[kFewQueries])(Tile&, int, int) = {
       score_few<1, DTYPE>, score_few<2, DTYPE>, score_few<3, DTYPE>, score_few<4, DTYPE>,
-      score_few<5, DTYPE>, score_few<6, DTYPE>, score_few<7, DTYPE>, score_few<8, DTYPE>};
+      score_few<5, DTYPE>, score_few<6, DTYPE>, score_few<7, DTYPE>, score_few<8, DTYPE>, score_few<9, DTYPE>};
   return {score[queries - 1], weigh<DTYPE>};
 }
 
