@@ -107,6 +107,7 @@ class StepPlan:
     rows: Sequence[int] = ()  # row ids to compute, in batch order
     counts: Sequence[int] = ()  # tokens to compute of each
     drafts: Sequence[int] = ()  # guessed tokens that each may be computed with too; empty: none
+    most_drafts: int = 0  # of all rows together, the first in order first
     new_rows: Sequence[NewRow] = ()
     removed: Sequence[int] = ()
     block_rows: Sequence[int] = ()  # row id of each new block ...
@@ -226,6 +227,7 @@ def encode_plan(plan: StepPlan) -> shard_pb2.StepPlan:
     )
     if plan.drafts:
         message.drafts = pack_ids(plan.drafts)
+        message.most_drafts = plan.most_drafts
     if plan.block_rows or plan.block_ids:
         message.block_rows = pack_ids(plan.block_rows)
         message.block_ids = pack_ids(plan.block_ids)
@@ -263,7 +265,14 @@ def decode_plan(message: shard_pb2.StepPlan) -> StepPlan:
     )
     if not changed:
         return StepPlan(
-            epoch, sequence, rows, counts, drafts, block_rows=block_rows, block_ids=block_ids
+            epoch,
+            sequence,
+            rows,
+            counts,
+            drafts,
+            message.most_drafts,
+            block_rows=block_rows,
+            block_ids=block_ids,
         )
     return StepPlan(
         epoch=epoch,
@@ -271,6 +280,7 @@ def decode_plan(message: shard_pb2.StepPlan) -> StepPlan:
         rows=rows,
         counts=counts,
         drafts=drafts,
+        most_drafts=message.most_drafts,
         new_rows=[_decode_row(row) for row in message.new_rows],
         removed=unpack_ids(message.removed),
         block_rows=block_rows,

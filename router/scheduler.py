@@ -32,8 +32,7 @@ __all__ = [
 ]
 
 
-# Steps with guesses have at most this part of the tokens of the largest step.
-DRAFT_SHARE = int(__import__("os").environ.get("HG_SHARE", "5"))
+DRAFT_SHARE = 8  # a step with guesses has at most this part of the largest step's tokens
 
 
 class Scheduler:
@@ -156,7 +155,7 @@ class Scheduler:
         Each is sure of one token, so neither answers nor prompts starve the other.
         """
         extra = draft.budget - len(rows)
-        most_guesses = self._most_guesses(len(rows))
+        draft.most_guesses = self._most_guesses(len(self._rows.running))
         for row in rows:
             if draft.preempted and row.status is not RequestStatus.RUNNING:
                 continue  # gave way just now to one before it
@@ -166,7 +165,7 @@ class Scheduler:
                 more = min(extra, row.num_prefill_tokens - row.num_scheduled - 1)
                 count += more
                 extra -= more
-            elif most_guesses and self._plan_with_guesses(row, most_guesses, draft):
+            elif draft.most_guesses and self._plan_with_guesses(row, draft):
                 continue
             target = min(row.num_reserved + count, row.max_positions)
             if target <= len(row.block_ids) * self._config.block_size:
@@ -177,16 +176,15 @@ class Scheduler:
                 self._plan_row(row, count, blocks, draft)
 
     def _most_guesses(self, num_rows: int) -> int:
-        """Tokens that may be guessed for each of so many rows: none that make the step a long one.
+        """Tokens that may be guessed for so many rows: none that would make the step a long one.
 
         Where many rows decode, a token more costs a step as much as it brings, and newcomers wait.
         """
-        if self._budget.is_cut or not num_rows:
+        if self._budget.is_cut or not self._config.draft_tokens:
             return 0
-        room = self._config.max_batch_prefill_tokens // DRAFT_SHARE
-        return max(min(self._config.draft_tokens, room // num_rows - 1), 0)
+        return max(self._config.max_batch_prefill_tokens // DRAFT_SHARE - num_rows, 0)
 
-    def _plan_with_guesses(self, row: Request, most: int, draft: StepDraft) -> bool:
+    def _plan_with_guesses(self, row: Request, draft: StepDraft) -> bool:
         """One token for the row and some that the shards may guess, if nobody has to give way.
 
         How many will be right is not known before the result, so there are blocks for all of them.
@@ -194,7 +192,8 @@ class Scheduler:
         if row.num_scheduled < row.num_prefill_tokens:
             return False
         target = row.num_reserved + 1
-        num_guesses = min(most, row.max_positions - target)
+        wanted = min(self._config.draft_tokens, draft.most_guesses)
+        num_guesses = min(wanted, row.max_positions - target)
         if num_guesses < 1 or not row.takes_drafts:
             return False
         blocks = self._kv.extend(row, target + num_guesses)

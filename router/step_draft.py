@@ -17,6 +17,7 @@ class StepDraft:
     epoch: int
     sequence: int
     budget: int  # tokens left
+    most_guesses: int = 0  # that shards may make in all
     preempted: bool = False  # someone gave way to a row of this step
     holds_prompt: bool = False  # it computes a part of a prompt, or of an output anew
     rows: list[PlannedRow] = field(default_factory=list)
@@ -76,13 +77,16 @@ class StepDraft:
         return row.num_scheduled - sum(count for planned, count, *_ in self.rows if planned is row)
 
     def plan(self, removed: Sequence[int], reset: bool) -> StepPlan:
-        drafts = [num_guesses for _, _, num_guesses, _, _ in self.rows]
+        drafts: Sequence[int] = [num_guesses for _, _, num_guesses, _, _ in self.rows]
+        if self.holds_prompt or not any(drafts):  # no long step becomes longer
+            drafts = ()
         return StepPlan(
             epoch=self.epoch,
             sequence=self.sequence,
             rows=[request.id for request, *_ in self.rows],
             counts=[count for _, count, *_ in self.rows],
-            drafts=drafts if any(drafts) and not self.holds_prompt else (),
+            drafts=drafts,
+            most_drafts=self.most_guesses if drafts else 0,
             new_rows=self._new_rows,
             forks=self._forks,
             copies=self._copies,

@@ -72,7 +72,7 @@ class DecodeRows:
         self._slots = slots
         self._row_ids, self._counts = plan.rows, plan.counts
         self._ids = np.array(plan.rows, np.int64)
-        self._drafts: Sequence[int] = ()  # that a row may be computed with; empty: none
+        self._drafts: Sequence[int] = ()  # that each row may be computed with; empty: none
         self._most_drafts = np.zeros(len(slots), np.int64)
         self._batch = batch
         self._changes = batch.changes
@@ -151,7 +151,7 @@ class DecodeRows:
             if plan.drafts and len(plan.drafts) != len(self):
                 return False
             self._drafts, self._most_drafts[:] = plan.drafts, plan.drafts or 0
-        self.num_tokens = self._library.hg_decode_place(self._address)
+        self.num_tokens = self._library.hg_decode_place(self._address, plan.most_drafts)
         return self.num_tokens > 0
 
     @property

@@ -358,7 +358,8 @@ class InputBatch:
             if len(plan.drafts) != len(plan.rows):
                 raise PlanError(f"{len(plan.drafts)} numbers of guesses for {len(plan.rows)} rows")
             most = np.array(plan.drafts, np.int64)[alive] * (samples & ~self.constrained[slots])
-            self._guess(slots, most, self.limits.max_step_tokens - int(counts.sum()), drafts)
+            left = min(self.limits.max_step_tokens - int(counts.sum()), plan.most_drafts)
+            self._guess(slots, most, left, drafts)
         return ScheduledRows(slots, counts, samples, drafts)
 
     def _guess(self, slots: IntArray, most: IntArray, room: int, drafts: IntArray) -> None:

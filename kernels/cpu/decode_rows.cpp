@@ -124,16 +124,17 @@ uint8_t take(const DecodeRows& d, int64_t slot, int64_t token) {
 
 }  // namespace
 
-// Lays out a step that computes the next token of each row, and guesses: how many tokens. It does
-// nothing and returns 0 where a row cannot go on so.
-HG_API int64_t hg_decode_place(const void* rows) {
+// Lays out a step that computes the next token of each row, and `most_drafts` guesses in all at most: how
+// many tokens. It does nothing and returns 0 where a row cannot go on so.
+HG_API int64_t hg_decode_place(const void* rows, int64_t most_drafts) {
   const DecodeRows& d = *static_cast<const DecodeRows*>(rows);
+  const int64_t room = smaller(d.most_step_tokens - d.count, most_drafts);
   for (int64_t row = 0; row < d.count; ++row)
     if (!ready(d, d.slots[row])) return 0;
   d.cu_query_lens[0] = 0;
   int64_t drafts = 0;
   for (int64_t row = 0; row < d.count; ++row)
-    drafts += place(d, row, row + drafts, d.most_step_tokens - d.count - drafts);
+    drafts += place(d, row, row + drafts, room - drafts);
   return d.count + drafts;
 }
 

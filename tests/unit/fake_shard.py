@@ -311,6 +311,10 @@ class FakeShard:
             for row_id, count, most in zip(plan.rows, plan.counts, drafts, strict=True)
             if not self._rows[row_id].dead
         ]
+        left = plan.most_drafts
+        for place, (row_id, row, count, most) in enumerate(batch):
+            batch[place] = row_id, row, count, min(most, left)
+            left -= min(most, left)
         for _, row, count, most in batch:
             for position in range(row.computed, row.computed + count):
                 self._kv[self._slot(row, position)] = row.histories[position]

@@ -60,7 +60,9 @@ def prompts(count: int, seed: int = 1) -> list[list[int]]:
 async def test_many_at_once_get_the_answers_they_would_get_alone(
     tmp_path: Path, drafts: int
 ) -> None:
-    async with running_router(tmp_path, num_shards=3, speculate=drafts) as router:
+    async with running_router(
+        tmp_path, num_shards=3, speculate=drafts, max_batch_prefill_tokens=400
+    ) as router:
         rng = random.Random(2)
         messages = [
             request(prompt, max_new_tokens=rng.randrange(1, 40), ignore_eos=rng.random() < 0.5)
@@ -87,7 +89,7 @@ async def test_many_at_once_get_the_answers_they_would_get_alone(
 
 
 async def test_tokens_after_a_stop_text_are_dropped(tmp_path: Path) -> None:
-    async with running_router(tmp_path, speculate=8) as router:
+    async with running_router(tmp_path, speculate=8, max_batch_prefill_tokens=400) as router:
         for prompt in prompts(12):
             whole = await router.stub.Generate(request(prompt, max_new_tokens=30))
             assert ids_of(whole) == answer_of(router, request(prompt, max_new_tokens=30))[0]

@@ -21,7 +21,7 @@ def drafts(plan: StepPlan | None) -> dict[int, int]:
 
 @pytest.mark.parametrize("depth", [1, 2, 4])
 def test_right_guesses_save_steps(depth: int) -> None:
-    simulation = Simulation(draft_tokens=4, num_blocks=64)
+    simulation = Simulation(draft_tokens=4, num_blocks=64, max_batch_prefill_tokens=160)
     for _ in range(3):
         simulation.add(5, new=40)
     steps = simulation.run(depth)
@@ -31,11 +31,11 @@ def test_right_guesses_save_steps(depth: int) -> None:
 
 
 def test_guesses_come_after_the_prompts() -> None:
-    simulation = Simulation(draft_tokens=4, max_batch_prefill_tokens=8)
-    simulation.add(12, new=9)
+    simulation = Simulation(draft_tokens=4, max_batch_prefill_tokens=64, num_blocks=64)
+    simulation.add(100, new=9)
     planned = [drafts(simulation.step()) for _ in range(3)]
     assert planned == [{}, {}, {0: 4}]
-    simulation.add(12, new=2)
+    simulation.add(100, new=2)
     # A step that has a part of a prompt is long already: it has none for anyone.
     assert [drafts(simulation.step()) for _ in range(2)] == [{}, {}]
     simulation.run()
@@ -86,7 +86,7 @@ def test_nobody_gives_way_for_guesses() -> None:
 
 
 def test_plans_in_flight_have_room_for_all_their_guesses() -> None:
-    simulation = Simulation(draft_tokens=3, block_size=1)
+    simulation = Simulation(draft_tokens=3, block_size=1, max_batch_prefill_tokens=160)
     request = simulation.add(4, new=20)
     simulation.step()
     for plans in (1, 2, 3):
@@ -95,6 +95,23 @@ def test_plans_in_flight_have_room_for_all_their_guesses() -> None:
     simulation.deliver()  # some guesses were right: what is in flight begins later
     assert request.num_reserved == len(request.prompt_ids) + len(request.output_ids) - 1 + 8
     simulation.run(depth=3)
+    simulation.check_answers()
+
+
+def test_a_step_with_guesses_is_no_large_one() -> None:
+    simulation = Simulation(draft_tokens=4, max_batch_prefill_tokens=64)
+    for _ in range(3):
+        simulation.add(2, new=9)
+    simulation.step()
+    plan = simulation.plan()
+    assert plan is not None and drafts(plan) == {0: 4, 1: 4, 2: 4}
+    assert plan.most_drafts == 64 // 8 - 3
+    simulation.deliver()
+    for _ in range(5):  # as many rows as such a step has tokens
+        simulation.add(2, new=9)
+    simulation.step()
+    assert drafts(simulation.plan()) == {}
+    simulation.run()
     simulation.check_answers()
 
 

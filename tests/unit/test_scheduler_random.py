@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from headgate.proto.messages import Pooling
+from headgate.router import scheduler
 from headgate.router.beam_search import BeamParams, EarlyStopping
 from headgate.router.request import Request
 from headgate.router.scheduler_config import RequestTooLarge
@@ -110,8 +111,11 @@ def live(rng: random.Random, simulation: Simulation, depth: int, trouble: float)
 @pytest.mark.parametrize("caching", [True, False], ids=["cache", "no_cache"])
 @pytest.mark.parametrize("depth", [1, 2, 4])
 @pytest.mark.parametrize("seed", range(4))
-def test_random_lives(seed: int, depth: int, caching: bool) -> None:
+def test_random_lives(
+    seed: int, depth: int, caching: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rng = random.Random(f"{seed} {depth} {caching}")
+    monkeypatch.setattr(scheduler, "DRAFT_SHARE", rng.choice([1, 1, 2, 8]))
     simulation = Simulation(
         num_blocks=rng.choice([7, 10, 16, 30]),
         block_size=rng.choice([1, 2, 4, 4]),

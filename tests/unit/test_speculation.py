@@ -113,23 +113,28 @@ def test_a_row_is_guessed_for_as_far_as_it_may_go(
     asked: int, given: int, fields: dict[str, Any]
 ) -> None:
     target = batch(LOOP, **fields)
-    scheduled = target.apply(StepPlan(1, 2, rows=[1], counts=[1], drafts=[asked]))
+    scheduled = target.apply(StepPlan(1, 2, rows=[1], counts=[1], drafts=[asked], most_drafts=99))
     assert scheduled.drafts.tolist() == [given]
     assert scheduled.lengths.tolist() == [1 + given]
 
 
-def test_the_step_bounds_guesses_and_rows_share_what_is_left() -> None:
+@pytest.mark.parametrize(("most", "given"), [(99, [3, 1]), (4, [3, 1]), (2, [2, 0]), (0, [0, 0])])
+def test_step_and_plan_bound_guesses_and_rows_share_what_there_is(
+    most: int, given: list[int]
+) -> None:
     target = batch(LOOP)
     other = NewRow(2, LOOP, RowSampling(9), block_ids=range(8, 16), num_computed_tokens=7)
-    plan = StepPlan(1, 2, new_rows=[other], rows=[1, 2], counts=[1, 1], drafts=[9, 9])
-    assert target.apply(plan).drafts.tolist() == [3, 1]
+    plan = StepPlan(
+        1, 2, new_rows=[other], rows=[1, 2], counts=[1, 1], drafts=[9, 9], most_drafts=most
+    )
+    assert target.apply(plan).drafts.tolist() == given
     with pytest.raises(PlanError, match="1 numbers of guesses for 2 rows"):
         target.apply(StepPlan(1, 2, rows=[1, 2], counts=[1, 1], drafts=[9]))
 
 
 def test_the_tensors_of_a_step_with_guesses() -> None:
     target = batch(LOOP)
-    scheduled = target.apply(StepPlan(1, 2, rows=[1], counts=[1], drafts=[3]))
+    scheduled = target.apply(StepPlan(1, 2, rows=[1], counts=[1], drafts=[3], most_drafts=99))
     inputs = build_inputs(target, scheduled, "cpu")
     assert inputs.input_ids.tolist() == [4, 1, 2, 3]
     assert inputs.positions.tolist() == inputs.attention.slot_mapping.tolist() == [7, 8, 9, 10]
@@ -155,7 +160,7 @@ def test_tokens_count_up_to_the_first_wrong_guess_or_the_end(
     tokens: list[int], kept: int, end: RowEnd, fields: dict[str, Any]
 ) -> None:
     target = batch(LOOP, **fields)
-    scheduled = target.apply(StepPlan(1, 2, rows=[1], counts=[1], drafts=[3]))
+    scheduled = target.apply(StepPlan(1, 2, rows=[1], counts=[1], drafts=[3], most_drafts=99))
     drawn = np.array(tokens[: int(scheduled.lengths[0])])
     places, ends = target.settle(target.expect(scheduled), drawn)
     assert places.tolist() == list(range(kept))
@@ -207,7 +212,7 @@ def answers(
         results.append(runner.step(plan))
         assert not results[-1].refused
         counts, most = [1] * len(rows), [drafts] * len(rows) if drafts else []
-        plan = StepPlan(1, plan.sequence + 1, rows, counts, most)
+        plan = StepPlan(1, plan.sequence + 1, rows, counts, most, most_drafts=sum(most))
     told: dict[int, list[Any]] = {number: [] for number in rows}
     for result in results:
         for place, number in enumerate(result.rows):
@@ -299,7 +304,7 @@ def test_ranks_guess_alike() -> None:
             assert not first.refused and not second.refused and not second.rows
             tokens += list(first.token_ids)
             sequence += 1
-            plan = StepPlan(1, sequence, [1], [1], [drafts] if drafts else [])
+            plan = StepPlan(1, sequence, [1], [1], [drafts], most_drafts=drafts)
         given[drafts] = tokens
         held = [runner._batch.token_ids[0, :32].tolist() for runner in ranks.runners]  # type: ignore[union-attr]
         assert held[0] == held[1]
@@ -315,7 +320,7 @@ def test_on_a_device_a_step_with_guesses_waits_for_the_one_before(unwatched_trit
     few = [{"allowed_token_ids": (7, 8), **KINDS[kind]} for kind in (0, 2, 3)]
     rows, new = [0, 1, 2], [row(number, **kind) for number, kind in enumerate(few)]
     plans = [StepPlan(1, 1, rows, [6] * 3, new_rows=new)]
-    plans += [StepPlan(1, n, rows, [1] * 3, [4] * 3 if n % 3 else ()) for n in range(2, 11)]
+    plans += [StepPlan(1, n, rows, [1] * 3, [4] * 3, most_drafts=n % 3 * 6) for n in range(2, 11)]
     results = one_ahead(runner_on(FakeDevice()), plans)
     without = [replace(plan, drafts=()) for plan in plans]
     expected = by_row(one_ahead(runner_on(FakeDevice()), without))
