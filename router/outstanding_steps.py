@@ -39,7 +39,7 @@ class OutstandingStep:
 
         Raises ProtocolError for a result that is not this plan's.
         """
-        plain = all(samples and request.beams is None for request, *_, samples in self.rows)
+        plain = all(samples and request.beams is None for request, _, _, _, samples in self.rows)
         if plain and result.rows == self.row_ids:
             return zip(range(len(self.rows)), repeat(1))
         return self._find_rows(result)

@@ -167,7 +167,9 @@ class Scheduler:
                 extra -= more
             elif draft.most_guesses and self._plan_with_guesses(row, draft):
                 continue
-            target = min(row.num_reserved + count, row.max_positions)
+            target = row.num_scheduled + count
+            if row.drafts_in_flight:
+                target = min(target + row.drafts_in_flight, row.max_positions)
             if target <= len(row.block_ids) * self._config.block_size:
                 self._plan_row(row, count, (), draft)
                 continue
@@ -337,10 +339,13 @@ class Scheduler:
         outputs: list[RowOutput] = []
         block_size = self._config.block_size
         searches: dict[BeamGroup, None] = {}
-        for row, (place, found) in zip(plan.rows, places, strict=True):
-            request, _, guesses, num_positions, _ = row
+        guessing = self._config.draft_tokens > 0
+        for (request, _, guesses, num_positions, _), (place, found) in zip(
+            plan.rows, places, strict=True
+        ):
             request.in_flight -= 1
-            request.drafts_in_flight -= guesses
+            if guesses:
+                request.drafts_in_flight -= guesses
             if request.status is RequestStatus.FINISHED:
                 continue  # ended by the plan before, or stopped by the router since
             output = RowOutput(request)
@@ -360,7 +365,10 @@ class Scheduler:
                 outputs += _more_tokens(request, result, range(place + 1, place + found))
                 output = outputs[-1]
             if request.status is RequestStatus.RUNNING:  # else its blocks are gone
-                self._advance(request, num_positions, found)
+                if guessing and found:
+                    self._take_further(request, found - 1)
+                else:
+                    request.num_confirmed = max(request.num_confirmed, num_positions)
                 if request.num_confirmed // block_size > request.num_published:
                     self._kv.publish(request)
             if output.end:
@@ -373,14 +381,12 @@ class Scheduler:
         return outputs
 
     @staticmethod
-    def _advance(request: Request, num_positions: int, num_tokens: int) -> None:
-        """A result is back of a plan that was to bring the request to `num_positions`, with this
-        many tokens: each but the first a guess that was right, and took it further."""
-        if num_tokens:  # all of its tokens are computed but the last
-            num_positions = request.num_tokens - 1
-        request.num_confirmed = max(request.num_confirmed, num_positions)
-        if num_tokens > 1:
-            further = request.num_scheduled + num_tokens - 1
+    def _take_further(request: Request, num_right: int) -> None:
+        """It got a token, and as many guesses of the plan were right: what is planned since goes on
+        from there, and all of its tokens are computed but the last."""
+        request.num_confirmed = max(request.num_confirmed, request.num_tokens - 1)
+        if num_right:
+            further = request.num_scheduled + num_right
             request.num_scheduled = min(further, request.max_positions)
 
     def _end_search(self, group: BeamGroup) -> RowOutput:

@@ -43,7 +43,8 @@ class StepDraft:
                 self._block_ids.extend(blocks)
         row.num_scheduled = scheduled = row.num_scheduled + count
         row.in_flight += 1
-        row.drafts_in_flight += num_guesses
+        if num_guesses:
+            row.drafts_in_flight += num_guesses
         row.last_sequence = self.sequence
         self.budget -= count
         known = row.num_prefill_tokens
@@ -77,16 +78,17 @@ class StepDraft:
         return row.num_scheduled - sum(count for planned, count, *_ in self.rows if planned is row)
 
     def plan(self, removed: Sequence[int], reset: bool) -> StepPlan:
-        drafts: Sequence[int] = [num_guesses for _, _, num_guesses, _, _ in self.rows]
-        if self.holds_prompt or not any(drafts):  # no long step becomes longer
-            drafts = ()
+        drafts: Sequence[int] = ()
+        if self.most_guesses and not self.holds_prompt:  # no long step becomes longer
+            drafts = [num_guesses for _, _, num_guesses, _, _ in self.rows]
+        guessing = any(drafts)
         return StepPlan(
             epoch=self.epoch,
             sequence=self.sequence,
-            rows=[request.id for request, *_ in self.rows],
-            counts=[count for _, count, *_ in self.rows],
-            drafts=drafts,
-            most_drafts=self.most_guesses if drafts else 0,
+            rows=[request.id for request, _, _, _, _ in self.rows],
+            counts=[count for _, count, _, _, _ in self.rows],
+            drafts=drafts if guessing else (),
+            most_drafts=self.most_guesses if guessing else 0,
             new_rows=self._new_rows,
             forks=self._forks,
             copies=self._copies,
