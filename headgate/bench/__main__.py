@@ -23,7 +23,7 @@ import tokenizers
 
 from headgate import __version__
 from headgate.bench import client
-from headgate.bench.contestants import KINDS, Contestant, add_peer_flags, headgate, peers
+from headgate.bench.contestants import KINDS, PLAIN, Contestant, add_peer_flags, headgate, peers
 from headgate.bench.plot import throughput_chart
 from headgate.bench.processes import cpu_used, usage
 from headgate.bench.report import render
@@ -106,6 +106,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--model-id", default="", help="as of headgate serve")
     parser.add_argument("--flags", default="", help="more flags of headgate serve, in one string")
     parser.add_argument(
+        "--plain", action="store_true", help="also measure Headgate without speculation"
+    )
+    parser.add_argument(
         "--output", type=Path, default=Path("benchmarks"), help="path of what is written, less .md"
     )
     parser.add_argument(
@@ -144,7 +147,11 @@ def _contestants(arguments: argparse.Namespace, files: ModelFiles) -> list[Conte
     """Headgate and its peers of the same kind next to each other, each once."""
     found: list[Contestant] = []
     for kind in arguments.kinds:
-        found.append(headgate(kind, arguments.model_id, arguments.flags.split()))
+        flags = arguments.flags.split()
+        found.append(headgate(kind, arguments.model_id, flags))
+        if arguments.plain:
+            flags = [*flags, "--speculate", "0"]
+            found.append(headgate(kind, arguments.model_id, flags, PLAIN))
         others = peers(arguments, KINDS[kind], files.path)
         titles = {contestant.title for contestant in found}
         found += [peer for peer in others if peer.title not in titles]

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 HEADGATE = "Headgate"
+PLAIN = "Headgate, no drafts"  # the same without speculation
 # Kinds of weights, and the kind of the peers that each is compared with: OpenVINO rounds inputs to
 # bfloat16 as bf16-medium does, the others multiply as they like.
 KINDS = {"bf16": "bf16", "bf16-medium": "bf16", "int8": "int8", "int4": "int4"}
@@ -42,7 +43,7 @@ class Contestant:
         return f"{self.name} {self.kind}"
 
 
-def headgate(kind: str, model_id: str, flags: list[str]) -> Contestant:
+def headgate(kind: str, model_id: str, flags: list[str], name: str = HEADGATE) -> Contestant:
     """This server, as `make serve` starts it, with `flags` more."""
 
     def command(port: int) -> list[str]:
@@ -51,7 +52,7 @@ def headgate(kind: str, model_id: str, flags: list[str]) -> Contestant:
             words += ["--model-id", model_id]
         return words + _FLAGS[kind] + flags
 
-    return Contestant(HEADGATE, kind, command, health="/health/ready")
+    return Contestant(name, kind, command, health="/health/ready")
 
 
 def add_peer_flags(parser: argparse.ArgumentParser) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from itertools import product
 
-from headgate.bench.contestants import HEADGATE, KINDS
+from headgate.bench.contestants import HEADGATE, KINDS, PLAIN
 from headgate.bench.results import Run, Session, middle, spread
 
 _BYTES_PER_WEIGHT = {"bf16": 2.0, "bf16-medium": 2.0, "int8": 1.0, "int4": 0.5}
@@ -31,6 +31,9 @@ than rates.
 - default: prompts of 16-64 (40 %), 100-200 (40 %) or 400-600 tokens (20 %), answers of 32-128,
   greedy, ends of sequence ignored.
 - shared-prefix: one prefix of 600 tokens, then 20-60 of each request's own; the same answers.
+
+A small model's greedy answers that may not end repeat themselves, which suits Headgate's
+[speculation](speculation.md); "no drafts" is the same server without it (`--speculate 0`).
 
 Lengths are the same in every run; words are a round's own. Latencies are medians over the rounds.
 
@@ -102,7 +105,8 @@ def _ratios(session: Session) -> str:
     pairs = product(session.servers_of(HEADGATE), session.servers())
     for case, ((_, own_kind), (server, kind)) in product(session.cases(), pairs):
         own, other = session.of(HEADGATE, own_kind, case), session.of(server, kind, case)
-        if server == HEADGATE or KINDS[own_kind] != kind or not own or not other:
+        comparable = own_kind if server == PLAIN else KINDS[own_kind]
+        if server == HEADGATE or comparable != kind or not own or not other:
             continue
         rows.append(
             (
@@ -130,6 +134,8 @@ def _shares(session: Session) -> str:
                 continue
             if case[1] == 1:
                 token = middle(_values(runs, "itl_p50")) / 1e3
+                if token < _seconds_per_token(runs) / 2:
+                    continue  # most come together with others: that's no time of a token
                 rate = model["parameters"] * _BYTES_PER_WEIGHT[kind] / token / 1e9
                 best, what = session.roof("memory_gb_s"), "memory bandwidth, decoding"
                 shown = f"{rate:.1f} GB/s"
@@ -148,7 +154,7 @@ def _shares(session: Session) -> str:
         "Useful arithmetic: two operations per weight and token, the vocabulary's only for tokens "
         "that are sampled; prompts and answers together, over the whole time of the run. Decoding "
         "one request: the weights' bytes (2, 1 or 0.5 each, scales not counted) over the median "
-        "time between tokens."
+        "time between tokens, where they come one by one."
     )
     return text + "\n\n" + _table(("server", "at a time", "of", "reached", "share"), rows)
 
@@ -181,6 +187,10 @@ def _useful_gflops(run: Run, model: dict[str, float]) -> float:
     prompt, output = run.result["prompt_tokens"], run.result["output_tokens"]
     work = prompt * model["prompt_flops"] + output * model["output_flops"]
     return float(work / run.result["seconds"] / 1e9)
+
+
+def _seconds_per_token(runs: Sequence[Run]) -> float:
+    return middle(run.result["seconds"] / run.result["output_tokens"] for run in runs)
 
 
 def _values(runs: Iterable[Run], name: str) -> list[float]:
