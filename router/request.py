@@ -141,6 +141,13 @@ class Request:
         leader = self.leader
         return leader if leader and leader.is_running and not self.output_ids else None
 
+    def take_further(self, num_right: int) -> None:
+        """A plan brought it a token, and as many of the plan's guesses were right: all of its
+        tokens are computed but the last, and what is planned since goes on from there."""
+        self.num_confirmed = max(self.num_confirmed, self.num_tokens - 1)
+        if num_right:
+            self.num_scheduled = min(self.num_scheduled + num_right, self.max_positions)
+
     def token_ids(self, start: int, stop: int) -> list[int]:
         """Ids of tokens [start, stop) of prompt + output."""
         split = len(self.prompt_ids)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from headgate.proto.messages import (
@@ -81,6 +81,18 @@ class RowOutput:
             self.prompt_logprobs = PromptLogprobs(
                 entry.row, entry.start + known, entry.logprobs[known:], entry.top[known:]
             )
+
+
+def more_tokens(request: Request, result: StepResult, places: Iterable[int]) -> list[RowOutput]:
+    """Guesses that were right. Raises ProtocolError for a token after the row's end."""
+    outputs = []
+    for place in places:
+        if result.ends[place - 1]:
+            raise ProtocolError(f"a token of row {request.id} after its end")
+        output = RowOutput(request)
+        output.take_token(result, place)
+        outputs.append(output)
+    return outputs
 
 
 def _pooled(request: Request) -> list[float]:

@@ -6,7 +6,7 @@ no I/O, reads no clock and knows no text.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from heapq import nsmallest
 
 from headgate.proto.messages import StepPlan, StepResult
@@ -16,7 +16,7 @@ from headgate.router.kv_cache_manager import KVCacheManager
 from headgate.router.outstanding_steps import OutstandingStep, OutstandingSteps
 from headgate.router.request import Request, RequestStatus
 from headgate.router.request_size import RequestSize
-from headgate.router.row_output import ProtocolError, RowOutput
+from headgate.router.row_output import ProtocolError, RowOutput, more_tokens
 from headgate.router.row_set import RowSet, order_of
 from headgate.router.scheduler_config import RequestTooLarge, SchedulerConfig, SchedulerStats
 from headgate.router.step_budget import StepBudget
@@ -362,11 +362,11 @@ class Scheduler:
             if found or output.prompt_logprobs:
                 outputs.append(output)
             if found > 1:
-                outputs += _more_tokens(request, result, range(place + 1, place + found))
+                outputs += more_tokens(request, result, range(place + 1, place + found))
                 output = outputs[-1]
             if request.status is RequestStatus.RUNNING:  # else its blocks are gone
                 if guessing and found:
-                    self._take_further(request, found - 1)
+                    request.take_further(found - 1)
                 else:
                     request.num_confirmed = max(request.num_confirmed, num_positions)
                 if request.num_confirmed // block_size > request.num_published:
@@ -379,15 +379,6 @@ class Scheduler:
             if group.is_complete and not self._rows.next_round(group):
                 outputs.append(self._end_search(group))
         return outputs
-
-    @staticmethod
-    def _take_further(request: Request, num_right: int) -> None:
-        """It got a token, and as many guesses of the plan were right: what is planned since goes on
-        from there, and all of its tokens are computed but the last."""
-        request.num_confirmed = max(request.num_confirmed, request.num_tokens - 1)
-        if num_right:
-            further = request.num_scheduled + num_right
-            request.num_scheduled = min(further, request.max_positions)
 
     def _end_search(self, group: BeamGroup) -> RowOutput:
         leader = group.members[0]
@@ -472,18 +463,6 @@ class Scheduler:
         for request in self._rows.unfinished():
             assert request.in_flight == in_flight[request]
             assert request.drafts_in_flight == guesses[request]
-
-
-def _more_tokens(request: Request, result: StepResult, places: Iterable[int]) -> list[RowOutput]:
-    """Guesses that were right. Raises ProtocolError for a token after the row's end."""
-    outputs = []
-    for place in places:
-        if result.ends[place - 1]:
-            raise ProtocolError(f"a token of row {request.id} after its end")
-        output = RowOutput(request)
-        output.take_token(result, place)
-        outputs.append(output)
-    return outputs
 
 
 def _turn(row: Request) -> tuple[int, float, int]:

@@ -16,8 +16,9 @@ import numpy.typing as npt
 
 from headgate.kernels.cpu import library
 from headgate.proto.messages import RowEnd, StepPlan
-from headgate.shard.input_batch import Draws, InputBatch, ScheduledRows
+from headgate.shard.input_batch import InputBatch
 from headgate.shard.sampling.params import IntArray
+from headgate.shard.scheduled_rows import Draws, ScheduledRows
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
 
-from headgate.proto.messages import Fork, NewRow, Pooling, RowEnd, RowSampling, StepPlan
+from headgate.proto.messages import Fork, NewRow, Pooling, RowEnd, StepPlan
 from headgate.shard.drafts import guess
 from headgate.shard.last_tokens import codes
 from headgate.shard.sampling.grammar import NO_MASKS, ConstrainedRow, Masks, RowGrammar
@@ -28,7 +27,9 @@ from headgate.shard.sampling.params import (
     params_record,
 )
 from headgate.shard.sampling.penalties import needs_history
+from headgate.shard.sampling.problems import sampling_problem
 from headgate.shard.sampling.token_bias import TokenBias
+from headgate.shard.scheduled_rows import Draws, ExpectedTokens, ScheduledRows, unrolled
 
 
 class PlanError(ValueError):
@@ -49,49 +50,6 @@ class BatchLimits:
     @property
     def max_row_blocks(self) -> int:
         return -(-self.max_total_tokens // self.block_size)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class ScheduledRows:
-    """The live rows a plan computes, in plan order."""
-
-    slots: IntArray  # [R]: where the batch holds them
-    counts: IntArray  # [R]: known tokens to compute
-    samples: npt.NDArray[np.bool_]  # [R]: all known tokens are computed, so a new one is sampled
-    drafts: IntArray  # [R]: guessed tokens to compute after the known ones
-
-    @property
-    def lengths(self) -> IntArray:
-        """[R]: tokens to compute, guessed ones too."""
-        return self.counts + self.drafts
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Draws:
-    """The S tokens that a step samples: of each row that samples the next one, and one after each
-    of its guesses."""
-
-    slots: IntArray  # [S]: where the batch holds their rows
-    ahead: IntArray  # [S]: guesses that stand before them
-
-    @classmethod
-    def next(cls, slots: IntArray) -> Draws:
-        """One token for each row, after those that are known."""
-        return cls(slots, np.zeros(len(slots), np.int64))
-
-    def take(self, places: IntArray | slice) -> Draws:
-        """Those at these places."""
-        return Draws(self.slots[places], self.ahead[places])
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class ExpectedTokens:
-    """The rows of a step that get tokens, as they were when the step began."""
-
-    slots: IntArray
-    tenants: IntArray  # who held the slots, see InputBatch.tenants
-    positions: IntArray  # of the next tokens in their rows
-    drafts: IntArray  # guesses that were computed
 
 
 class InputBatch:
@@ -264,7 +222,7 @@ class InputBatch:
         elif row.adapter_id:
             problem = f"asks for adapter {row.adapter_id!r}, and none is loaded"
         else:
-            problem = _sampling_problem(sampling, limits.vocab_size)
+            problem = sampling_problem(sampling, limits.vocab_size)
         if problem:
             raise PlanError(f"row {row.id} {problem}")
 
@@ -391,7 +349,7 @@ class InputBatch:
         slots, drafts = scheduled.slots[scheduled.samples], scheduled.drafts[scheduled.samples]
         if not drafts.any():
             return Draws.next(slots)
-        places, ahead = _unrolled(drafts + 1)
+        places, ahead = unrolled(drafts + 1)
         return Draws(slots[places], ahead)
 
     def expect(self, scheduled: ScheduledRows) -> ExpectedTokens:
@@ -435,7 +393,7 @@ class InputBatch:
     ) -> tuple[IntArray, npt.NDArray[np.uint8]]:
         """`here`: which of the rows count."""
         self._guessing = False
-        rows, ahead = _unrolled(expected.drafts + 1)
+        rows, ahead = unrolled(expected.drafts + 1)
         slots, positions = expected.slots[rows], expected.positions[rows] + ahead
         right = self.token_ids[slots, positions] == tokens  # what was guessed after them
         ends = self._ends(slots, positions, tokens)
@@ -549,42 +507,3 @@ class InputBatch:
         if self.constrained[slot] or not self.params["ignore_eos"][slot]:
             ids.update(self.eos_token_ids.tolist())
         return np.array(sorted(ids), np.int64)
-
-
-def _unrolled(counts: IntArray) -> tuple[IntArray, IntArray]:
-    """For each of the tokens of rows that have so many: its row, and its place among the row's."""
-    rows = np.repeat(np.arange(len(counts)), counts)
-    return rows, np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
-
-
-def _sampling_problem(sampling: RowSampling, vocab_size: int) -> str:
-    """What would make the sampler fail; the meaning of values is the router's to check."""
-    floats = (
-        sampling.temperature,
-        sampling.top_p,
-        sampling.typical_p,
-        sampling.min_p,
-        sampling.repetition_penalty,
-        sampling.frequency_penalty,
-        sampling.presence_penalty,
-        sampling.watermark_delta,
-    )
-    if not np.isfinite(floats).all():
-        return "has a sampling parameter that is not a number"
-    if sampling.repetition_penalty <= 0:
-        return f"has repetition_penalty {sampling.repetition_penalty}"
-    if not 0 <= sampling.watermark_gamma <= 1:
-        return f"has watermark_gamma {sampling.watermark_gamma}"
-    if not all(np.isfinite(value) for _, value in sampling.logit_bias):
-        return "has a logit bias that is not a number"
-    told = [id_ for id_, _ in sampling.logit_bias]
-    told += [*sampling.allowed_token_ids, *chain.from_iterable(sampling.bad_words)]
-    if told and not 0 <= min(told) <= max(told) < vocab_size:
-        return "has a bias for a token outside the vocabulary"
-    if not all(sampling.bad_words):
-        return "has a bad word of no tokens"
-    if sampling.grammar and sampling.allowed_token_ids:
-        return "has a grammar and a list of allowed tokens"
-    if max(sampling.top_n_tokens, sampling.prompt_top_n_tokens) > vocab_size:
-        return f"asks for more alternatives than the {vocab_size} tokens there are"
-    return ""

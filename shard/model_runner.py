@@ -34,7 +34,7 @@ from headgate.shard.decode_rows import DecodeRows
 from headgate.shard.device import CudaDevice, Device
 from headgate.shard.distributed import Group
 from headgate.shard.errors import ModelError
-from headgate.shard.input_batch import BatchLimits, InputBatch, PlanError, ScheduledRows
+from headgate.shard.input_batch import BatchLimits, InputBatch, PlanError
 from headgate.shard.kv_cache import KVCache, KVCacheLayout
 from headgate.shard.memory import is_out_of_memory
 from headgate.shard.models.base import CausalLM
@@ -45,6 +45,7 @@ from headgate.shard.samplers import DeviceSampler, HostSampler, Sampled
 from headgate.shard.sampling.grammar import NO_MASKS, GrammarMasks, Masks
 from headgate.shard.sampling.logprobs import token_logprobs
 from headgate.shard.sampling.params import IntArray
+from headgate.shard.scheduled_rows import ScheduledRows
 from headgate.shard.step_inputs import PooledChunk, PromptChunk, StepInputs, build_inputs
 from headgate.shard.vote import plan_tag, vote
 from headgate.shard.warmup import warm_up

@@ -15,7 +15,7 @@ import torch
 from headgate.kernels import ops
 from headgate.proto.messages import Pooling, TopTokens
 from headgate.shard.distributed import Group
-from headgate.shard.input_batch import Draws, InputBatch
+from headgate.shard.input_batch import InputBatch
 from headgate.shard.last_tokens import LastTokens
 from headgate.shard.sampling.device import rows_to_sample
 from headgate.shard.sampling.grammar import Masks
@@ -27,6 +27,7 @@ from headgate.shard.sampling.logprobs import (
 )
 from headgate.shard.sampling.params import NO_TOKEN, IntArray, SampledRows
 from headgate.shard.sampling.sampler import sample
+from headgate.shard.scheduled_rows import Draws
 from headgate.shard.staging import Staging
 
 # Rows whose logits are in memory at once: 64 rows of 152k tokens are 39 MB.

@@ -10,8 +10,9 @@ import torch
 
 from headgate.proto.messages import Pooling
 from headgate.shard.attention_metadata import AttentionMetadata
-from headgate.shard.input_batch import InputBatch, ScheduledRows
+from headgate.shard.input_batch import InputBatch
 from headgate.shard.sampling.params import IntArray
+from headgate.shard.scheduled_rows import ScheduledRows
 
 
 @dataclass(frozen=True, slots=True)
