@@ -288,7 +288,10 @@ def paged_attention(
     window: int = 0,
     soft_cap: float = 0.0,
     alibi_slopes: torch.Tensor | None = None,
+    rounded: bool = False,
 ) -> torch.Tensor:
-    return _table["paged_attention"](
-        q, k_cache, v_cache, attention, scale, window, soft_cap, alibi_slopes
-    )
+    """`rounded` is for CPUs: on a GPU queries have been rounded, and weights are as its kernels say."""
+    call = (q, k_cache, v_cache, attention, scale, window, soft_cap, alibi_slopes)
+    if q.device.type == "cpu" and _active != "triton":
+        return _table["paged_attention"](*call, rounded)
+    return _table["paged_attention"](*call)

@@ -32,6 +32,9 @@ if TYPE_CHECKING:  # kernels import nothing of shard; the step's metadata is rea
 _BUCKET_GROWTH = 1.25
 _BUCKET_SLACK = 64
 
+# Attention rounds to bfloat16 where this divides the head dim; as kPairedDims of cpu/kernels.h.
+PAIRED_DIMS = 16
+
 
 def embedding(
     ids: torch.Tensor, weight: torch.Tensor, first_id: int, dtype: torch.dtype
@@ -208,6 +211,7 @@ class _Kind:
     window: int
     soft_cap: float
     alibi_slopes: torch.Tensor | None
+    rounded: bool
 
     def bias(self, distance: torch.Tensor, *shape: int) -> torch.Tensor | None:
         """ALiBi's bias: the slopes in `shape` times `distance`, key - query, zero or less."""
@@ -244,6 +248,7 @@ def paged_attention(
     window: int,
     soft_cap: float,
     alibi_slopes: torch.Tensor | None = None,
+    rounded: bool = False,
 ) -> torch.Tensor:
     """Causal attention of q[T, H, D] over the paged KV of each token's own row: [T, H, D].
 
@@ -252,8 +257,13 @@ def paged_attention(
     only itself and the `window` - 1 tokens before it. `soft_cap` > 0: scores become
     cap * tanh(score / cap). `alibi_slopes` float32[H]: scores fall by the slope for each position
     between query and key. Query heads h * H/K ... (h + 1) * H/K - 1 share key/value head h.
+    `rounded`: where the caches are bfloat16 and D is a multiple of 16, scaled queries and weights
+    are rounded to bfloat16 too, and sums are float32: products of pairs of such numbers are one
+    instruction on some CPUs. A weight is rounded as e^(score - largest), of the scores so far where
+    keys are taken in turn; it is divided by the sum of the rounded ones afterwards.
     """
-    kind = _Kind(scale, window, soft_cap, alibi_slopes)
+    rounded = rounded and k_cache.dtype == torch.bfloat16 and q.shape[2] % PAIRED_DIMS == 0
+    kind = _Kind(scale, window, soft_cap, alibi_slopes, rounded)
     out = q.new_empty(q.shape)
     starts = attention.cu_query_lens.tolist()
     contexts = attention.context_lens.tolist()
@@ -369,16 +379,22 @@ def _softmax_attention(
 
     `bias`[A or nothing, B, C, L] is added to the scores.
     """
-    if not kind.soft_cap and bias is None:
+    if not (kind.soft_cap or kind.rounded) and bias is None:
         k, v = (x.expand(*q.shape[:2], *x.shape[2:]) for x in (k, v))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=kind.scale)
-    scores = (q @ k.transpose(-1, -2)).float() * kind.scale
+    if kind.rounded:
+        scores = (q * kind.scale).bfloat16().float() @ k.float().transpose(-1, -2)
+    else:
+        scores = (q @ k.transpose(-1, -2)).float() * kind.scale
     if kind.soft_cap:
         scores = kind.soft_cap * torch.tanh(scores / kind.soft_cap)
     if bias is not None:
         scores = scores + bias
-    weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
-    return weights.to(v.dtype) @ v
+    scores = scores.masked_fill(~visible, float("-inf"))
+    if not kind.rounded:
+        return scores.softmax(-1).to(v.dtype) @ v
+    weights = (scores - scores.amax(-1, keepdim=True)).exp().bfloat16().float()
+    return (weights @ v.float() / weights.sum(-1, keepdim=True)).to(v.dtype)
 
 
 OPS: dict[str, Callable[..., Any]] = {

@@ -116,12 +116,13 @@ MODEL = (
     Flag(
         "kv-cache-dtype",
         Kind.TEXT,
-        "How keys and values are stored; the arithmetic stays what it is. int8: with a scale for "
-        "every token and head.",
+        "How keys and values are stored. bfloat16 on a CPU, with --quantize int8 or int4 or "
+        "--matmul-precision medium: attention is computed with such numbers too; see "
+        "quantization.md. int8: with a scale for every token and head.",
         choices=("auto", "float32", "bfloat16", "float16", "fp8_e4m3fn", "fp8_e5m2", "int8"),
         default="auto",
-        default_text="auto: float32 on a CPU, float16 with --quantize or --matmul-precision "
-        "medium; the dtype on a GPU",
+        default_text="auto: float32 on a CPU, bfloat16 with --quantize int8 or int4 or "
+        "--matmul-precision medium, float16 with int8-weight-only; the dtype on a GPU",
     ),
     Flag(
         "rope-scaling",

@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from headgate.kernels import ops
+from headgate.kernels.quantised import KINDS
 from headgate.shard.errors import ModelError
 
 _INDEX = "model.safetensors.index.json"
@@ -77,6 +78,12 @@ class Weights:
         self._mapped = 0  # bytes read since files were opened
         self._files = self._find_tensors()
         self._unused = {name for name in self._files if not _COMPUTED.search(name)}
+
+    @property
+    def rounds_inputs(self) -> bool:
+        """Whether products take their inputs in fewer bits than `compute_dtype` has."""
+        quantised = bool(self.quantize) and KINDS[self.quantize].inputs
+        return quantised or self.precision != "highest"
 
     # ------------------------------------------------------------------ intents
 

@@ -2,9 +2,9 @@
 
 The text is given token by token (teacher-forced), in pieces that start afresh, to the model with
 its weights as they are and float32 arithmetic, and to the model quantised or, as the kind
-bf16-medium, with the inputs of products rounded to bfloat16. Those store keys and values in
-float16, as when they are served on a CPU, or as --kv-cache-dtype says; the kind none does nothing
-else, and so tells what that costs. Told are the perplexity and the share of positions at
+bf16-medium, with the inputs of products rounded to bfloat16. Those store keys and values as when
+they are served on a CPU, or as --kv-cache-dtype says; the kind none, which keeps them in float16
+unless told otherwise, does nothing else, and so tells what that costs. Told are the perplexity and the share of positions at
 which both find the same token most likely. Exits with 1 where a kind misses its floor; floors are
 those of the embedded model.
 
@@ -50,6 +50,7 @@ class Floor:
 
 PLAIN = "none"  # weights as they are: only keys and values are narrower
 MEDIUM = "bf16-medium"  # --matmul-precision medium
+SERVED_KV_DTYPES = {MEDIUM: "bfloat16", "int8": "bfloat16", "int4": "bfloat16"}  # float16: others
 FLOORS = {
     PLAIN: Floor(1.01, 0.97),
     MEDIUM: Floor(1.01, 0.97),
@@ -89,17 +90,18 @@ class Quality:
 
 
 def measure(
-    path: Path, kinds: Sequence[str], tokens: int = 0, kv_cache_dtype: str = "float16"
+    path: Path, kinds: Sequence[str], tokens: int = 0, kv_cache_dtype: str = ""
 ) -> Iterator[Quality]:
     """The checkpoint in `path` in each kind (of FLOORS) in turn; `tokens`: of the text, 0 for all.
 
-    `kv_cache_dtype`: of all kinds. The kernels must have been chosen (`ops.use`).
+    `kv_cache_dtype`: of all kinds; "": as each is served. The kernels must have been chosen (`ops.use`).
     """
     tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
     ids = tokenizer.encode(TEXT.read_text(encoding="utf-8")).ids[: tokens or None]
     plain = score(_load(path, PLAIN), ids)
     for kind in kinds:
-        found = score(_load(path, kind), ids, KV_DTYPES[kv_cache_dtype])
+        kept = kv_cache_dtype or SERVED_KV_DTYPES.get(kind, "float16")
+        found = score(_load(path, kind), ids, KV_DTYPES[kept])
         yield Quality(
             kind=kind,
             tokens=len(found.greedy),
@@ -162,7 +164,10 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=0, help="of the text; 0: all")
     parser.add_argument("--kernels", default="", choices=("", *ops.BACKENDS))
     parser.add_argument(
-        "--kv-cache-dtype", default="float16", choices=list(KV_DTYPES), help="of all kinds"
+        "--kv-cache-dtype",
+        default="",
+        choices=["", *KV_DTYPES],
+        help="of all kinds; default: as each is served on a CPU",
     )
     parser.add_argument("--json", action="store_true", help="one JSON object per kind")
     options = parser.parse_args()

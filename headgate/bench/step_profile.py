@@ -48,6 +48,7 @@ _CHUNK = 256  # tokens of the prompt whose keys and values all blocks get
 _COPIED = 128  # blocks at a time
 _MOST_TOKENS = 512  # of a step
 _BYTES = {0: 4.0, 1: 2.0, 2: 2.0, 3: 2.0}  # of a weight, by its code in kernels.h
+_BFLOAT16 = 1  # its code there
 _ROUNDED = 3  # the code of weights whose inputs are rounded
 _QUANTISED_BYTES = {0: 1.0, 1: 1.0, 2: 0.625}  # in quantised.h, int4 with its groups' scales
 
@@ -65,10 +66,10 @@ class Stored:
 KINDS = {
     "fp32": Stored("float32", "", "highest", "float32"),
     "bf16": Stored("bfloat16", "", "highest", "float32"),
-    "bf16-medium": Stored("bfloat16", "", "medium", "float16"),
-    "int8": Stored("bfloat16", "int8", "highest", "float16"),
+    "bf16-medium": Stored("bfloat16", "", "medium", "bfloat16"),
+    "int8": Stored("bfloat16", "int8", "highest", "bfloat16"),
     "int8-weight-only": Stored("bfloat16", "int8-weight-only", "highest", "float16"),
-    "int4": Stored("bfloat16", "int4", "highest", "float16"),
+    "int4": Stored("bfloat16", "int4", "highest", "bfloat16"),
 }
 
 
@@ -208,8 +209,10 @@ class Profiler:
             work = 4.0 * pairs * model.num_local_heads * model.head_dim
             positions = case.rows * case.context / self.runner.kv_layout.block_size
             read = positions * self.runner.kv_layout.bytes_per_block / model.num_layers
-            rates = self.roofline.fma_gflops, self.roofline.memory_gb_s
-            return kind, max(work / rates[0], read / rates[1]) / 1e3
+            dtype, rounded = arguments[7], arguments[18]
+            in_pairs = rounded and dtype == _BFLOAT16
+            rate = self.roofline.bf16_gflops if in_pairs else self.roofline.fma_gflops
+            return kind, max(work / rate, read / self.roofline.memory_gb_s) / 1e3
         return kind, 0.0
 
 
@@ -225,7 +228,7 @@ def main() -> None:
         "--kv-cache-dtype",
         default="",
         choices=["", *DTYPES, "int8"],
-        help="default: float32; float16 with quantised weights or rounded inputs",
+        help="default: as a CPU serves the kind",
     )
     parser.add_argument("--threads", type=int, default=0, help="of a shard; default: a fair share")
     parser.add_argument("--num-shard", type=int, default=1, help="shards to split the model over")

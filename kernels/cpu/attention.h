@@ -27,25 +27,9 @@ namespace {
 
 using namespace headgate;
 
-template <int DTYPE>
-HG_INLINE vf load_value(const void* value, int at) {
-  if constexpr (DTYPE == kBFloat16) return load_bf16((const uint16_t*)value + at);
-  else if constexpr (DTYPE == kFloat16) return load_f16((const uint16_t*)value + at);
-  else if constexpr (DTYPE == kScaledBytes) return load_i8((const int8_t*)value + at);
-  else return load((const float*)value + at);
-}
-
-template <int DTYPE>
-HG_INLINE vf load_value_n(const void* value, int at, int n) {
-  if constexpr (DTYPE == kBFloat16) return load_bf16_n((const uint16_t*)value + at, n);
-  else if constexpr (DTYPE == kFloat16) return load_f16_n((const uint16_t*)value + at, n);
-  else if constexpr (DTYPE == kScaledBytes) return load_i8_n((const int8_t*)value + at, n);
-  else return load_n((const float*)value + at, n);
-}
-
 // values[R][V vectors] = values * decay + sum over keys of weight * value, the last vector of `tail`
 // lanes where that is not 0. Of the queries from `query`, and the dimensions from `dim_at`.
-template <int DTYPE, int R, int V>
+template <int T, int R, int V>
 void weigh_tile(Tile& t, int query, int dim_at, int first, int last, int query_step, int key_step,
                 int tail) {
   const float* weights = t.weights + query * query_step;
@@ -62,19 +46,21 @@ void weigh_tile(Tile& t, int query, int dim_at, int first, int last, int query_s
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) sums[r][v] = load(values + r * padded_dim + v * VL) * scale;
   }
-  for (int k = first; k < last; ++k) {
-    if (k - first < ahead) fetch_value(t, k - first);
-    else if (first_tile && heads > 1) fetch_evenly(t, fetch_value, t.asked_vals, 1, heads);
+  first = first / kKeyStep<T> * kKeyStep<T>;
+  for (int k = first; k < last; k += kKeyStep<T>) {
+    for (int i = k - first; i < k - first + kKeyStep<T>; ++i)
+      if (i < ahead) fetch_value(t, i);
+    if (first_tile && heads > 1) fetch_evenly(t, fetch_value, t.asked_vals, kKeyStep<T>, heads);
     vf x[V];
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v)
-      x[v] = v == V - 1 && tail ? load_value_n<DTYPE>(t.vals[k], at + v * VL, tail)
-                                : load_value<DTYPE>(t.vals[k], at + v * VL);
+      x[v] = v == V - 1 && tail ? load_values_n<T>(t.vals + k, at + v * VL, tail)
+                                : load_values<T>(t.vals + k, at + v * VL);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      const vf p = set1(weights[r * query_step + k * key_step]);
+      const vf p = set1(weights[r * query_step + k / kKeyStep<T> * key_step]);
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) sums[r][v] = fma(p, x[v], sums[r][v]);
+      for (int v = 0; v < V; ++v) sums[r][v] = multiply_add<T>(p, x[v], sums[r][v]);
     }
   }
 #pragma GCC unroll 8
@@ -83,35 +69,35 @@ void weigh_tile(Tile& t, int query, int dim_at, int first, int last, int query_s
     for (int v = 0; v < V; ++v) store(values + r * padded_dim + v * VL, sums[r][v]);
 }
 
-template <int DTYPE, int V>
+template <int T, int V>
 void weigh_columns(Tile& t, int dim_at, int first, int last, int query_step, int key_step, int tail) {
   const auto weigh = [&](auto tile, int r) {
     tile(t, r, dim_at, first, last, query_step, key_step, tail);
   };
   const int count = t.item->query_count, last_row = (t.head + 1) * count;
   int r = t.head * count;
-  for (; r + kRows <= last_row; r += kRows) weigh(weigh_tile<DTYPE, kRows, V>, r);
+  for (; r + kRows <= last_row; r += kRows) weigh(weigh_tile<T, kRows, V>, r);
   switch (last_row - r) {
-    case 1: weigh(weigh_tile<DTYPE, 1, V>, r); break;
-    case 2: weigh(weigh_tile<DTYPE, 2, V>, r); break;
-    case 3: weigh(weigh_tile<DTYPE, 3, V>, r); break;
-    case 4: weigh(weigh_tile<DTYPE, 4, V>, r); break;
-    case 5: weigh(weigh_tile<DTYPE, 5, V>, r); break;
+    case 1: weigh(weigh_tile<T, 1, V>, r); break;
+    case 2: weigh(weigh_tile<T, 2, V>, r); break;
+    case 3: weigh(weigh_tile<T, 3, V>, r); break;
+    case 4: weigh(weigh_tile<T, 4, V>, r); break;
+    case 5: weigh(weigh_tile<T, 5, V>, r); break;
   }
 }
 
-// The values of one head. DTYPE: of what `vals` points at.
-template <int DTYPE>
+// The values of one head. T: of what `vals` points at.
+template <int T>
 void weigh(Tile& t, int first, int last, int query_step, int key_step) {
   const int tail = t.dim % VL;
   int d = 0;
   for (; d + kVectors * VL <= t.dim; d += kVectors * VL)
-    weigh_columns<DTYPE, kVectors>(t, d, first, last, query_step, key_step, 0);
+    weigh_columns<T, kVectors>(t, d, first, last, query_step, key_step, 0);
   switch ((t.dim - d + VL - 1) / VL) {
-    case 1: weigh_columns<DTYPE, 1>(t, d, first, last, query_step, key_step, tail); break;
-    case 2: weigh_columns<DTYPE, 2>(t, d, first, last, query_step, key_step, tail); break;
-    case 3: weigh_columns<DTYPE, 3>(t, d, first, last, query_step, key_step, tail); break;
-    case 4: weigh_columns<DTYPE, 4>(t, d, first, last, query_step, key_step, tail); break;
+    case 1: weigh_columns<T, 1>(t, d, first, last, query_step, key_step, tail); break;
+    case 2: weigh_columns<T, 2>(t, d, first, last, query_step, key_step, tail); break;
+    case 3: weigh_columns<T, 3>(t, d, first, last, query_step, key_step, tail); break;
+    case 4: weigh_columns<T, 4>(t, d, first, last, query_step, key_step, tail); break;
   }
 }
 
@@ -123,39 +109,52 @@ void clear_state(Tile& t, State& state) {
   memset(state.values, 0, sizeof(float) * t.queries * t.padded_dim);
 }
 
-// What few query rows of a head do with a block, by their number and the cache's dtype.
-struct Few {
-  void (*score)(Tile&, int group_first, int group_last);  // null: there are many
+// What is done with a block, by the number of a head's query rows and the product.
+struct Way {
+  bool few;
+  void (*score)(Tile&, int first, int last);  // few: groups of VL keys; many: keys
+  void (*soften_few)(Tile&, int32_t base, int group_first, int group_last);
+  void (*soften_many)(Tile&, int32_t base, int first, int last, bool edge);
   void (*weigh)(Tile&, int first, int last, int query_step, int key_step);
 };
 
-template <int DTYPE>
-Few few_of(int queries) {
+template <int T>
+Way few_of(int queries) {
   static void (*const score[kFewQueries])(Tile&, int, int) = {
-      score_few<1, DTYPE>, score_few<2, DTYPE>, score_few<3, DTYPE>, score_few<4, DTYPE>,
-      score_few<5, DTYPE>, score_few<6, DTYPE>, score_few<7, DTYPE>, score_few<8, DTYPE>, score_few<9, DTYPE>};
-  return {score[queries - 1], weigh<DTYPE>};
+      score_few<1, T>, score_few<2, T>, score_few<3, T>, score_few<4, T>, score_few<5, T>,
+      score_few<6, T>, score_few<7, T>, score_few<8, T>, score_few<9, T>};
+  return {true, score[queries - 1], soften_few<T>, nullptr, weigh<T>};
 }
 
-Few choose_few(const Tile& t) {
-  const int queries = t.item->query_count;
-  if (!is_few(queries, t.dim)) return {nullptr, nullptr};
-  if (t.job->cache_dtype == kBFloat16) return few_of<kBFloat16>(queries);
-  if (t.job->cache_dtype == kFloat16) return few_of<kFloat16>(queries);
-  if (t.job->cache_dtype == kScaledBytes) return few_of<kScaledBytes>(queries);
+template <int T>
+Way many_of() {
+  return {false, score_many<T>, nullptr, soften_many<T>, weigh<T>};
+}
+
+Way choose_way(const Tile& t) {
+  const int queries = t.item->query_count, product = t.job->product;
+  const bool few = is_few(queries, t.dim);
+#if defined(__AVX512F__)
+  if (product == kRoundedPairs) return few ? few_of<kRoundedPairs>(queries) : many_of<kRoundedPairs>();
+#endif
+  if (product == kRounded) return few ? few_of<kRounded>(queries) : many_of<kRounded>();
+  if (!few) return many_of<kFloat32>();
+  if (product == kBFloat16) return few_of<kBFloat16>(queries);
+  if (product == kFloat16) return few_of<kFloat16>(queries);
+  if (product == kScaledBytes) return few_of<kScaledBytes>(queries);
   return few_of<kFloat32>(queries);
 }
 
 // Keys [first, last) of the block at `base`, whose places are known; asks for those to come.
-void attend_block(Tile& t, int32_t base, int32_t first, int32_t last, const Few& few) {
+void attend_block(Tile& t, int32_t base, int32_t first, int32_t last, const Way& way) {
   look_ahead(t, first, last);
-  open_block(t, base, first, last, !few.score);
+  open_block(t, base, first, last, !way.few && !in_pairs(t.job->product));
   const int a = first - base, b = last - base;
-  if (few.score) {
+  if (way.few) {
     const int group_first = a / VL, group_last = (b + VL - 1) / VL;
-    for (t.head = 0; t.head < t.item->kv_count; ++t.head) few.score(t, group_first, group_last);
-    soften_few(t, base, group_first, group_last);
-    for (t.head = 0; t.head < t.item->kv_count; ++t.head) few.weigh(t, a, b, kKeyBlock, 1);
+    for (t.head = 0; t.head < t.item->kv_count; ++t.head) way.score(t, group_first, group_last);
+    way.soften_few(t, base, group_first, group_last);
+    for (t.head = 0; t.head < t.item->kv_count; ++t.head) way.weigh(t, a, b, kKeyBlock, 1);
     // What a short block left over.
     fetch_rest(t, fetch_key, t.asked_keys, (group_last - group_first) * VL);
     fetch_rest(t, fetch_value, t.asked_vals, b - a);
@@ -164,12 +163,12 @@ void attend_block(Tile& t, int32_t base, int32_t first, int32_t last, const Few&
   for (int i = 0; i < t.ahead; ++i) fetch_key(t, i);
   bool edge = false;
   for (int i = 0; i < t.padded_queries; ++i) edge |= t.low[i] > first || t.high[i] < last - 1;
-  score_many(t, a, b);
-  soften_many(t, base, a, b, edge);
-  weigh<kFloat32>(t, a, b, 1, t.padded_queries);
+  way.score(t, a, b);
+  way.soften_many(t, base, a, b, edge);
+  way.weigh(t, a, b, 1, t.padded_queries);
 }
 
-void attend_partition(Tile& t, int32_t partition, const Few& few) {
+void attend_partition(Tile& t, int32_t partition, const Way& way) {
   clear_state(t, t.part);
   memset(t.part_sums, 0, sizeof(float) * t.padded_queries * kSums);
   const int32_t start = partition * kPartition;
@@ -178,10 +177,10 @@ void attend_partition(Tile& t, int32_t partition, const Few& few) {
     const int32_t last = block_end(base, t.seen);
     if (first >= last) continue;
     find_places(*t.job, *t.item, base, first, last, t.places);
-    attend_block(t, base, first, last, few);
+    attend_block(t, base, first, last, way);
   }
   // Halves are folded onto each other. Of few, a query's sums are side by side; of many, queries'.
-  const int step = few.score ? 1 : t.padded_queries, row = few.score ? kSums : 1;
+  const int step = way.few ? 1 : t.padded_queries, row = way.few ? kSums : 1;
   for (int width = kSums / 2; width; width /= 2)
     for (int n = 0; n < width; ++n)
       for (int i = 0; i < t.queries; ++i)
@@ -231,6 +230,7 @@ void prepare_tile(Tile& t, const AttentionJob& job, const AttentionItem& item) {
   t.item = &item;
   t.dim = job.head_dim;
   t.padded_dim = round_up(t.dim, VL);
+  t.lanes = in_pairs(job.product) ? t.dim / 2 : t.dim;
   t.head = 0;
   t.queries = item.kv_count * item.query_count;
   t.padded_queries = round_up(t.queries, VL);
@@ -276,11 +276,11 @@ void attention_tile(const void* data, int64_t index) {
   prepare_tile(t, job, job.items[index]);
   t.seen = keys_of(job, *t.item);
   load_queries(t);
-  const Few few = choose_few(t);
+  const Way way = choose_way(t);
   enter_stream(job, *t.item, t.seen);
   if (t.item->partial < 0) clear_state(t, t.total);
   for (int32_t p = t.item->partition_first; p < t.item->partition_last; ++p) {
-    attend_partition(t, p, few);
+    attend_partition(t, p, way);
     if (t.item->partial < 0) merge_partition(t);
     else save_partials(t, p);
   }

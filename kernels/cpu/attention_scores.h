@@ -1,7 +1,7 @@
 // Scores of a block of keys, and their softmax so far, in the two ways that attention.h tells of.
 #pragma once
 
-#include "attention_tile.h"
+#include "attention_product.h"
 
 namespace {
 
@@ -13,21 +13,12 @@ HG_INLINE vf cap_scores(vf s, float cap) {
 
 // ---- few query rows: vectors over keys ----
 
-// Eight lanes of each of VL keys: vector i of eight (see load_lanes in simd.h).
-template <int DTYPE>
-HG_INLINE vf load_keys(const void* const* keys, int i, int at) {
-  if constexpr (DTYPE == kBFloat16) return load_lanes_bf16((const uint16_t* const*)keys, i, at);
-  else if constexpr (DTYPE == kFloat16) return load_lanes_f16((const uint16_t* const*)keys, i, at);
-  else if constexpr (DTYPE == kScaledBytes) return load_lanes_i8((const int8_t* const*)keys, i, at);
-  else return load_lanes((const float* const*)keys, i, at);
-}
-
-template <int Q, int DTYPE>
+template <int Q, int T>
 void score_few(Tile& t, int group_first, int group_last) {
-  constexpr int kPairs = VL == 16 && Q <= 6 ? 2 : 1;  // of vectors of keys, sums in registers
+  constexpr int kTwos = VL == 16 && Q <= 6 ? 2 : 1;  // of vectors of keys, sums in registers
   const float cap = t.job->soft_cap;
-  const int dim = t.dim, at = t.head * dim;
-  const float* q = t.q + t.head * Q * dim;
+  const int lanes = t.lanes, at = t.head * lanes;
+  const float* q = t.q + t.head * Q * lanes;
   float* weights = t.weights + t.head * Q * kKeyBlock;
   const bool alone = t.item->kv_count == 1;
   for (int g = group_first; g < group_last; ++g) {
@@ -35,46 +26,47 @@ void score_few(Tile& t, int group_first, int group_last) {
     int fetch = (g - group_first) * VL, fetch_due = 0;
     vf folded[4][Q];
 #pragma GCC unroll 4
-    for (int j = 0; j < 4; j += kPairs) {
-      vf s[2 * kPairs][Q];
+    for (int j = 0; j < 4; j += kTwos) {
+      vf s[2 * kTwos][Q];
 #pragma GCC unroll 4
-      for (int i = 0; i < 2 * kPairs; ++i)
+      for (int i = 0; i < 2 * kTwos; ++i)
 #pragma GCC unroll 8
         for (int r = 0; r < Q; ++r) s[i][r] = set1(0.0f);
-      for (int d = 0; d < dim; d += kLanes) {
+      for (int d = 0; d < lanes; d += kLanes) {
         if (alone) {
-          for (fetch_due += 2 * kPairs * VL; fetch_due >= dim; fetch_due -= dim, ++fetch)
+          for (fetch_due += 2 * kTwos * VL; fetch_due >= lanes; fetch_due -= lanes, ++fetch)
             if (fetch < t.ahead) fetch_key(t, fetch);
         } else {
-          fetch_evenly(t, fetch_key, t.asked_keys, 2 * kPairs * VL, dim * t.item->kv_count);
+          fetch_evenly(t, fetch_key, t.asked_keys, 2 * kTwos * VL, lanes * t.item->kv_count);
         }
 #pragma GCC unroll 4
-        for (int i = 0; i < 2 * kPairs; ++i) {
-          const vf k = load_keys<DTYPE>(keys, 2 * j + i, at + d);
+        for (int i = 0; i < 2 * kTwos; ++i) {
+          const vf k = load_keys<T>(keys, 2 * j + i, at + d);
 #pragma GCC unroll 8
           for (int r = 0; r < Q; ++r)
-            s[i][r] = fma(repeat_lanes(q + r * dim + d, i), k, s[i][r]);
+            s[i][r] = multiply_add<T>(repeat_lanes(q + r * lanes + d, i), k, s[i][r]);
         }
       }
 #pragma GCC unroll 2
-      for (int pair = 0; pair < kPairs; ++pair)
+      for (int two = 0; two < kTwos; ++two)
 #pragma GCC unroll 8
         for (int r = 0; r < Q; ++r)
-          folded[j + pair][r] = fold_halves(s[2 * pair][r], s[2 * pair + 1][r]);
+          folded[j + two][r] = fold_halves(s[2 * two][r], s[2 * two + 1][r]);
     }
     for (int r = 0; r < Q; ++r) {
       vf score = fold_last(fold_pairs(folded[0][r], folded[1][r]),
                            fold_pairs(folded[2][r], folded[3][r]));
-      if constexpr (DTYPE == kScaledBytes) score = score * load(t.key_scales + g * VL);
+      if constexpr (T == kScaledBytes) score = score * load(t.key_scales + g * VL);
       store(weights + r * kKeyBlock + g * VL, cap_scores(score, cap));
     }
   }
 }
 
-// Leaves weights, times the values' scales where there are any.
+// Leaves weights, times the values' scales where there are any; rounded, in the lower half of where scores
+// were, for pairs.
+template <int T>
 void soften_few(Tile& t, int32_t base, int group_first, int group_last) {
   const vf hidden = set1(-__builtin_inff());
-  const bool scaled = t.job->v_scales;
   for (int i = 0; i < t.queries; ++i) {
     float* weights = t.weights + i * kKeyBlock;
     const vi low = set1i(t.low[i]), high = set1i(t.high[i]);
@@ -98,8 +90,14 @@ void soften_few(Tile& t, int32_t base, int group_first, int group_last) {
     float* sums = t.part_sums + i * kSums;
     for (int n = 0; n < kSums; n += VL) store(sums + n, load(sums + n) * decay);
     for (int g = group_first; g < group_last; ++g) {
-      const vf p = exp_v(load(weights + g * VL) - maximum);
-      store(weights + g * VL, scaled ? p * load(t.val_scales + g * VL) : p);
+      vf p = exp_v(load(weights + g * VL) - maximum);
+      if constexpr (in_pairs(T)) {
+        uint16_t* rounded = (uint16_t*)weights + g * VL;
+        store_rounded<T>(rounded, p);
+        p = load_bf16(rounded);
+      } else {
+        store(weights + g * VL, T == kScaledBytes ? p * load(t.val_scales + g * VL) : p);
+      }
       float* sum = sums + g * VL % kSums;
       store(sum, load(sum) + p);
     }
@@ -108,15 +106,15 @@ void soften_few(Tile& t, int32_t base, int group_first, int group_last) {
 
 // ---- many query rows: vectors over query rows ----
 
-// s = products of K keys and V vectors of query rows, over dimensions `LANE`, `LANE` + `STEP`, ...;
+// s = products of K keys and V vectors of query rows, over lanes `LANE`, `LANE` + `STEP`, ... of `lanes`;
 // the chains of fewer than kLanes such steps are folded by halves, as score_few does.
-template <int LANE, int STEP, int K, int V>
-HG_INLINE void score_lanes(const float* const* keys, const float* q, int padded, int dim,
+template <int T, int LANE, int STEP, int K, int V>
+HG_INLINE void score_lanes(const float* const* keys, const float* q, int padded, int lanes,
                            vf (&s)[K][V]) {
   if constexpr (STEP < kLanes) {
     vf first[K][V];
-    score_lanes<LANE, 2 * STEP>(keys, q, padded, dim, first);
-    score_lanes<LANE + STEP, 2 * STEP>(keys, q, padded, dim, s);
+    score_lanes<T, LANE, 2 * STEP>(keys, q, padded, lanes, first);
+    score_lanes<T, LANE + STEP, 2 * STEP>(keys, q, padded, lanes, s);
 #pragma GCC unroll 8
     for (int k = 0; k < K; ++k)
 #pragma GCC unroll 4
@@ -127,7 +125,7 @@ HG_INLINE void score_lanes(const float* const* keys, const float* q, int padded,
   for (int k = 0; k < K; ++k)
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) s[k][v] = set1(0.0f);
-  for (int d = LANE; d < dim; d += kLanes) {
+  for (int d = LANE; d < lanes; d += kLanes) {
     vf x[V];
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) x[v] = load(q + d * padded + v * VL);
@@ -135,20 +133,20 @@ HG_INLINE void score_lanes(const float* const* keys, const float* q, int padded,
     for (int k = 0; k < K; ++k) {
       const vf y = set1(keys[k][d]);
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) s[k][v] = fma(y, x[v], s[k][v]);
+      for (int v = 0; v < V; ++v) s[k][v] = multiply_add<T>(y, x[v], s[k][v]);
     }
   }
 }
 
 // Scores of K keys, times their scales where there are any, for V vectors of query rows.
-template <int K, int V>
-void score_many_tile(const void* const* keys, const float* scales, const float* q, int padded, int dim,
-                     float* out, float cap) {
+template <int T, int K, int V>
+void score_many_tile(const void* const* keys, const float* scales, const float* q, int padded,
+                     int lanes, float* out, float cap) {
   const float* row[K];
 #pragma GCC unroll 8
   for (int k = 0; k < K; ++k) row[k] = (const float*)keys[k];
   vf s[K][V];
-  score_lanes<0, 1>(row, q, padded, dim, s);
+  score_lanes<T, 0, 1>(row, q, padded, lanes, s);
   for (int k = 0; k < K; ++k)
     for (int v = 0; v < V; ++v) {
       const vf score = scales ? s[k][v] * set1(scales[k]) : s[k][v];
@@ -156,7 +154,7 @@ void score_many_tile(const void* const* keys, const float* scales, const float* 
     }
 }
 
-template <int V>
+template <int T, int V>
 void score_many_columns(Tile& t, int column, int first, int last) {
   const float cap = t.job->soft_cap;
   const float* q = t.q + column * VL;
@@ -164,27 +162,29 @@ void score_many_columns(Tile& t, int column, int first, int last) {
   const int padded = t.padded_queries;
   const auto score = [&](auto tile, int k) {
     const float* scales = t.job->k_scales ? t.key_scales + k : nullptr;
-    tile(t.keys + k, scales, q, padded, t.dim, out + k * padded, cap);
+    tile(t.keys + k, scales, q, padded, t.lanes, out + k * padded, cap);
   };
   int k = first;
-  for (; k + kRows <= last; k += kRows) score(score_many_tile<kRows, V>, k);
-  for (; k + 4 <= last; k += 4) score(score_many_tile<4, V>, k);
-  for (; k < last; ++k) score(score_many_tile<1, V>, k);
+  for (; k + kRows <= last; k += kRows) score(score_many_tile<T, kRows, V>, k);
+  for (; k + 4 <= last; k += 4) score(score_many_tile<T, 4, V>, k);
+  for (; k < last; ++k) score(score_many_tile<T, 1, V>, k);
 }
 
+template <int T>
 void score_many(Tile& t, int first, int last) {
   const int vectors = t.padded_queries / VL;
   int v = 0;
-  for (; v + kVectors <= vectors; v += kVectors) score_many_columns<kVectors>(t, v, first, last);
+  for (; v + kVectors <= vectors; v += kVectors) score_many_columns<T, kVectors>(t, v, first, last);
   if constexpr (kVectors == 4) {
-    if (vectors - v == 3) score_many_columns<3>(t, v, first, last);
-    if (vectors - v == 2) score_many_columns<2>(t, v, first, last);
+    if (vectors - v == 3) score_many_columns<T, 3>(t, v, first, last);
+    if (vectors - v == 2) score_many_columns<T, 2>(t, v, first, last);
   }
-  if (vectors - v == 1) score_many_columns<1>(t, v, first, last);
+  if (vectors - v == 1) score_many_columns<T, 1>(t, v, first, last);
 }
 
 // Keys [first, last) of the block at `base`; `edge`: some query does not see all of them. Leaves what
-// soften_few does.
+// soften_few does, of pairs those of two keys in one row.
+template <int T>
 void soften_many(Tile& t, int32_t base, int first, int last, bool edge) {
   const vf hidden = set1(-__builtin_inff());
   const bool scaled = t.job->v_scales;
@@ -209,11 +209,24 @@ void soften_many(Tile& t, int32_t base, int first, int last, bool edge) {
       float* sum = t.part_sums + n * padded + c;
       store(sum, load(sum) * decay);
     }
-    for (int k = first; k < last; ++k) {
-      const vf p = exp_v(load(weights + k * padded) - top);
-      store(weights + k * padded, scaled ? p * set1(t.val_scales[k]) : p);
+    const auto weigh = [&](int k) {
+      return k < first || k >= last ? set1(0.0f) : exp_v(load(weights + k * padded) - top);
+    };
+    const auto add = [&](int k, vf p) {
       float* sum = t.part_sums + k % kSums * padded + c;
       store(sum, load(sum) + p);
+    };
+    for (int k = first / kKeyStep<T> * kKeyStep<T>; k < last; k += kKeyStep<T>) {
+      if constexpr (in_pairs(T)) {
+        const vi pair = pair_rounded<T>(weigh(k), weigh(k + 1));
+        store(weights + k / 2 * padded, as_float(pair));
+        add(k, widen_low(pair));
+        add(k + 1, widen_high(pair));
+      } else {
+        const vf p = weigh(k);
+        store(weights + k * padded, scaled ? p * set1(t.val_scales[k]) : p);
+        add(k, p);
+      }
     }
   }
 }

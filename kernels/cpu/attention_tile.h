@@ -56,17 +56,18 @@ struct Tile {
   const AttentionJob* job;
   const AttentionItem* item;
   int dim, padded_dim, queries, padded_queries;
+  int lanes;  // of 32 bits that a query or key is multiplied in: a dimension's or, of pairs, two of them
   int head;  // which of the item's is worked on
   Keys seen;                            // of the item
   alignas(64) int32_t low[kQueryTile];  // keys each query sees: [low, high]
   alignas(64) int32_t high[kQueryTile];
-  alignas(64) float q[kQueryTile * kMaxHeadDim];  // scaled; few: [query][dim], many: [dim][query]
+  alignas(64) float q[kQueryTile * kMaxHeadDim];  // scaled; few: [query][lane], many: [lane][query]
   State total, part;
   alignas(64) float part_sums[kQueryTile * kSums];    // few: [query][sum], many: [sum][query]
-  alignas(64) float weights[kQueryTile * kKeyBlock];  // few: [query][key], many: [key][query]
+  alignas(64) float weights[kQueryTile * kKeyBlock];  // few: [query][key], many: [key][query]; pairs of keys
   alignas(64) float decay[kQueryTile];             // what the block's new maximum makes of old sums
   alignas(64) float merge[2][kQueryTile];
-  const void* keys[kKeyBlock];  // many: float32; few: as the cache has them
+  const void* keys[kKeyBlock];  // many: float32 or pairs; few: as the cache has them
   const void* vals[kKeyBlock];
   alignas(64) float key_scales[kKeyBlock];  // of this block, zero for positions outside of it
   alignas(64) float val_scales[kKeyBlock];
@@ -112,6 +113,15 @@ Keys keys_of(const AttentionJob& job, const AttentionItem& item) {
   return {seen > low ? seen : low, end < high ? end : high};
 }
 
+// One query row, scaled and in lanes.
+void load_query(const Tile& t, const float* q, float* lanes) {
+  const float scale = t.job->scale;
+  if (in_pairs(t.job->product))
+    for (int d = 0; d < t.dim; d += VL) store_bf16((uint16_t*)lanes + d, load(q + d) * set1(scale));
+  else
+    for (int d = 0; d < t.dim; ++d) lanes[d] = q[d] * scale;
+}
+
 void load_queries(Tile& t) {
   const AttentionJob& job = *t.job;
   const AttentionItem& item = *t.item;
@@ -122,7 +132,7 @@ void load_queries(Tile& t) {
       t.low[i] = 1;
       t.high[i] = 0;
       if (!few)
-        for (int d = 0; d < t.dim; ++d) t.q[d * t.padded_queries + i] = 0.0f;
+        for (int n = 0; n < t.lanes; ++n) t.q[n * t.padded_queries + i] = 0.0f;
       continue;
     }
     const Token token = token_of(job, item, i);
@@ -130,8 +140,10 @@ void load_queries(Tile& t) {
     const float* q = job.q + token.index * job.q_token_stride + head * job.q_head_stride;
     t.high[i] = token.position;
     t.low[i] = first_seen(job, t.high[i]);
-    for (int d = 0; d < t.dim; ++d)
-      t.q[few ? i * t.dim + d : d * t.padded_queries + i] = q[d] * job.scale;
+    float lanes[kMaxHeadDim];
+    load_query(t, q, few ? t.q + i * t.lanes : lanes);
+    if (!few)
+      for (int n = 0; n < t.lanes; ++n) t.q[n * t.padded_queries + i] = lanes[n];
   }
 }
 
@@ -255,6 +267,9 @@ void open_block(Tile& t, int32_t base, int32_t first, int32_t last, bool widen) 
   }
   for (int i = 0; i < first - base; ++i) t.keys[i] = t.keys[first - base];
   for (int i = last - base; i < kKeyBlock; ++i) t.keys[i] = t.keys[last - 1 - base];
+  // The other key of a pair.
+  if (first % 2) t.vals[first - 1 - base] = t.vals[first - base];
+  if (last % 2) t.vals[last - base] = t.vals[last - 1 - base];
 }
 
 }  // namespace

@@ -135,13 +135,14 @@ HG_API int32_t hg_linear(const float* x, int64_t rows, int64_t inner, int64_t x_
   return 0;
 }
 
+// rounded: where the cache is bfloat16, queries and weights are rounded to it (see attention.h).
 HG_API int32_t hg_paged_attention(const float* q, int64_t q_token_stride, int64_t q_head_stride,
                                   const void* k_cache, const void* v_cache, const float* k_scales,
                                   const float* v_scales, int32_t cache_dtype, int32_t block_size,
                                   const int32_t* cu_query_lens, const int32_t* context_lens,
                                   const int32_t* block_tables, int64_t table_stride, int32_t rows,
                                   int32_t heads, int32_t kv_heads, int32_t head_dim, float scale,
-                                  int32_t window, float soft_cap, float* out) {
+                                  int32_t window, float soft_cap, int32_t rounded, float* out) {
   static std::atomic<int64_t> jobs{0};
   AttentionJob job = {};
   job.number = ++jobs;
@@ -162,7 +163,9 @@ HG_API int32_t hg_paged_attention(const float* q, int64_t q_token_stride, int64_
   job.kv_heads = kv_heads;
   job.head_dim = head_dim;
   job.block_size = block_size;
-  job.cache_dtype = cache_dtype;
+  job.cache_dtype = job.product = cache_dtype;
+  if (rounded && cache_dtype == kBFloat16 && head_dim % kPairedDims == 0)
+    job.product = multiplies_pairs() ? kRoundedPairs : kRounded;
   job.window = window;
   job.scale = scale;
   job.soft_cap = soft_cap;

@@ -22,6 +22,9 @@ static inline int item_size(int32_t dtype) {
 // rounded to bfloat16 first: as such values in floats, or in pairs for an instruction that
 // multiplies pairs.
 enum Rounded : int32_t { kRounded = 3, kRoundedPairs = 4 };
+static constexpr bool in_pairs(int32_t product) {
+  return product == kRounded || product == kRoundedPairs;
+}
 
 // Packed weights come in panels of so many output columns, whatever the instruction set.
 constexpr int kPanel = 32;
@@ -86,6 +89,7 @@ constexpr int kQueryTile = 64;
 // Up to so many query rows of a head, vectors run over keys; kLanes divides their dimensions then.
 constexpr int kFewQueries = 9;
 constexpr int kLanes = 8;  // chains that a score is the sum of, whatever the instruction set
+constexpr int kPairedDims = 2 * kLanes;  // pairs of dimensions are taken where this divides them
 static inline bool is_few(int queries, int dim) {
   return queries <= kFewQueries && dim % kLanes == 0;
 }
@@ -137,6 +141,7 @@ struct AttentionJob {
   float* partials;
   int64_t q_token_stride, q_head_stride, table_stride;
   int32_t rows, heads, kv_heads, head_dim, block_size, cache_dtype;
+  int32_t product;                           // cache_dtype, kRounded, or kRoundedPairs
   int32_t window;                            // 0: none
   float scale, soft_cap;                     // 0: none
 };

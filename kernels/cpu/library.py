@@ -39,7 +39,7 @@ SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "hg_linear_quantised": (_I, _PRODUCT),
     "hg_paged_attention": (
         _I,
-        (_P, _L, _L, *_CACHES, _P, _P, _P, _L, _I, _I, _I, _I, _F, _I, _F, _P),
+        (_P, _L, _L, *_CACHES, _P, _P, _P, _L, _I, _I, _I, _I, _F, _I, _F, _I, _P),
     ),
     "hg_embedding": (None, (_P, _L, _P, _I, _L, _L, _L, _P)),
     "hg_take_rows": (None, (_P, _L, _P, _L, _L, _P)),

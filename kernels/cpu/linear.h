@@ -2,16 +2,14 @@
 //
 // Each output is one chain of fused multiply-adds over k in ascending order, whatever the number of
 // rows, the tile, the number of threads or the width of the vectors: bit-identical in any batch.
-// AVX512_BF16's product of pairs is two links of such a chain, the upper half of a lane before the
-// lower one, but for subnormal numbers, which it takes and leaves as zeros.
+// A product of pairs (bf16_pairs.h) is two links of such a chain.
 //
 // Packed weights: panels of kPanel output columns. float32 and float16: [K][kPanel]. bfloat16: two k's
 // share a 32-bit lane, [K/2][kPanel][2], the second one first, so that one mask and one shift widen
 // them, without a shuffle; an odd K is padded with zeros. Missing columns are zeros.
 #pragma once
 
-#include "kernels.h"
-#include "simd.h"
+#include "bf16_pairs.h"
 
 namespace {
 
@@ -39,14 +37,6 @@ HG_INLINE const char* weight_at(const char* panel, int64_t k) {
   return panel + k * kPanel * kElement<T>;
 }
 
-#if defined(__AVX512F__)
-// In assembly for the reasons given at dot4, and so that all but this runs without AVX512_BF16.
-HG_INLINE vf dot2(vf sum, vi w, vf x) {
-  __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x));
-  return sum;
-}
-#endif
-
 // sums[r][v] += x[k][r] * w[k][v] for the k's of one step.
 template <int T, int R, int V>
 HG_INLINE void step(const float* x, const char* w, bool both, vf (&sums)[R][V]) {
@@ -57,7 +47,7 @@ HG_INLINE void step(const float* x, const char* w, bool both, vf (&sums)[R][V]) 
     for (int v = 0; v < V; ++v) pairs[v] = load_int(w + v * VL * 4);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      const vf a = set1(x[r]);
+      const vi a = as_int(set1(x[r]));
 #pragma GCC unroll 8
       for (int v = 0; v < V; ++v) sums[r][v] = dot2(sums[r][v], pairs[v], a);
     }

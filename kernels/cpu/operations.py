@@ -272,6 +272,7 @@ def paged_attention(
     window: int,
     soft_cap: float,
     alibi_slopes: torch.Tensor | None = None,
+    rounded: bool = False,
 ) -> torch.Tensor:
     caches = _caches(k_cache, v_cache)
     _, heads, dim = q.shape
@@ -280,7 +281,7 @@ def paged_attention(
     taken = plain and is_rows(q) and dim <= _MAX_HEAD_DIM and alibi_slopes is None
     if caches is None or not taken:
         return reference.paged_attention(
-            q, k_cache, v_cache, attention, scale, window, soft_cap, alibi_slopes
+            q, k_cache, v_cache, attention, scale, window, soft_cap, alibi_slopes, rounded
         )
     out = allocate(q.shape)
     call(
@@ -300,6 +301,7 @@ def paged_attention(
         scale,
         window,
         soft_cap,
+        rounded,
         out.data_ptr(),
     )
     return out

@@ -278,7 +278,8 @@ HG_INLINE vf load_f16(const uint16_t* p) {
   return (vf)((vi)x | ((h & 0x8000) << 16));
 }
 HG_INLINE void store_low_halves(uint16_t* p, vi x) {
-  for (int i = 0; i < 4; ++i) p[i] = (uint16_t)x[i];
+  const uint16_t halves[VL] = {(uint16_t)x[0], (uint16_t)x[1], (uint16_t)x[2], (uint16_t)x[3]};
+  memcpy(p, halves, sizeof halves);
 }
 // Of values that a half can hold, and NaN.
 HG_INLINE void store_f16_unlimited(uint16_t* p, vf x) {
@@ -347,10 +348,6 @@ void widen_row(const uint16_t* from, float* to, int64_t size) {
     store_n(to + i, BF16 ? load_bf16_n(from + i, n) : load_f16_n(from + i, n), n);
   }
 }
-
-// The bfloat16 in the lower and in the upper half of each 32-bit lane.
-HG_INLINE vf widen_low(vi pair) { return as_float(shift_left(pair, 16)); }
-HG_INLINE vf widen_high(vi pair) { return as_float(and_int(pair, set1i((int)0xffff0000u))); }
 
 // Rounded to the nearest bfloat16, ties to even; NaN stays NaN.
 HG_INLINE vf round_bf16(vf x) {

@@ -17,7 +17,8 @@ class Attention:
     """Grouped-query attention of this rank's heads. `prefix`: such as model.layers.0.self_attn.
 
     `window` > 0: a token sees only the last `window` positions, its own included; their KV is kept
-    for the whole sequence all the same.
+    for the whole sequence all the same. Beside weights whose products round their inputs it may
+    round too (see `paged_attention` in headgate.kernels.reference).
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class Attention:
         self._kv_size = len(context.kv_heads) * self._head_dim
         self._scale = self._head_dim**-0.5
         self._window = window
+        self._rounded = context.weights.rounds_inputs
         self._norm = norm
         self._rotary = rotary
         self._qkv = ColumnLinear.qkv(context, prefix, qkv_bias)
@@ -61,5 +63,7 @@ class Attention:
         parts = qkv.split((self._q_size, self._kv_size, self._kv_size), dim=-1)
         q, k, v = (part.view(tokens, -1, self._head_dim) for part in parts)
         q = self._rotary(q, k, v, positions, kv, attention.slot_mapping, self._head_norms)
-        out = ops.paged_attention(q, *kv, attention, self._scale, self._window)
+        out = ops.paged_attention(
+            q, *kv, attention, self._scale, self._window, rounded=self._rounded
+        )
         return self._output.parts(out.reshape(tokens, self._q_size)), residual

@@ -29,8 +29,9 @@ PENALISED = replace(
     seed=77,
     bad_words=((5,), *((token, other) for token in range(100) for other in range(0, 100, 3))),
 )
-# Kinds of weights and of caches: the one that goes with them unless asked otherwise, and int8.
-QUANTISED = {"tiny llama in int8": ("int8", "int8"), "tiny llama in int4": ("int4", "float16")}
+# Kinds of weights and of caches: the one that goes with them unless asked otherwise, and int8. The
+# former's attention is of pairs, where heads have 16 dimensions.
+QUANTISED = {"tiny llama in int8": ("int8", "int8"), "tiny llama in int4": ("int4", "bfloat16")}
 
 
 @pytest.fixture(
@@ -47,7 +48,7 @@ def checkpoint(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
         return ensure_embedded_model()
     path = tmp_path_factory.mktemp("model")
     if "llama" in model:
-        return make_checkpoint(path, "llama")
+        return make_checkpoint(path, "llama", head_dim=16 if "int4" in model else 8)
     return make_checkpoint(path, "mistral", sliding_window=20)
 
 

@@ -1,0 +1,56 @@
+// How keys and values of each kind are read and multiplied. T: the job's `product`.
+#pragma once
+
+#include "attention_tile.h"
+#include "bf16_pairs.h"
+
+namespace {
+
+using namespace headgate;
+
+// Keys whose values are read together, and how many of them share a lane of weights.
+template <int T>
+constexpr int kKeyStep = in_pairs(T) ? 2 : 1;
+
+// Eight lanes of each of VL keys: vector i of eight (see load_lanes in simd.h). `at`: in lanes.
+template <int T>
+HG_INLINE vf load_keys(const void* const* keys, int i, int at) {
+  if constexpr (T == kBFloat16) return load_lanes_bf16((const uint16_t* const*)keys, i, at);
+  else if constexpr (T == kFloat16) return load_lanes_f16((const uint16_t* const*)keys, i, at);
+  else if constexpr (T == kScaledBytes) return load_lanes_i8((const int8_t* const*)keys, i, at);
+  else return load_lanes((const float* const*)keys, i, at);
+}
+
+// VL dimensions, from `at` on, of the values of a step's keys.
+template <int T>
+HG_INLINE vf load_values(const void* const* values, int at) {
+  if constexpr (in_pairs(T)) {
+    return as_float(pair_rows((const uint16_t*)values[0] + at, (const uint16_t*)values[1] + at));
+  } else {
+    const void* value = values[0];
+    if constexpr (T == kBFloat16) return load_bf16((const uint16_t*)value + at);
+    else if constexpr (T == kFloat16) return load_f16((const uint16_t*)value + at);
+    else if constexpr (T == kScaledBytes) return load_i8((const int8_t*)value + at);
+    else return load((const float*)value + at);
+  }
+}
+
+// The first n < VL of them; pairs have no such rest.
+template <int T>
+HG_INLINE vf load_values_n(const void* const* values, int at, int n) {
+  const void* value = values[0];
+  if constexpr (T == kBFloat16) return load_bf16_n((const uint16_t*)value + at, n);
+  else if constexpr (T == kFloat16) return load_f16_n((const uint16_t*)value + at, n);
+  else if constexpr (T == kScaledBytes) return load_i8_n((const int8_t*)value + at, n);
+  else if constexpr (T == kFloat32) return load_n((const float*)value + at, n);
+  else return load_values<T>(values, at);
+}
+
+// sum + a * b, lane by lane.
+template <int T>
+HG_INLINE vf multiply_add(vf a, vf b, vf sum) {
+  if constexpr (in_pairs(T)) return multiply_pairs<T>(sum, as_int(a), as_int(b));
+  else return fma(a, b, sum);
+}
+
+}  // namespace
