@@ -29,12 +29,11 @@ using namespace headgate;
 
 // values[R][V vectors] = values * decay + sum over keys of weight * value, the last vector of `tail`
 // lanes where that is not 0. Of the queries from `query`, and the dimensions from `dim_at`.
-template <int T, int R, int V>
-void weigh_tile(Tile& t, int query, int dim_at, int first, int last, int query_step, int key_step,
-                int tail) {
-  const float* weights = t.weights + query * query_step;
+template <int T, bool FEW, int R, int V>
+void weigh_tile(Tile& t, int query, int dim_at, int first, int last, int tail) {
   const float* decay = t.decay + query;
-  const int padded_dim = t.padded_dim, at = t.head * t.dim + dim_at;
+  const int padded_dim = t.padded_dim;
+  const ptrdiff_t at = t.head * t.dim + dim_at;
   float* values = t.part.values + query * padded_dim + dim_at;
   const int heads = t.item->kv_count;
   const bool first_tile = query == t.head * t.item->query_count && dim_at == 0;
@@ -46,11 +45,14 @@ void weigh_tile(Tile& t, int query, int dim_at, int first, int last, int query_s
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) sums[r][v] = load(values + r * padded_dim + v * VL) * scale;
   }
-  first = first / kKeyStep<T> * kKeyStep<T>;
-  for (int k = first; k < last; k += kKeyStep<T>) {
-    for (int i = k - first; i < k - first + kKeyStep<T>; ++i)
+  constexpr int kStep = kKeyStep<T>, query_step = FEW ? kKeyBlock : 1;
+  first = first / kStep * kStep;
+  const ptrdiff_t step = FEW ? 1 : t.padded_queries;
+  const float* weights = t.weights + query * query_step + first / kStep * step;
+  for (int k = first; k < last; k += kStep, weights += step) {
+    for (int i = k - first; i < k - first + kStep; ++i)
       if (i < ahead) fetch_value(t, i);
-    if (first_tile && heads > 1) fetch_evenly(t, fetch_value, t.asked_vals, kKeyStep<T>, heads);
+    if (first_tile && heads > 1) fetch_evenly(t, fetch_value, t.asked_vals, kStep, heads);
     vf x[V];
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v)
@@ -58,7 +60,7 @@ void weigh_tile(Tile& t, int query, int dim_at, int first, int last, int query_s
                                 : load_values<T>(t.vals + k, at + v * VL);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      const vf p = set1(weights[r * query_step + k / kKeyStep<T> * key_step]);
+      const vf p = set1(weights[r * query_step]);
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) sums[r][v] = multiply_add<T>(p, x[v], sums[r][v]);
     }
@@ -69,35 +71,34 @@ void weigh_tile(Tile& t, int query, int dim_at, int first, int last, int query_s
     for (int v = 0; v < V; ++v) store(values + r * padded_dim + v * VL, sums[r][v]);
 }
 
-template <int T, int V>
-void weigh_columns(Tile& t, int dim_at, int first, int last, int query_step, int key_step, int tail) {
-  const auto weigh = [&](auto tile, int r) {
-    tile(t, r, dim_at, first, last, query_step, key_step, tail);
-  };
+template <int T, bool FEW, int V>
+void weigh_columns(Tile& t, int dim_at, int first, int last, int tail) {
+  const auto weigh = [&](auto tile, int r) { tile(t, r, dim_at, first, last, tail); };
   const int count = t.item->query_count, last_row = (t.head + 1) * count;
   int r = t.head * count;
-  for (; r + kRows <= last_row; r += kRows) weigh(weigh_tile<T, kRows, V>, r);
+  constexpr int kMost = kRowsOf<T>;
+  for (; r + kMost <= last_row; r += kMost) weigh(weigh_tile<T, FEW, kMost, V>, r);
   switch (last_row - r) {
-    case 1: weigh(weigh_tile<T, 1, V>, r); break;
-    case 2: weigh(weigh_tile<T, 2, V>, r); break;
-    case 3: weigh(weigh_tile<T, 3, V>, r); break;
-    case 4: weigh(weigh_tile<T, 4, V>, r); break;
-    case 5: weigh(weigh_tile<T, 5, V>, r); break;
+    case 1: weigh(weigh_tile<T, FEW, 1, V>, r); break;
+    case 2: weigh(weigh_tile<T, FEW, 2, V>, r); break;
+    case 3: weigh(weigh_tile<T, FEW, 3, V>, r); break;
+    case 4: weigh(weigh_tile<T, FEW, 4, V>, r); break;
+    case 5: weigh(weigh_tile<T, FEW, 5, V>, r); break;
   }
 }
 
 // The values of one head. T: of what `vals` points at.
-template <int T>
-void weigh(Tile& t, int first, int last, int query_step, int key_step) {
+template <int T, bool FEW>
+void weigh(Tile& t, int first, int last) {
   const int tail = t.dim % VL;
   int d = 0;
   for (; d + kVectors * VL <= t.dim; d += kVectors * VL)
-    weigh_columns<T, kVectors>(t, d, first, last, query_step, key_step, 0);
+    weigh_columns<T, FEW, kVectors>(t, d, first, last, 0);
   switch ((t.dim - d + VL - 1) / VL) {
-    case 1: weigh_columns<T, 1>(t, d, first, last, query_step, key_step, tail); break;
-    case 2: weigh_columns<T, 2>(t, d, first, last, query_step, key_step, tail); break;
-    case 3: weigh_columns<T, 3>(t, d, first, last, query_step, key_step, tail); break;
-    case 4: weigh_columns<T, 4>(t, d, first, last, query_step, key_step, tail); break;
+    case 1: weigh_columns<T, FEW, 1>(t, d, first, last, tail); break;
+    case 2: weigh_columns<T, FEW, 2>(t, d, first, last, tail); break;
+    case 3: weigh_columns<T, FEW, 3>(t, d, first, last, tail); break;
+    case 4: weigh_columns<T, FEW, 4>(t, d, first, last, tail); break;
   }
 }
 
@@ -115,20 +116,20 @@ struct Way {
   void (*score)(Tile&, int first, int last);  // few: groups of VL keys; many: keys
   void (*soften_few)(Tile&, int32_t base, int group_first, int group_last);
   void (*soften_many)(Tile&, int32_t base, int first, int last, bool edge);
-  void (*weigh)(Tile&, int first, int last, int query_step, int key_step);
+  void (*weigh)(Tile&, int first, int last);
 };
 
 template <int T>
 Way few_of(int queries) {
   static void (*const score[kFewQueries])(Tile&, int, int) = {
       score_few<1, T>, score_few<2, T>, score_few<3, T>, score_few<4, T>, score_few<5, T>,
-      score_few<6, T>, score_few<7, T>, score_few<8, T>, score_few<9, T>};
-  return {true, score[queries - 1], soften_few<T>, nullptr, weigh<T>};
+      score_few<6, T>, score_few<7, T>, score_few<8, T>, score_few<9, T>, score_few<10, T>, score_few<11, T>, score_few<12, T>};
+  return {true, score[queries - 1], soften_few<T>, nullptr, weigh<T, true>};
 }
 
 template <int T>
 Way many_of() {
-  return {false, score_many<T>, nullptr, soften_many<T>, weigh<T>};
+  return {false, score_many<T>, nullptr, soften_many<T>, weigh<T, false>};
 }
 
 Way choose_way(const Tile& t) {
@@ -154,7 +155,7 @@ void attend_block(Tile& t, int32_t base, int32_t first, int32_t last, const Way&
     const int group_first = a / VL, group_last = (b + VL - 1) / VL;
     for (t.head = 0; t.head < t.item->kv_count; ++t.head) way.score(t, group_first, group_last);
     way.soften_few(t, base, group_first, group_last);
-    for (t.head = 0; t.head < t.item->kv_count; ++t.head) way.weigh(t, a, b, kKeyBlock, 1);
+    for (t.head = 0; t.head < t.item->kv_count; ++t.head) way.weigh(t, a, b);
     // What a short block left over.
     fetch_rest(t, fetch_key, t.asked_keys, (group_last - group_first) * VL);
     fetch_rest(t, fetch_value, t.asked_vals, b - a);
@@ -162,10 +163,10 @@ void attend_block(Tile& t, int32_t base, int32_t first, int32_t last, const Way&
   }
   for (int i = 0; i < t.ahead; ++i) fetch_key(t, i);
   bool edge = false;
-  for (int i = 0; i < t.padded_queries; ++i) edge |= t.low[i] > first || t.high[i] < last - 1;
+  for (int i = 0; i < t.queries; ++i) edge |= t.low[i] > first || t.high[i] < last - 1;
   way.score(t, a, b);
   way.soften_many(t, base, a, b, edge);
-  way.weigh(t, a, b, 1, t.padded_queries);
+  way.weigh(t, a, b);
 }
 
 void attend_partition(Tile& t, int32_t partition, const Way& way) {

@@ -12,9 +12,13 @@ using namespace headgate;
 template <int T>
 constexpr int kKeyStep = in_pairs(T) ? 2 : 1;
 
+// Rows of the inner products: halves of pairs that are multiplied apart take registers of their own.
+template <int T>
+constexpr int kRowsOf = T == kRounded ? 4 : kRows;
+
 // Eight lanes of each of VL keys: vector i of eight (see load_lanes in simd.h). `at`: in lanes.
 template <int T>
-HG_INLINE vf load_keys(const void* const* keys, int i, int at) {
+HG_INLINE vf load_keys(const void* const* keys, int i, ptrdiff_t at) {
   if constexpr (T == kBFloat16) return load_lanes_bf16((const uint16_t* const*)keys, i, at);
   else if constexpr (T == kFloat16) return load_lanes_f16((const uint16_t* const*)keys, i, at);
   else if constexpr (T == kScaledBytes) return load_lanes_i8((const int8_t* const*)keys, i, at);
@@ -23,7 +27,7 @@ HG_INLINE vf load_keys(const void* const* keys, int i, int at) {
 
 // VL dimensions, from `at` on, of the values of a step's keys.
 template <int T>
-HG_INLINE vf load_values(const void* const* values, int at) {
+HG_INLINE vf load_values(const void* const* values, ptrdiff_t at) {
   if constexpr (in_pairs(T)) {
     return as_float(pair_rows((const uint16_t*)values[0] + at, (const uint16_t*)values[1] + at));
   } else {
@@ -37,7 +41,7 @@ HG_INLINE vf load_values(const void* const* values, int at) {
 
 // The first n < VL of them; pairs have no such rest.
 template <int T>
-HG_INLINE vf load_values_n(const void* const* values, int at, int n) {
+HG_INLINE vf load_values_n(const void* const* values, ptrdiff_t at, int n) {
   const void* value = values[0];
   if constexpr (T == kBFloat16) return load_bf16_n((const uint16_t*)value + at, n);
   else if constexpr (T == kFloat16) return load_f16_n((const uint16_t*)value + at, n);

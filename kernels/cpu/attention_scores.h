@@ -17,7 +17,8 @@ template <int Q, int T>
 void score_few(Tile& t, int group_first, int group_last) {
   constexpr int kTwos = VL == 16 && Q <= 6 ? 2 : 1;  // of vectors of keys, sums in registers
   const float cap = t.job->soft_cap;
-  const int lanes = t.lanes, at = t.head * lanes;
+  const int lanes = t.lanes;
+  const ptrdiff_t at = t.head * lanes;
   const float* q = t.q + t.head * Q * lanes;
   float* weights = t.weights + t.head * Q * kKeyBlock;
   const bool alone = t.item->kv_count == 1;
@@ -30,9 +31,9 @@ void score_few(Tile& t, int group_first, int group_last) {
       vf s[2 * kTwos][Q];
 #pragma GCC unroll 4
       for (int i = 0; i < 2 * kTwos; ++i)
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int r = 0; r < Q; ++r) s[i][r] = set1(0.0f);
-      for (int d = 0; d < lanes; d += kLanes) {
+      for (ptrdiff_t d = 0; d < lanes; d += kLanes) {
         if (alone) {
           for (fetch_due += 2 * kTwos * VL; fetch_due >= lanes; fetch_due -= lanes, ++fetch)
             if (fetch < t.ahead) fetch_key(t, fetch);
@@ -42,17 +43,18 @@ void score_few(Tile& t, int group_first, int group_last) {
 #pragma GCC unroll 4
         for (int i = 0; i < 2 * kTwos; ++i) {
           const vf k = load_keys<T>(keys, 2 * j + i, at + d);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
           for (int r = 0; r < Q; ++r)
-            s[i][r] = multiply_add<T>(repeat_lanes(q + r * lanes + d, i), k, s[i][r]);
+            s[i][r] = multiply_add<T>(repeat_lanes(q + d * Q + r * kLanes, i), k, s[i][r]);
         }
       }
 #pragma GCC unroll 2
       for (int two = 0; two < kTwos; ++two)
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int r = 0; r < Q; ++r)
           folded[j + two][r] = fold_halves(s[2 * two][r], s[2 * two + 1][r]);
     }
+#pragma GCC unroll 16
     for (int r = 0; r < Q; ++r) {
       vf score = fold_last(fold_pairs(folded[0][r], folded[1][r]),
                            fold_pairs(folded[2][r], folded[3][r]));
@@ -87,20 +89,23 @@ void soften_few(Tile& t, int32_t base, int group_first, int group_last) {
   for (int i = 0; i < t.queries; ++i) {
     float* weights = t.weights + i * kKeyBlock;
     const vf maximum = set1(t.part.maximum[i]), decay = set1(t.decay[i]);
-    float* sums = t.part_sums + i * kSums;
-    for (int n = 0; n < kSums; n += VL) store(sums + n, load(sums + n) * decay);
+    vf sums[kSums / VL];
+    for (int n = 0; n < kSums / VL; ++n) sums[n] = load(t.part_sums + i * kSums + n * VL) * decay;
     for (int g = group_first; g < group_last; ++g) {
-      vf p = exp_v(load(weights + g * VL) - maximum);
+      const vf x = load(weights + g * VL) - maximum;
+      vf p;
       if constexpr (in_pairs(T)) {
         uint16_t* rounded = (uint16_t*)weights + g * VL;
-        store_rounded<T>(rounded, p);
+        store_rounded<T>(rounded, exp_to_round(x));
         p = load_bf16(rounded);
       } else {
+        p = exp_v(x);
         store(weights + g * VL, T == kScaledBytes ? p * load(t.val_scales + g * VL) : p);
       }
-      float* sum = sums + g * VL % kSums;
-      store(sum, load(sum) + p);
+      vf& sum = sums[g % (kSums / VL)];
+      sum = sum + p;
     }
+    for (int n = 0; n < kSums / VL; ++n) store(t.part_sums + i * kSums + n * VL, sums[n]);
   }
 }
 
@@ -164,9 +169,13 @@ void score_many_columns(Tile& t, int column, int first, int last) {
     const float* scales = t.job->k_scales ? t.key_scales + k : nullptr;
     tile(t.keys + k, scales, q, padded, t.lanes, out + k * padded, cap);
   };
+  // A chain of pairs is so short that few sums at a time, which stay in registers as they are folded, are
+  // better than little loading for each.
+  constexpr int kMost = T == kRoundedPairs ? (8 + V - 1) / V : kRowsOf<T>;
   int k = first;
-  for (; k + kRows <= last; k += kRows) score(score_many_tile<T, kRows, V>, k);
-  for (; k + 4 <= last; k += 4) score(score_many_tile<T, 4, V>, k);
+  for (; k + kMost <= last; k += kMost) score(score_many_tile<T, kMost, V>, k);
+  if constexpr (kMost > 4)
+    for (; k + 4 <= last; k += 4) score(score_many_tile<T, 4, V>, k);
   for (; k < last; ++k) score(score_many_tile<T, 1, V>, k);
 }
 
@@ -209,21 +218,26 @@ void soften_many(Tile& t, int32_t base, int first, int last, bool edge) {
       float* sum = t.part_sums + n * padded + c;
       store(sum, load(sum) * decay);
     }
-    const auto weigh = [&](int k) {
-      return k < first || k >= last ? set1(0.0f) : exp_v(load(weights + k * padded) - top);
-    };
-    const auto add = [&](int k, vf p) {
-      float* sum = t.part_sums + k % kSums * padded + c;
+    float* sums = t.part_sums + c;
+    const auto add = [&](unsigned k, vf p) {
+      float* sum = sums + k % kSums * padded;
       store(sum, load(sum) + p);
     };
-    for (int k = first / kKeyStep<T> * kKeyStep<T>; k < last; k += kKeyStep<T>) {
-      if constexpr (in_pairs(T)) {
-        const vi pair = pair_rounded<T>(weigh(k), weigh(k + 1));
+    if constexpr (in_pairs(T)) {
+      // The other key of a pair.
+      if (first % 2) store(weights + (first - 1) * padded, hidden);
+      if (last % 2) store(weights + last * padded, hidden);
+      const float* scores = weights + first / 2 * 2 * padded;
+      for (int k = first / 2 * 2; k < last; k += 2, scores += 2 * padded) {
+        const vf low = exp_to_round(load(scores) - top), high = exp_to_round(load(scores + padded) - top);
+        const vi pair = pair_rounded<T>(low, high);
         store(weights + k / 2 * padded, as_float(pair));
         add(k, widen_low(pair));
         add(k + 1, widen_high(pair));
-      } else {
-        const vf p = weigh(k);
+      }
+    } else {
+      for (int k = first; k < last; ++k) {
+        const vf p = exp_v(load(weights + k * padded) - top);
         store(weights + k * padded, scaled ? p * set1(t.val_scales[k]) : p);
         add(k, p);
       }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "int8_rows.h"
+#include "interleave.h"
 #include "kernels.h"
 #include "simd.h"
 
@@ -61,7 +62,7 @@ struct Tile {
   Keys seen;                            // of the item
   alignas(64) int32_t low[kQueryTile];  // keys each query sees: [low, high]
   alignas(64) int32_t high[kQueryTile];
-  alignas(64) float q[kQueryTile * kMaxHeadDim];  // scaled; few: [query][lane], many: [lane][query]
+  alignas(64) float q[kQueryTile * kMaxHeadDim];  // scaled; few: [lane / kLanes][query][kLanes]; many: [lane][query]
   State total, part;
   alignas(64) float part_sums[kQueryTile * kSums];    // few: [query][sum], many: [sum][query]
   alignas(64) float weights[kQueryTile * kKeyBlock];  // few: [query][key], many: [key][query]; pairs of keys
@@ -125,26 +126,26 @@ void load_query(const Tile& t, const float* q, float* lanes) {
 void load_queries(Tile& t) {
   const AttentionJob& job = *t.job;
   const AttentionItem& item = *t.item;
-  const int group = job.heads / job.kv_heads;
-  const bool few = is_few(item.query_count, t.dim);
-  for (int i = 0; i < t.padded_queries; ++i) {
-    if (i >= t.queries) {  // lanes that pad a vector see nothing
-      t.low[i] = 1;
-      t.high[i] = 0;
-      if (!few)
-        for (int n = 0; n < t.lanes; ++n) t.q[n * t.padded_queries + i] = 0.0f;
-      continue;
-    }
+  const int group = job.heads / job.kv_heads, count = item.query_count;
+  const bool few = is_few(count, t.dim);
+  float* rows = t.wide_keys;  // [query][lane]; of no use before there are keys
+  for (int i = 0; i < t.queries; ++i) {
     const Token token = token_of(job, item, i);
-    const int head = (item.kv_head + i / item.query_count) * group + query_row(item, i) % group;
-    const float* q = job.q + token.index * job.q_token_stride + head * job.q_head_stride;
+    const int head = (item.kv_head + i / count) * group + query_row(item, i) % group;
     t.high[i] = token.position;
     t.low[i] = first_seen(job, t.high[i]);
-    float lanes[kMaxHeadDim];
-    load_query(t, q, few ? t.q + i * t.lanes : lanes);
-    if (!few)
-      for (int n = 0; n < t.lanes; ++n) t.q[n * t.padded_queries + i] = lanes[n];
+    float* row = rows + i * t.lanes;
+    load_query(t, job.q + token.index * job.q_token_stride + head * job.q_head_stride, row);
+    if (!few) continue;
+    float* to = t.q + i / count * count * t.lanes + i % count * kLanes;
+    for (int n = 0; n < t.lanes; n += kLanes) memcpy(to + n * count, row + n, kLanes * sizeof(float));
   }
+  for (int i = t.queries; i < t.padded_queries; ++i) {  // lanes that pad a vector see nothing
+    t.low[i] = 1;
+    t.high[i] = 0;
+    memset(rows + i * t.lanes, 0, t.lanes * sizeof(float));
+  }
+  if (!few) interleave(rows, t.lanes, t.padded_queries, t.lanes, t.q);
 }
 
 // Finds the places of positions [first, last) of the block that starts at `base`, for an item's

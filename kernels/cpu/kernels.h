@@ -87,7 +87,7 @@ constexpr int kMaxHeadDim = 256;
 // Query rows (tokens times heads of a group) that one tile of attention takes.
 constexpr int kQueryTile = 64;
 // Up to so many query rows of a head, vectors run over keys; kLanes divides their dimensions then.
-constexpr int kFewQueries = 9;
+constexpr int kFewQueries = 12;
 constexpr int kLanes = 8;  // chains that a score is the sum of, whatever the instruction set
 constexpr int kPairedDims = 2 * kLanes;  // pairs of dimensions are taken where this divides them
 static inline bool is_few(int queries, int dim) {
