@@ -169,6 +169,24 @@ void attend_block(Tile& t, int32_t base, int32_t first, int32_t last, const Way&
   way.weigh(t, a, b);
 }
 
+// The sums of weights, halves folded onto each other. Of few, a query's are side by side; of many, queries'.
+void fold_sums(Tile& t, bool few) {
+  for (int i = 0; few && i < t.queries; ++i) {
+    vf sums[kSums / VL];
+    for (int n = 0; n < kSums / VL; ++n) sums[n] = load(t.part_sums + i * kSums + n * VL);
+    for (int width = kSums / VL / 2; width; width /= 2)
+      for (int n = 0; n < width; ++n) sums[n] = sums[n] + sums[n + width];
+    t.part.sum[i] = sum_lanes(sums[0]);
+  }
+  for (int c = 0; !few && c < t.padded_queries; c += VL) {
+    vf sums[kSums];
+    for (int n = 0; n < kSums; ++n) sums[n] = load(t.part_sums + n * t.padded_queries + c);
+    for (int width = kSums / 2; width; width /= 2)
+      for (int n = 0; n < width; ++n) sums[n] = sums[n] + sums[n + width];
+    store(t.part.sum + c, sums[0]);
+  }
+}
+
 void attend_partition(Tile& t, int32_t partition, const Way& way) {
   clear_state(t, t.part);
   memset(t.part_sums, 0, sizeof(float) * t.padded_queries * kSums);
@@ -180,13 +198,7 @@ void attend_partition(Tile& t, int32_t partition, const Way& way) {
     find_places(*t.job, *t.item, base, first, last, t.places);
     attend_block(t, base, first, last, way);
   }
-  // Halves are folded onto each other. Of few, a query's sums are side by side; of many, queries'.
-  const int step = way.few ? 1 : t.padded_queries, row = way.few ? kSums : 1;
-  for (int width = kSums / 2; width; width /= 2)
-    for (int n = 0; n < width; ++n)
-      for (int i = 0; i < t.queries; ++i)
-        t.part_sums[i * row + n * step] += t.part_sums[i * row + (n + width) * step];
-  for (int i = 0; i < t.queries; ++i) t.part.sum[i] = t.part_sums[i * row];
+  fold_sums(t, way.few);
 }
 
 // total += part

@@ -2,7 +2,6 @@
 #pragma once
 
 #include "attention_tile.h"
-#include "bf16_pairs.h"
 
 namespace {
 

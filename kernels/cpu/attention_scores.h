@@ -59,8 +59,13 @@ void score_few(Tile& t, int group_first, int group_last) {
       vf score = fold_last(fold_pairs(folded[0][r], folded[1][r]),
                            fold_pairs(folded[2][r], folded[3][r]));
       if constexpr (T == kScaledBytes) score = score * load(t.key_scales + g * VL);
-      store(weights + r * kKeyBlock + g * VL, cap_scores(score, cap));
+      store(weights + r * kKeyBlock + g * VL, score);
     }
+    if (cap > 0)
+      for (int r = 0; r < Q; ++r) {
+        float* scores = weights + r * kKeyBlock + g * VL;
+        store(scores, cap_scores(load(scores), cap));
+      }
   }
 }
 

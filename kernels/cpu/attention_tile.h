@@ -1,6 +1,7 @@
 // The part of attention that one thread computes at a time: queries, state, and where its keys are.
 #pragma once
 
+#include "bf16_pairs.h"
 #include "int8_rows.h"
 #include "interleave.h"
 #include "kernels.h"
@@ -115,12 +116,15 @@ Keys keys_of(const AttentionJob& job, const AttentionItem& item) {
 }
 
 // One query row, scaled and in lanes.
+template <int T>
+void round_query(const float* q, float scale, int dim, float* lanes) {
+  for (int d = 0; d < dim; d += VL) store_rounded<T>((uint16_t*)lanes + d, load(q + d) * set1(scale));
+}
 void load_query(const Tile& t, const float* q, float* lanes) {
   const float scale = t.job->scale;
-  if (in_pairs(t.job->product))
-    for (int d = 0; d < t.dim; d += VL) store_bf16((uint16_t*)lanes + d, load(q + d) * set1(scale));
-  else
-    for (int d = 0; d < t.dim; ++d) lanes[d] = q[d] * scale;
+  if (t.job->product == kRoundedPairs) return round_query<kRoundedPairs>(q, scale, t.dim, lanes);
+  if (t.job->product == kRounded) return round_query<kRounded>(q, scale, t.dim, lanes);
+  for (int d = 0; d < t.dim; ++d) lanes[d] = q[d] * scale;
 }
 
 void load_queries(Tile& t) {

@@ -75,7 +75,7 @@ HG_INLINE vf exp_to_round(vf x) {
   return if_less(x, lowest, set1(0.0f), p * power);
 }
 
-// Numbers that are neither subnormal nor NaN, rounded to the nearest bfloat16, ties to even.
+// Rounded to the nearest bfloat16, ties to even, but for subnormal numbers.
 template <int T>
 HG_INLINE void store_rounded(uint16_t* p, vf x) {
 #if defined(__AVX512F__)
@@ -84,7 +84,7 @@ HG_INLINE void store_rounded(uint16_t* p, vf x) {
 #endif
   store_bf16(p, x);
 }
-// Such numbers, which are not negative, in pairs.
+// Such numbers, not negative, in pairs.
 template <int T>
 HG_INLINE vi pair_rounded(vf low, vf high) {
 #if defined(__AVX512F__)
