@@ -27,6 +27,7 @@ from headgate.kernels.cpu.quantised import CODES, QuantisedWeight
 from headgate.kernels.cpu.recording import RecordedCall, Recording
 from headgate.kernels.int8_cache import Int8Cache
 from headgate.kernels.quantised import KINDS
+from headgate.kernels.reference import PAIRED_DIMS
 from tests.kernels.paged_rows import Chunk, Row, make_step
 from tests.kernels.tape import Tape
 
@@ -145,20 +146,22 @@ def test_products(players: Players, tmp_path: Path, kind: str, rows: int) -> Non
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.int8], ids=str)
+@pytest.mark.parametrize("dim", [40, 48])
 @pytest.mark.parametrize(("window", "cap"), [(0, 0.0), (37, 0.0), (0, 5.0)])
 def test_attention(
-    players: Players, tmp_path: Path, dtype: torch.dtype, window: int, cap: float
+    players: Players, tmp_path: Path, dtype: torch.dtype, dim: int, window: int, cap: float
 ) -> None:
-    """Prompt chunks and decode rows of several partitions."""
+    """Prompt chunks and decode rows of several partitions; in pairs of bfloat16 numbers, where such
+    fit."""
     ends, counts = [1, 17, 65, 150, 600], [1, 17, 3, 70, 1]
-    rows = [Row.random(end, 9, 3, 40, end) for end in ends]
+    rows = [Row.random(end, 9, 3, dim, end) for end in ends]
     chunks = [Chunk(r, e - c, e) for r, e, c in zip(rows, ends, counts, strict=True)]
     q, k_cache, v_cache, step = make_step(chunks, 16, dtype)
     tape = Tape()
     tape.hold(q, step.cu_query_lens, step.context_lens, step.block_tables)
     for cache in (k_cache, v_cache):
         tape.hold(*((cache.values, cache.scales) if isinstance(cache, Int8Cache) else (cache,)))
-    call = (q, k_cache, v_cache, step, 0.3, window, cap)
+    call = (q, k_cache, v_cache, step, 0.3, window, cap, None, dim % PAIRED_DIMS == 0)
     record(tape, lambda: operations.paged_attention(*call))
     assert_same(tape, players, tmp_path)
 

@@ -124,6 +124,23 @@ def test_attention_over_a_narrower_cache() -> None:
     torch.testing.assert_close(out[:2].double(), expected, atol=1e-5, rtol=0)
 
 
+def test_rounded_attention_over_a_bfloat16_cache() -> None:
+    """Queries and weights are bfloat16 numbers; with other caches or odd dims nothing is."""
+    q, keys, values, step = paged([(2, 6), (1, 8)], 4, 2, 16)
+    narrow = [cache.to(torch.bfloat16) for cache in step.caches]
+    out = ops.paged_attention(q, narrow[0], narrow[1], step.attention, 0.3, rounded=True)
+    k, v = (x[1].bfloat16().float().repeat_interleave(2, 1) for x in (keys, values))
+    scores = torch.einsum("hd,khd->hk", (q[2] * 0.3).bfloat16().float(), k)
+    weights = (scores - scores.amax(1, keepdim=True)).exp().bfloat16().float()
+    expected = torch.einsum("hk,khd->hd", weights / weights.sum(1, keepdim=True), v)
+    torch.testing.assert_close(out[2], expected, atol=1e-6, rtol=0)
+    for caches, dim in ((step.caches, 16), (narrow, 8)):
+        k_cache, v_cache = (cache[..., :dim] for cache in caches)
+        call = (q[..., :dim].contiguous(), k_cache, v_cache, step.attention, 0.3)
+        plain = ops.paged_attention(*call)
+        assert torch.equal(ops.paged_attention(*call, rounded=True), plain)
+
+
 # ------------------------------------------------------------------ the rest
 
 
