@@ -121,9 +121,11 @@ struct Way {
 
 template <int T>
 Way few_of(int queries) {
-  static void (*const score[kFewQueries])(Tile&, int, int) = {
-      score_few<1, T>, score_few<2, T>, score_few<3, T>, score_few<4, T>, score_few<5, T>,
-      score_few<6, T>, score_few<7, T>, score_few<8, T>, score_few<9, T>, score_few<10, T>, score_few<11, T>, score_few<12, T>};
+  static void (*const score[])(Tile&, int, int) = {
+      score_few<1, T>, score_few<2, T>,  score_few<3, T>,  score_few<4, T>,
+      score_few<5, T>, score_few<6, T>,  score_few<7, T>,  score_few<8, T>,
+      score_few<9, T>, score_few<10, T>, score_few<11, T>, score_few<12, T>};
+  static_assert(sizeof score / sizeof *score == kFewQueries, "one function for each number");
   return {true, score[queries - 1], soften_few<T>, nullptr, weigh<T, true>};
 }
 
