@@ -10,13 +10,19 @@
 //  - partitions are merged in ascending order.
 // Keys a token may not see weigh exactly zero, and blocks without any leave the state as it is.
 //
+// In pairs (kRounded, kRoundedPairs): where the cache is bfloat16 and the model's products round their
+// inputs, queries are rounded to bfloat16 once they are scaled, and weights before they are added up and
+// multiplied. Then two dimensions of a key, and two keys' values of a dimension, are multiplied together,
+// as bf16_pairs.h says. Chains of a score are of every kLanes-th pair of dimensions; a pair of
+// keys are positions 2j and 2j + 1, of which one that a token may not see weighs zero. All else is as above.
+//
 // Where keys and values are bytes with scales, sums are of the bytes: a score is multiplied by its
 // key's scale, a weight by its value's, once it has been added to the sum of weights.
 //
 // Two ways lead to the same numbers, on every instruction set with fused multiply-adds. Few query
 // rows (decode): vectors hold the chains of a score, and keys and values are widened as they are
 // read. Many: vectors run over query rows, and keys, a block of which is widened first, are
-// broadcast. In both, all query heads of a group share one reading of its keys and values. Of few, an
+// broadcast. Pairs are not widened: keys are read as they are, and two keys' values are laid side by side. In both, all query heads of a group share one reading of its keys and values. Of few, an
 // item may have several key/value heads, which are taken in turn for each block: memory is then read in
 // the order in which a position's heads lie in it, and not once for each head with gaps.
 #pragma once
