@@ -290,7 +290,7 @@ def paged_attention(
     alibi_slopes: torch.Tensor | None = None,
     rounded: bool = False,
 ) -> torch.Tensor:
-    """`rounded` is for CPUs: on a GPU queries have been rounded, and weights are as its kernels say."""
+    """`rounded` is for CPUs: on a GPU queries are, and weights become what its kernels say."""
     call = (q, k_cache, v_cache, attention, scale, window, soft_cap, alibi_slopes)
     if q.device.type == "cpu" and _active != "triton":
         return _table["paged_attention"](*call, rounded)

@@ -262,8 +262,9 @@ def paged_attention(
     instruction on some CPUs. A weight is rounded as e^(score - largest), of the scores so far where
     keys are taken in turn; it is divided by the sum of the rounded ones afterwards.
     """
-    rounded = rounded and k_cache.dtype == torch.bfloat16 and q.shape[2] % PAIRED_DIMS == 0
-    kind = _Kind(scale, window, soft_cap, alibi_slopes, rounded)
+    narrow = isinstance(k_cache, torch.Tensor) and k_cache.dtype == torch.bfloat16
+    in_pairs = rounded and narrow and q.shape[2] % PAIRED_DIMS == 0
+    kind = _Kind(scale, window, soft_cap, alibi_slopes, in_pairs)
     out = q.new_empty(q.shape)
     starts = attention.cu_query_lens.tolist()
     contexts = attention.context_lens.tolist()

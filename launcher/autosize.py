@@ -229,9 +229,9 @@ def _check_precision(config: LauncherConfig, device: str, dtype: str) -> None:
 def choose_kv_cache_dtype(config: LauncherConfig, dtype: str, gpus: tuple[Gpu, ...]) -> str:
     """How keys and values are stored. Raises LaunchError where the device can't.
 
-    Left alone a CPU answers as float32 arithmetic does, which asks for float32. Where products round
-    their inputs, bfloat16 changes less than that and is the fastest; beside int8-weight-only, whose
-    products don't, float16 changes the least of what reads half as much.
+    Left alone a CPU answers as float32 arithmetic does, which asks for float32. Where products
+    round their inputs, bfloat16 changes less than that and is the fastest; beside int8-weight-only,
+    whose products don't, float16 changes the least of what reads half as much.
     """
     given = config.kv_cache_dtype
     if given == "auto":

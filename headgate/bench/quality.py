@@ -4,9 +4,9 @@ The text is given token by token (teacher-forced), in pieces that start afresh, 
 its weights as they are and float32 arithmetic, and to the model quantised or, as the kind
 bf16-medium, with the inputs of products rounded to bfloat16. Those store keys and values as when
 they are served on a CPU, or as --kv-cache-dtype says; the kind none, which keeps them in float16
-unless told otherwise, does nothing else, and so tells what that costs. Told are the perplexity and the share of positions at
-which both find the same token most likely. Exits with 1 where a kind misses its floor; floors are
-those of the embedded model.
+unless told otherwise, does nothing else, and so tells what that costs. Told are the perplexity and
+the share of positions at which both find the same token most likely. Exits with 1 where a kind
+misses its floor; floors are those of the embedded model.
 
 The text is the first two chapters of Jane Austen's Pride and Prejudice (London: T. Egerton, 1813),
 spelt as in the editions of the later nineteenth century. It is in the public domain everywhere.
@@ -94,7 +94,8 @@ def measure(
 ) -> Iterator[Quality]:
     """The checkpoint in `path` in each kind (of FLOORS) in turn; `tokens`: of the text, 0 for all.
 
-    `kv_cache_dtype`: of all kinds; "": as each is served. The kernels must have been chosen (`ops.use`).
+    `kv_cache_dtype`: of all kinds; "": as each is served. The kernels must have been chosen
+    (`ops.use`).
     """
     tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
     ids = tokenizer.encode(TEXT.read_text(encoding="utf-8")).ids[: tokens or None]

@@ -22,9 +22,10 @@
 // Two ways lead to the same numbers, on every instruction set with fused multiply-adds. Few query
 // rows (decode): vectors hold the chains of a score, and keys and values are widened as they are
 // read. Many: vectors run over query rows, and keys, a block of which is widened first, are
-// broadcast. Pairs are not widened: keys are read as they are, and two keys' values are laid side by side. In both, all query heads of a group share one reading of its keys and values. Of few, an
-// item may have several key/value heads, which are taken in turn for each block: memory is then read in
-// the order in which a position's heads lie in it, and not once for each head with gaps.
+// broadcast. Pairs are not widened: keys are read as they are, and two keys' values laid side by side.
+// In both, all query heads of a group share one reading of its keys and values. Of few, an item may have
+// several key/value heads, which are taken in turn for each block: memory is then read in the order in
+// which a position's heads lie in it, and not once for each head with gaps.
 #pragma once
 
 #include "attention_scores.h"
@@ -177,22 +178,25 @@ void attend_block(Tile& t, int32_t base, int32_t first, int32_t last, const Way&
   way.weigh(t, a, b);
 }
 
-// The sums of weights, halves folded onto each other. Of few, a query's are side by side; of many, queries'.
+// The first vector of N at `from`, so many floats apart, once halves are folded onto each other.
+template <int N>
+HG_INLINE vf fold_vectors(const float* from, int step) {
+  vf sums[N];
+  for (int n = 0; n < N; ++n) sums[n] = load(from + n * step);
+  for (int width = N / 2; width; width /= 2)
+    for (int n = 0; n < width; ++n) sums[n] = sums[n] + sums[n + width];
+  return sums[0];
+}
+
+// The sums of weights. Of few, a query's partial sums are side by side; of many, queries'.
 void fold_sums(Tile& t, bool few) {
-  for (int i = 0; few && i < t.queries; ++i) {
-    vf sums[kSums / VL];
-    for (int n = 0; n < kSums / VL; ++n) sums[n] = load(t.part_sums + i * kSums + n * VL);
-    for (int width = kSums / VL / 2; width; width /= 2)
-      for (int n = 0; n < width; ++n) sums[n] = sums[n] + sums[n + width];
-    t.part.sum[i] = sum_lanes(sums[0]);
+  if (few) {
+    for (int i = 0; i < t.queries; ++i)
+      t.part.sum[i] = sum_lanes(fold_vectors<kSums / VL>(t.part_sums + i * kSums, VL));
+    return;
   }
-  for (int c = 0; !few && c < t.padded_queries; c += VL) {
-    vf sums[kSums];
-    for (int n = 0; n < kSums; ++n) sums[n] = load(t.part_sums + n * t.padded_queries + c);
-    for (int width = kSums / 2; width; width /= 2)
-      for (int n = 0; n < width; ++n) sums[n] = sums[n] + sums[n + width];
-    store(t.part.sum + c, sums[0]);
-  }
+  for (int c = 0; c < t.padded_queries; c += VL)
+    store(t.part.sum + c, fold_vectors<kSums>(t.part_sums + c, t.padded_queries));
 }
 
 void attend_partition(Tile& t, int32_t partition, const Way& way) {

@@ -63,7 +63,8 @@ struct Tile {
   Keys seen;                            // of the item
   alignas(64) int32_t low[kQueryTile];  // keys each query sees: [low, high]
   alignas(64) int32_t high[kQueryTile];
-  alignas(64) float q[kQueryTile * kMaxHeadDim];  // scaled; few: [lane / kLanes][query][kLanes]; many: [lane][query]
+  // Scaled. Few: of each head [lane / kLanes][query][kLanes]; many: [lane][query].
+  alignas(64) float q[kQueryTile * kMaxHeadDim];
   State total, part;
   alignas(64) float part_sums[kQueryTile * kSums];    // few: [query][sum], many: [sum][query]
   alignas(64) float weights[kQueryTile * kKeyBlock];  // few: [query][key], many: [key][query]; pairs of keys

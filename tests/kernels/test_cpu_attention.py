@@ -88,9 +88,7 @@ def rows(lengths: list[int], heads: int, kv_heads: int, dim: int) -> list[Row]:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_ragged_rows_give_what_the_reference_gives(
-    shape: tuple[int, int, int], kind: Kind
-) -> None:
+def test_ragged_rows_give_what_the_reference_gives(shape: tuple[int, int, int], kind: Kind) -> None:
     ends = [1, 16, 17, 64, 65, 300, 520, 90, 5]
     counts = [1, 1, 17, 1, 2, 3, 1, 70, 5]
     chunks = [
@@ -126,9 +124,7 @@ def test_large_scores_neither_overflow_nor_vanish() -> None:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_bits_depend_on_nothing_but_the_sequence(
-    shape: tuple[int, int, int], kind: Kind
-) -> None:
+def test_bits_depend_on_nothing_but_the_sequence(shape: tuple[int, int, int], kind: Kind) -> None:
     """Whole, in chunks of 7, token by token; alone and among others; other blocks, other sizes."""
     length = 290  # past a partition's end
     row, *others = rows([length, 100, 33], *shape)
