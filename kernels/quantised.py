@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 # Values quantised at a time: temporary copies stay small, and in the cache.
 _CHUNK = 1 << 18
+_GPU_CHUNK = 1 << 24  # whose temporary copies are never in a cache
 # Inputs all below this are zero: the reciprocal of their scale would not be finite.
 _SMALLEST_INPUT = 1e-30
 # int4: the ranges to start from, as parts of the whole one, and how often values are chosen from
@@ -95,7 +96,8 @@ def quantise(weight: torch.Tensor, kind: QuantKind) -> QuantisedTensor:
     scaled = 1 if kind.per_channel else groups  # parts of a row with a scale each
     scales = weight.new_empty((columns, scaled), dtype=torch.bfloat16)
     minima = torch.empty_like(scales) if kind.offset else None
-    at_once = max(1, _CHUNK // kind.padded(inner))
+    chunk = _GPU_CHUNK if weight.is_cuda else _CHUNK
+    at_once = max(1, chunk // kind.padded(inner))
     for first in range(0, columns, at_once):
         part = slice(first, first + at_once)
         # Filled up with the last value, which changes no range; the inputs there are zeros.

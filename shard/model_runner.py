@@ -41,7 +41,7 @@ from headgate.shard.models.base import CausalLM
 from headgate.shard.pending_step import PendingStep, StepQueue
 from headgate.shard.recorded_model import RecordedModel, StepLimits, record_model
 from headgate.shard.runner import Heartbeat, RunnerFacts
-from headgate.shard.samplers import DeviceSampler, HostSampler, Sampled
+from headgate.shard.samplers import DeviceSampler, HostSampler, Logits, Sampled
 from headgate.shard.sampling.grammar import NO_MASKS, GrammarMasks, Masks
 from headgate.shard.sampling.logprobs import token_logprobs
 from headgate.shard.sampling.params import IntArray
@@ -112,6 +112,10 @@ class ModelRunner:
             kv_bytes_per_block=self.kv_layout.bytes_per_block,
         )
 
+    @property
+    def _logits_rows(self) -> int:
+        return samplers.LOGITS_ROWS if self.device is None else samplers.GPU_LOGITS_ROWS
+
     def warm_up(self, max_tokens: int, max_rows: int) -> int:
         """See warmup.py."""
         return warm_up(self, max_tokens, max_rows)
@@ -121,7 +125,7 @@ class ModelRunner:
         config = self.config
         if self.device is None:
             limits = StepLimits(
-                config.max_batch_prefill_tokens, config.max_total_tokens, samplers.LOGITS_ROWS
+                config.max_batch_prefill_tokens, config.max_total_tokens, self._logits_rows
             )
             self.recorded = record_model(
                 self.model, self.group, self.kv_layout, limits, self.heartbeat.address
@@ -338,14 +342,15 @@ class ModelRunner:
             self.heartbeat.beat()
             return self._logits(hidden, inputs.sample_tokens, first)
 
+        logits = Logits(logits_of, self._logits_rows)
         sampler, watermarked = self._device_sampler, self._batch.is_watermarked(draws.slots)
         if sampler is not None and not masks.failures and not watermarked:
-            wait, sampled = sampler.sample(self._batch, draws, masks, logits_of)
+            wait, sampled = sampler.sample(self._batch, draws, masks, logits)
             finish = self._finisher(scheduled, sampled, masks, clock)
             step = PendingStep(finish, wait, self._under_way)
             self._under_way.add(step)
             return step
-        tokens = self._host_sampler.sample(self._batch, draws, masks, logits_of)
+        tokens = self._host_sampler.sample(self._batch, draws, masks, logits)
         return PendingStep.done(self._finisher(scheduled, lambda: tokens, masks, clock)())
 
     def _decode(self, plan: StepPlan, rows: DecodeRows, started: int) -> StepResult:
@@ -359,7 +364,8 @@ class ModelRunner:
         if rows.greedy and rows.num_tokens <= recorded.most_logits and self.group.world_size == 1:
             taken = rows.settle(*recorded.first_logits)
         else:
-            found = self._host_sampler.sample(batch, rows.draws, NO_MASKS, recorded.logits)
+            logits = Logits(recorded.logits, recorded.most_logits)
+            found = self._host_sampler.sample(batch, rows.draws, NO_MASKS, logits)
             rows.tokens[: rows.num_tokens] = found.tokens
             taken = rows.settle()
             logprobs = [found.logprobs[place] for place in taken.places.tolist()]
@@ -384,10 +390,11 @@ class ModelRunner:
     def _logits(
         self, hidden: torch.Tensor, sample_tokens: torch.Tensor, first: int
     ) -> torch.Tensor | None:
-        """Of LOGITS_ROWS rows that draw a token, or all that are left, from place `first` on."""
+        """Of as many rows that draw a token as get logits at once, or all that are left, from place
+        `first` on."""
         if isinstance(self.recorded, RecordedModel):
             return self.recorded.logits(first)
-        rows = sample_tokens[first : first + samplers.LOGITS_ROWS]
+        rows = sample_tokens[first : first + self._logits_rows]
         if self.recorded is not None:
             return self.recorded.logits(rows)
         return self.model.logits(ops.take_rows(hidden, rows))
@@ -455,8 +462,8 @@ class ModelRunner:
         """The chunk's entry on rank 0; all ranks take part. hidden: [T, H] of the whole step."""
         values: list[float] = []
         top: list[TopTokens] = []
-        for start in range(0, len(chunk.targets), samplers.LOGITS_ROWS):
-            targets = chunk.targets[start : start + samplers.LOGITS_ROWS]
+        for start in range(0, len(chunk.targets), self._logits_rows):
+            targets = chunk.targets[start : start + self._logits_rows]
             first = chunk.first + start
             logits = self.model.logits(hidden[first : first + len(targets)])
             self.heartbeat.beat()

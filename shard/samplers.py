@@ -30,11 +30,18 @@ from headgate.shard.sampling.sampler import sample
 from headgate.shard.scheduled_rows import Draws
 from headgate.shard.staging import Staging
 
-# Rows whose logits are in memory at once: 64 rows of 152k tokens are 39 MB.
+# Rows whose logits are in memory at once: 64 rows of 152k tokens are 39 MB. A GPU has room for
+# more, and so reads the vocabulary's projection once for all of them.
 LOGITS_ROWS = 64
+GPU_LOGITS_ROWS = 256
 
-# Of LOGITS_ROWS of the rows that draw a token, from this place among them on.
-Logits = Callable[[int], torch.Tensor | None]
+
+@dataclass(frozen=True, slots=True)
+class Logits:
+    """Of `rows` of the rows that draw a token, or all that are left: `of` a place among them on."""
+
+    of: Callable[[int], torch.Tensor | None]
+    rows: int
 
 
 @dataclass(slots=True)
@@ -65,12 +72,13 @@ class Sampled:
         return self
 
 
-def _parts(batch: InputBatch, slots: IntArray, plain: bool = False) -> list[IntArray]:
-    """Places of the rows that get a token, in pieces. `plain`: known to be plain, all of them."""
+def _parts(batch: InputBatch, slots: IntArray, rows: int, plain: bool = False) -> list[IntArray]:
+    """Places of the rows that get a token, in pieces of `rows`. `plain`: known to be plain, all of
+    them."""
     drawn = np.arange(len(slots))
     if not plain and not batch.plain[slots].all():
         drawn = np.flatnonzero(batch.params["pooling"][slots] == Pooling.NONE)
-    return [drawn[start : start + LOGITS_ROWS] for start in range(0, len(drawn), LOGITS_ROWS)]
+    return [drawn[start : start + rows] for start in range(0, len(drawn), rows)]
 
 
 def _asking(batch: InputBatch, slots: IntArray) -> tuple[IntArray, list[int]]:
@@ -88,26 +96,25 @@ class HostSampler:
         self._group = group
         self._device = device
 
-    def sample(self, batch: InputBatch, draws: Draws, masks: Masks, logits_of: Logits) -> Sampled:
+    def sample(self, batch: InputBatch, draws: Draws, masks: Masks, logits: Logits) -> Sampled:
         """Of S tokens."""
         slots = draws.slots
         sampled, plain = Sampled.nothing(len(slots)), bool(batch.plain[slots].all())
-        for index, part in enumerate(_parts(batch, slots, plain)):
-            logits = logits_of(index * LOGITS_ROWS)
-            if logits is None:
+        for index, part in enumerate(_parts(batch, slots, logits.rows, plain)):
+            found = logits.of(index * logits.rows)
+            if found is None:
                 continue
             if plain:
-                sampled.tokens[part] = ops.argmax(logits)
+                sampled.tokens[part] = ops.argmax(found)
                 continue
             rows = batch.sampled_rows(draws.take(part), masks)
-            tokens = sampled.tokens[part] = sample(logits, rows)
+            tokens = sampled.tokens[part] = sample(found, rows)
             asking, top_n = _asking(batch, slots[part])
             if len(asking):
-                asked = logits
-                if len(asking) < len(logits):
-                    asked = logits[torch.from_numpy(asking).to(logits.device)]
-                found = token_logprobs(asked, tokens[asking], top_n)
-                sampled.add_logprobs(part[asking], *found)
+                asked = found
+                if len(asking) < len(found):
+                    asked = found[torch.from_numpy(asking).to(found.device)]
+                sampled.add_logprobs(part[asking], *token_logprobs(asked, tokens[asking], top_n))
         if masks.failures:
             sampled.tokens[np.isin(slots, list(masks.failures))] = NO_TOKEN
         if self._group.world_size > 1 and len(slots):
@@ -131,21 +138,21 @@ class DeviceSampler:
         self._sample_tokens: Callable[..., torch.Tensor] = sample_tokens
 
     def sample(
-        self, batch: InputBatch, draws: Draws, masks: Masks, logits_of: Logits
+        self, batch: InputBatch, draws: Draws, masks: Masks, logits: Logits
     ) -> tuple[Callable[[], object], Callable[[], Sampled]]:
         """(waits for the copy, on any thread; also reads it). No synchronisation here."""
         slots = draws.slots
-        parts, logprobs = _parts(batch, slots), []
+        parts, logprobs = _parts(batch, slots, logits.rows), []
         pieces: list[torch.Tensor] = []
         for index, part in enumerate(parts):
-            logits = logits_of(index * LOGITS_ROWS)
-            if logits is None:
+            found = logits.of(index * logits.rows)
+            if found is None:
                 continue
-            pieces.append(self._tokens(logits, batch.sampled_rows(draws.take(part), masks)))
+            pieces.append(self._tokens(found, batch.sampled_rows(draws.take(part), masks)))
             asking, top_n = _asking(batch, slots[part])
             if len(asking):
-                found = self._logprobs(logits, pieces[-1], asking, max(top_n))
-                logprobs.append((part[asking], top_n, found))
+                values = self._logprobs(found, pieces[-1], asking, max(top_n))
+                logprobs.append((part[asking], top_n, values))
         tokens = self._joined(pieces, parts, len(slots))
         if self._group.world_size > 1 and len(slots):
             tokens = self._group.broadcast(tokens)

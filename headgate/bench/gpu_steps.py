@@ -3,11 +3,11 @@
 `check`: steps begun ahead and replayed as CUDA graphs give the tokens of steps that are neither,
 with PyTorch told to fail where the host would wait; collectives of NCCL with one rank, in a graph
 too. `time`: decode steps of a Llama of 8 billion random weights (of 1 billion where memory is
-small) at batch 1, 8, 64 and 256, as the shard's service runs them, against the time that reading
-the weights and the keys and values takes at the GPU's bandwidth; router and gateway, which run
-beside the shard, are not in it (`make bench-host`). The figures go to docs/gpu.json and
-docs/gpu.md, beside those of the kernels. Both need torch, triton and safetensors only, and no
-network.
+small) at batch 1, 8, 64 and 256, with its weights as they are and quantised, as the shard's service
+runs them, against the time that reading the weights and the keys and values takes at the GPU's
+bandwidth; router and gateway, which run beside the shard, are not in it (`make bench-host`). The
+figures go to docs/gpu.json and docs/gpu.md, beside those of the kernels. Both need torch, triton
+and safetensors only, and no network.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ from headgate.shard.weights import Weights
 
 _DOCS = Path(on_gpu.__file__).resolve().parents[2] / "docs"
 _BATCHES = (1, 8, 64, 256)
+_KINDS = ("", "int8", "int4")  # of quantised weights; "": as they are
 _BLOCK = 16
 _CONTEXT = 1024  # positions of each row, fewer where memory is small
 _STEPS, _WARM_STEPS = 40, 8
@@ -125,7 +126,9 @@ def make_runner(
     sizes = ShardConfig(**fields)
     torch.manual_seed(_SEED)
     model_config = shape.config(sizes.max_total_tokens)
-    weights = RandomWeights("random", dtype=sizes.weight_dtype, device=sizes.device)
+    weights = RandomWeights(
+        "random", dtype=sizes.weight_dtype, device=sizes.device, quantize=sizes.quantize
+    )
     partition = make_partition(model_config, group.world_size)
     context = LoadContext(model_config, weights, partition, group, sizes.max_total_tokens)
     model = LlamaForCausalLM(context)
@@ -312,18 +315,19 @@ def section(content: dict[str, Any]) -> str:
         "",
         "## Decode steps",
         "",
-        f"{content['model']}, random weights in bfloat16, through a shard's runner: sampling",
-        "included, router and gateway not. The floor is the weights' and the keys' and values'",
-        f"bytes over {content['bandwidth'] / 1e12:.3g} TB/s ({content['bandwidth_from']});",
+        f"{content['model']}, random weights, through a shard's runner: sampling included (half of",
+        "the rows greedy), router and gateway not. The floor is the bytes of weights, keys and values",
+        f"over {content['bandwidth'] / 1e12:.3g} TB/s ({content['bandwidth_from']});",
         f"the goal is {_GOAL}.",
         "",
-        "| rows | positions | step, ms | floor, ms | step / floor | tokens/s |",
-        "|--:|--:|--:|--:|--:|--:|",
+        "| weights | rows | positions | step, ms | floor, ms | step / floor | tokens/s |",
+        "|---|--:|--:|--:|--:|--:|--:|",
     ]
     for record in content["steps"]:
         lines.append(
-            f"| {record['batch']} | {record['context']} | {record['seconds'] * 1e3:.3f} | "
-            f"{record['floor_seconds'] * 1e3:.3f} | {record['ratio']:.2f} | "
+            f"| {record['weights'] or 'bfloat16'} | {record['batch']} | {record['context']} | "
+            f"{record['seconds'] * 1e3:.3f} | {record['floor_seconds'] * 1e3:.3f} | "
+            f"{record['ratio']:.2f} | "
             f"{record['tokens_per_second']:.0f} |"
         )
     return "\n".join(lines) + "\n"
@@ -341,25 +345,30 @@ def write(content: dict[str, Any], docs: Path) -> None:
     (docs / "gpu.md").write_text(text + section(content), encoding="utf-8")
 
 
+def _needed_blocks(context: int) -> int:
+    return -(-(context + _STEPS + _WARM_STEPS) // _BLOCK) * max(_BATCHES)
+
+
 def time_steps(name: str, device: Device, config: dict[str, Any]) -> None:
     """Writes the figures. config: fields of ShardConfig; kernels must be chosen before."""
-    memory = device.memory()
-    shape = LARGE if memory.free > _LARGE_BYTES else SMALL
-    runner = make_runner(shape, device, config)
-    if not isinstance(runner.recorded, GraphedModel):
-        raise SystemExit("steps are not captured as graphs here")
-    block = runner.kv_layout.bytes_per_block
-    blocks = int(device.memory().free * 0.8) // block
-    context = _CONTEXT
-    while -(-(context + _STEPS + _WARM_STEPS) // _BLOCK) * max(_BATCHES) > blocks and context > 64:
-        context //= 2
-    needed = -(-(context + _STEPS + _WARM_STEPS) // _BLOCK) * max(_BATCHES)
-    runner.allocate(needed)
-    bandwidth, source = bandwidth_of(name, runner.config.device)
+    shape = LARGE if device.memory().free > _LARGE_BYTES else SMALL
     records = []
-    for record in measure(runner, _BATCHES, context, bandwidth, _STEPS + _WARM_STEPS):
-        print(json.dumps(record), flush=True)
-        records.append(record)
+    for kind in _KINDS:
+        runner = make_runner(shape, device, {**config, "quantize": kind})
+        if not isinstance(runner.recorded, GraphedModel):
+            raise SystemExit("steps are not captured as graphs here")
+        block = runner.kv_layout.bytes_per_block
+        blocks = int(device.memory().free * 0.8) // block
+        context = _CONTEXT
+        while _needed_blocks(context) > blocks and context > 64:
+            context //= 2
+        runner.allocate(_needed_blocks(context))
+        bandwidth, source = bandwidth_of(name, runner.config.device)
+        for record in measure(runner, _BATCHES, context, bandwidth, _STEPS + _WARM_STEPS):
+            records.append({"weights": kind, **record})
+            print(json.dumps(records[-1]), flush=True)
+        runner.release()
+        del runner
     content = {"gpu": name, "model": shape.name, "bandwidth": bandwidth, "bandwidth_from": source}
     write({**content, "torch": torch.__version__, "steps": records}, _DOCS)
     print(f"wrote {_DOCS / 'gpu.json'} and {_DOCS / 'gpu.md'}")

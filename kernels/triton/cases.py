@@ -21,7 +21,7 @@ from headgate.kernels.quantised import KINDS, QuantisedTensor, QuantKind
 from headgate.kernels.reference_products import FP8, FP8_BLOCK
 from headgate.kernels.sampled_rows import MaskedRows, PenalisedRows, RowsToSample
 from headgate.kernels.triton import linear
-from headgate.kernels.triton.linear_int8 import PackedQuantised
+from headgate.kernels.triton.packed_weight import PackedQuantised
 
 CHIPS = ("sm_80", "sm_89", "sm_90", "sm_100")  # whose kernels are compiled for the report
 FP8_CHIPS = ("sm_89", "sm_90", "sm_100")
@@ -277,9 +277,9 @@ def product_cases(model: ModelShape, step: StepShape) -> Iterator[Case]:
         x = maker.normal(tokens, inner)
         return lambda: kernels.OPS["linear"](x, weight, None)
 
-    def dense(maker: Maker) -> Callable[[], Any]:
+    def dense(maker: Maker, ops: dict[str, Callable[..., Any]]) -> Callable[[], Any]:
         weight, x = maker.normal(width, inner), maker.normal(tokens, inner)
-        return lambda: kernels.BATCH_INVARIANT["linear"](x, weight, None)
+        return lambda: ops["linear"](x, weight, None)
 
     def int8(maker: Maker) -> Callable[[], Any]:
         weight = maker.whole(-127, 128, width, inner, dtype=torch.int8)
@@ -307,7 +307,12 @@ def product_cases(model: ModelShape, step: StepShape) -> Iterator[Case]:
             (f"linear {kind.name}", partial(quantised, kind=kind), values * bytes_of(kind))
             for kind in KINDS.values()
         ),
-        ("linear, batch-invariant", dense, values * DTYPE.itemsize),
+        ("linear", lambda maker: dense(maker, kernels.OPS), values * DTYPE.itemsize),
+        (
+            "linear, batch-invariant",
+            lambda maker: dense(maker, kernels.BATCH_INVARIANT),
+            values * DTYPE.itemsize,
+        ),
         ("linear_int8", int8, values),
         ("linear_fp8, a tensor's scale", lambda maker: fp8(maker, 1), values),
         ("linear_fp8, channels", lambda maker: fp8(maker, width), values),

@@ -20,7 +20,7 @@ import triton.language as tl
 from headgate.kernels.reference import RoundedTensor
 from headgate.kernels.triton import linear as plain
 from headgate.kernels.triton.launch import dot
-from headgate.kernels.triton.linear_int8 import PackedQuantised
+from headgate.kernels.triton.packed_weight import PackedQuantised
 from headgate.kernels.triton.product import multiply, num_splits, store_tile
 from headgate.kernels.triton.tuning import LinearTile, tuned
 
@@ -84,7 +84,7 @@ def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) ->
     width, inner = weight.shape
     default = _TILE_FLOAT32 if x.dtype == torch.float32 else _TILE
     tile = tuned("linear_dense", f"{width}x{inner}/{x.dtype}".replace("torch.", ""), default)
-    splits = num_splits(width, inner, tile.inner, tile.columns)
+    splits = num_splits(width, inner, tile.inner)
     out = torch.empty((x.shape[0], width), dtype=x.dtype, device=x.device)
     multiply(
         linear_dense_kernel,

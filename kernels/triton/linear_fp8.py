@@ -171,7 +171,7 @@ def linear_fp8(
     blocks = sharing == FP8_BLOCK
     values, x_scales = quantise_fp8(x, FP8_BLOCK if blocks else inner)
     tile = tuned("linear_fp8", f"{width}x{inner}/{sharing}", _TILE)
-    splits = num_splits(width, inner, FP8_BLOCK, tile.columns)
+    splits = num_splits(width, inner, FP8_BLOCK)
     out = torch.empty((x.shape[0], width), dtype=x.dtype, device=x.device)
     multiply(
         linear_fp8_kernel,

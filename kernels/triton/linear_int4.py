@@ -106,7 +106,7 @@ def linear_int4(x: torch.Tensor, weight: Int4Weight, bias: torch.Tensor | None) 
         )
     tile = tuned("linear_int4", f"{width}x{inner}/{weight.layout}", _TILE)
     step = math.gcd(tile.inner, weight.group)
-    splits = num_splits(width, inner, step, tile.columns)
+    splits = num_splits(width, inner, step)
     out = torch.empty((x.shape[0], width), dtype=x.dtype, device=x.device)
     multiply(
         linear_int4_kernel,

@@ -23,13 +23,17 @@ import triton
 
 from headgate.kernels import reference
 from headgate.kernels import triton as kernels
+from headgate.kernels.quantised import KINDS, quantise
 from headgate.kernels.triton.cases import CHIPS, DTYPE, MODELS, Case, Maker, all_cases
 from headgate.kernels.triton.launch import INTERPRETED, chip
+from headgate.kernels.triton.packed_weight import PackedQuantised
 from headgate.kernels.triton.report import GPUS
 
 _DOCS = Path(__file__).resolve().parents[2] / "docs"
 _DEVICE = "cuda"
 _SEED = 11
+_REPLAYED = 20  # milliseconds of replays
+_ROWS = (1, 33, 65, 130, 600)  # for which products have different tiles
 _TOLERANCE = 3e-2  # of bfloat16 results, several roundings deep
 # Heads (two for each of keys and values), head size, dtypes of queries and of the cache, block
 # size, window, soft cap, ALiBi.
@@ -96,7 +100,7 @@ def check(model: str) -> list[str]:
         print(f"{'FAILED' if problem else 'ok':8}{case.name}", flush=True)
         if problem:
             problems.append(f"{case.name}: {problem}")
-    return problems + kinds_of_attention() + _bits_of_attention()
+    return problems + kinds_of_attention() + _bits_of_attention() + bits_of_products()
 
 
 def _difference(case: Case) -> str:
@@ -169,6 +173,24 @@ def _bits_of_attention() -> list[str]:
     return problems
 
 
+def bits_of_products(width: int = 4096, inner: int = 4096) -> list[str]:
+    """Whether a row's bits are the same beside any number of others, whose tiles differ."""
+    problems = []
+    torch.manual_seed(_SEED)
+    weight = torch.randn(width, inner, device=_DEVICE)
+    x = torch.randn(_ROWS[-1], inner, device=_DEVICE, dtype=DTYPE)
+    for name, kind in KINDS.items():
+        packed: Any = PackedQuantised.of(quantise(weight, kind))
+        found = {rows: kernels.OPS["linear"](x[:rows], packed, None) for rows in _ROWS}
+        for rows, some in found.items():
+            same = torch.equal(some, found[_ROWS[-1]][:rows])
+            case = f"bits of {name}, {rows} rows beside {_ROWS[-1]}"
+            print(f"{'ok' if same else 'FAILED':8}{case}", flush=True)
+            if not same:
+                problems.append(f"{case}: others")
+    return problems
+
+
 def _attend(
     q: torch.Tensor,
     caches: torch.Tensor,
@@ -197,12 +219,11 @@ def _attend(
 
 
 def measure(model: str, seconds: float) -> list[dict[str, Any]]:
-    """A record for each case, until the time is up."""
-    end, records = time.monotonic() + seconds, []
-    for case in cases_here(model):
-        if time.monotonic() > end:
-            print(f"{seconds:.0f} s are up; {case.name} and what follows is left out")
-            break
+    """A record for each case. torch.compile, which takes longest, comes last, and only until the
+    time is up."""
+    end, cases = time.monotonic() + seconds, cases_here(model)
+    records: list[dict[str, Any]] = []
+    for case in cases:
         record: dict[str, Any] = {
             "op": case.op,
             "model": case.model,
@@ -214,22 +235,40 @@ def measure(model: str, seconds: float) -> list[dict[str, Any]]:
         if _has_reference(case):
             with _reference_ops():
                 record["reference_seconds"] = seconds_of(case)
-                record["compiled_seconds"] = seconds_of(case, torch.compile)
         records.append(record)
         print(json.dumps(record), flush=True)
+    for case, record in zip(cases, records, strict=True):
+        if time.monotonic() > end:
+            print(f"{seconds:.0f} s are up: torch.compile has not been tried on {case.name} and on")
+            break
+        if _has_reference(case):
+            with _reference_ops():
+                record["compiled_seconds"] = seconds_of(case, torch.compile)
     return records
 
 
 def seconds_of(
     case: Case, wrap: Callable[[Callable[[], Any]], Callable[[], Any]] | None = None
 ) -> Any:
-    """Seconds of the median call; None where it cannot run."""
+    """Seconds that the GPU takes for a call, the median; None where it cannot run."""
     try:
         run = _made(case)
-        return triton.testing.do_bench(wrap(run) if wrap else run, return_mode="median") / 1e3
+        return seconds_of_call(wrap(run) if wrap else run)
     except Exception as error:  # torch.compile does not take everything; the figure is left out
         print(f"{case.name}: {type(error).__name__}: {str(error).splitlines()[0]}", flush=True)
         return None
+
+
+def seconds_of_call(run: Callable[[], Any]) -> float:
+    """The median of its replays as a CUDA graph, as steps replay it: else a short one would be
+    timed by how fast the host starts it. A call that no graph can hold, because it waits, is timed
+    as it is."""
+    run()
+    try:
+        return triton.testing.do_bench_cudagraph(run, rep=_REPLAYED, return_mode="median") / 1e3
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return triton.testing.do_bench(run, return_mode="median") / 1e3
 
 
 def page(records: list[dict[str, Any]], name: str) -> str:

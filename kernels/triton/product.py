@@ -21,15 +21,17 @@ from headgate.kernels.triton.tuning import LinearTile
 _ENOUGH_PROGRAMS = 264  # two for each processor of an H100
 _SHORTEST_SPLIT = 1024  # of K: a shorter one costs more to add than it saves
 _MOST_SPLITS = 8
+_COLUMNS = 64  # of the tiles that the parts of a sum are meant for
 _ADDED_AT_ONCE = 1024
 
 
-def num_splits(width: int, inner: int, step: int, columns: int) -> int:
+def num_splits(width: int, inner: int, step: int) -> int:
     """Into how many parts the sum of a weight [width, inner] is cut, each some `step`s of K long.
 
-    As many as give every processor something to do where there is one tile of rows.
+    As many as give every processor something to do where there is one tile of rows. No tile has a
+    part in it.
     """
-    wanted = triton.cdiv(_ENOUGH_PROGRAMS, triton.cdiv(width, columns))
+    wanted = triton.cdiv(_ENOUGH_PROGRAMS, triton.cdiv(width, _COLUMNS))
     steps = triton.cdiv(inner, step)
     most = max(1, min(_MOST_SPLITS, inner // _SHORTEST_SPLIT, steps))
     splits = min(wanted, most)

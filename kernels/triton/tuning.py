@@ -4,8 +4,8 @@
 
     {"sm_90": {"linear_int4": {"28672x4096/gptq": {"columns": 64, ...}}}}
 
-A key names what the tile may depend on: widths, head shapes, the KV block size. It never names a
-number of rows: tiles that decide the order of a sum must not depend on it (DESIGN.md, exactness).
+A key names what the tile may depend on: widths, head shapes, the KV block size. Only where no tile
+decides the order of a sum does it name a number of rows as well (docs/kernels.md, exactness).
 """
 
 from __future__ import annotations
@@ -49,6 +49,16 @@ class AttentionTile:
     warps: int
     decode_warps: int
     stages: int
+
+
+MANY = 1 << 30  # rows: more than there are
+
+
+def tile_for(rows: int, tiles: dict[int, LinearTile]) -> tuple[str, LinearTile]:
+    """(its name in a key, the tile) for so many rows. tiles: by the most rows they are for, in
+    ascending order, the last one for all that are left."""
+    most = next(most for most in tiles if rows <= most)
+    return "many" if most == MANY else str(most), tiles[most]
 
 
 _choose: Callable[[str, str, Any], Any] | None = None

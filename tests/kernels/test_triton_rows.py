@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 from headgate.kernels import quantised, triton
 from headgate.kernels.reference_products import FP8
 from headgate.kernels.triton import paged_attention, product
-from headgate.kernels.triton.linear_int8 import PackedQuantised
+from headgate.kernels.triton.packed_weight import PackedQuantised
 from tests.kernels.randoms import Randoms
 from tests.kernels.test_triton_products import int4_weight
 

@@ -51,15 +51,16 @@ def test_every_operation_and_steps_are_timed_into_one_file_and_one_page(
     monkeypatch.setattr(torch, "compile", lambda function: function)
     runs: list[object] = []
 
-    def do_bench(run: Callable[[], object], return_mode: str) -> float:
+    def do_bench(run: Callable[[], object], rep: int, return_mode: str) -> float:
         runs.append(run())
         return 0.5  # ms
 
-    monkeypatch.setattr(on_gpu.triton.testing, "do_bench", do_bench)
+    monkeypatch.setattr(on_gpu.triton.testing, "do_bench_cudagraph", do_bench)
     # The interpreter rounds to 8 bits wrongly now and then.
     problems = {case.op: on_gpu._difference(case) for case in cases if "fp8" not in case.op}
     assert not any(problems.values()), problems
     assert not on_gpu.kinds_of_attention(context=70)
+    assert not on_gpu.bits_of_products(width=70, inner=130)
     monkeypatch.setattr(sys, "argv", ["on_gpu", "time"])
     assert on_gpu.main() == 0
     compared = sum(on_gpu._has_reference(case) for case in cases)
@@ -78,7 +79,16 @@ def test_every_operation_and_steps_are_timed_into_one_file_and_one_page(
     assert all(record["seconds"] == 5e-4 for record in kept["cases"])
     steps = kept["decode_steps"]
     assert (steps["bandwidth"], steps["bandwidth_from"]) == (3.35e12, "published")
-    one, two = steps["steps"]
+    assert [record["weights"] for record in steps["steps"]] == [
+        "",
+        "",
+        "int8",
+        "int8",
+        "int4",
+        "int4",
+    ]
+    one, two = steps["steps"][:2]
+    assert one["bytes"] > 3 * steps["steps"][2]["bytes"] > 3 * steps["steps"][4]["bytes"]
     cached = 2 * 2 * 2 * 64 * 4  # of a position: keys and values, layers, heads, dims, float32
     assert two["bytes"] - one["bytes"] == 23 * cached
     weights = (2 * (256 * (4 + 2 + 2 + 4) * 64 + 3 * 256 * 512 + 2 * 256) + 256 + 512 * 256) * 4
@@ -86,7 +96,7 @@ def test_every_operation_and_steps_are_timed_into_one_file_and_one_page(
     assert one["ratio"] == pytest.approx(one["seconds"] / one["floor_seconds"])
     page = (tmp_path / "gpu.md").read_text()
     assert page.count("| tiny | decode 3 at 40 | 500.0 |") == len(cases)
-    assert page.count("## Decode steps") == 1 and "| 2 | 20 |" in page
+    assert page.count("## Decode steps") == 1 and "| int8 | 2 | 20 |" in page
 
 
 def test_a_bare_checkout_with_torch_and_triton_is_enough() -> None:
