@@ -5,6 +5,7 @@ Tests put another in its place. Choosing a GPU when the process starts is here, 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -52,7 +53,8 @@ class CudaDevice:
     """The current GPU."""
 
     def __init__(self) -> None:
-        self._pool: Any = None  # memory that all graphs share
+        self._pool: Any = None  # memory that all graphs share, gone with the last of them
+        self._graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
         self._downloads: Any = None  # the stream of copies to the host
 
     def zeros(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -87,9 +89,11 @@ class CudaDevice:
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         # Other threads may wait for downloads and for NCCL meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        pool = self._pool if self._graphs else None
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             result = run()
         self._pool = graph.pool()
+        self._graphs.add(graph)
         graph.replay()
         return graph.replay, result
 

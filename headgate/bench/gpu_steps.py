@@ -1,7 +1,7 @@
 """`python -m headgate.bench.gpu_steps check|time`: a shard's whole steps on this machine's GPU.
 
 `check`: steps begun ahead and replayed as CUDA graphs give the tokens of steps that are neither,
-with PyTorch told to fail where the host would wait; collectives of NCCL with one rank, in a graph
+with PyTorch told to fail where the host would wait, after a warm-up; collectives of NCCL with one rank, in a graph
 too. `time`: decode steps of a Llama of 8 billion random weights (of 1 billion where memory is
 small) at batch 1, 8, 64 and 256, with its weights as they are and quantised, as the shard's service
 runs them, against the time that reading the weights and the keys and values takes at the GPU's
@@ -186,6 +186,7 @@ def check(
     results = {}
     for graphs in ("0", "1,4,5"):
         runner = make_runner(TINY, device, {**config, "cuda_graphs": graphs})
+        runner.warm_up(64, len(rows))  # as serving does before
         runner.allocate(200)
         results[f"step by step, --cuda-graphs {graphs}"] = [
             list(runner.step(plan).token_ids) for plan in _plans(rows, steps)
@@ -316,7 +317,7 @@ def section(content: dict[str, Any]) -> str:
         "## Decode steps",
         "",
         f"{content['model']}, random weights, through a shard's runner: sampling included (half of",
-        "the rows greedy), router and gateway not. The floor is the bytes of weights, keys and values",
+        "the rows greedy), router and gateway not. The floor is the bytes of weights, keys, values",
         f"over {content['bandwidth'] / 1e12:.3g} TB/s ({content['bandwidth_from']});",
         f"the goal is {_GOAL}.",
         "",

@@ -26,11 +26,17 @@ from headgate.kernels.triton.tuning import MANY, LinearTile, tile_for, tuned
 
 _FEW = 32  # rows
 # No tile changes the bits: sums are whole numbers, and groups are added in the same order. The
-# fastest on an H100.
+# fastest on an H100; other chips have not been measured.
 _TILES = {
-    _FEW: LinearTile(rows=32, columns=64, inner=64, warps=4, stages=4),
-    512: LinearTile(rows=64, columns=64, inner=64, warps=4, stages=4),
-    MANY: LinearTile(rows=64, columns=128, inner=64, warps=4, stages=3),
+    "sm_90": {
+        _FEW: LinearTile(rows=32, columns=64, inner=64, warps=4, stages=4),
+        512: LinearTile(rows=64, columns=64, inner=64, warps=4, stages=4),
+        MANY: LinearTile(rows=64, columns=128, inner=64, warps=4, stages=3),
+    },
+    "": {
+        _FEW: LinearTile(rows=32, columns=64, inner=64, warps=4, stages=4),
+        MANY: LinearTile(rows=64, columns=64, inner=64, warps=4, stages=3),
+    },
 }
 _QUANTISED_AT_ONCE = 1024
 _FLOAT = tl.constexpr(
@@ -129,8 +135,8 @@ def linear_int8_kernel(
     for split in range(first, SPLITS if SERIAL else first + 1):
         part = nothing
         first_group = split * GROUPS_A_SPLIT
-        at = (0 if ONE_INPUT_SCALE else first_group) * x_scales_stride + rows
-        x_scale = tl.load(x_scales_ptr + at, row_inside, 0.0)
+        scale_at = (0 if ONE_INPUT_SCALE else first_group) * x_scales_stride + rows
+        x_scale = tl.load(x_scales_ptr + scale_at, row_inside, 0.0)
         for group in range(first_group, min(first_group + GROUPS_A_SPLIT, groups)):
             group_ptr = weight_ptr + tl.cast(group, tl.int64) * GROUP_BYTES
             at = columns[:, None] * COLUMN_BYTES + ks[None, :]
@@ -150,8 +156,8 @@ def linear_int8_kernel(
             else:
                 part = tl.fma(wide, _along(x_scale, FEW) + nothing, part)
                 # Asked for a group ahead: nothing else does.
-                at = min(group + 1, groups - 1) * x_scales_stride + rows
-                x_scale = tl.load(x_scales_ptr + at, row_inside, 0.0)
+                scale_at = min(group + 1, groups - 1) * x_scales_stride + rows
+                x_scale = tl.load(x_scales_ptr + scale_at, row_inside, 0.0)
         # Fused products, which no compiler fuses with the addition of splits in one kernel only.
         if ONE_INPUT_SCALE:
             part = tl.fma(part, _along(x_scale, FEW) + nothing, nothing)

@@ -405,12 +405,12 @@ def _tile(dtype: torch.dtype, group: int, dim: int, int8: bool) -> AttentionTile
         )
     elif chip() == "sm_90":
         default = AttentionTile(
-            rows=64 if large else 128,
+            rows=64,
             decode_rows=64,
             keys=32 if large or int8 else 64,
-            warps=8,
+            warps=8 if large else 4,
             decode_warps=8 if large else 4,
-            stages=2,
+            stages=2 if large else 3,
         )
     else:
         keys = 16 if large else 64

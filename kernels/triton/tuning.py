@@ -54,11 +54,12 @@ class AttentionTile:
 MANY = 1 << 30  # rows: more than there are
 
 
-def tile_for(rows: int, tiles: dict[int, LinearTile]) -> tuple[str, LinearTile]:
-    """(its name in a key, the tile) for so many rows. tiles: by the most rows they are for, in
-    ascending order, the last one for all that are left."""
-    most = next(most for most in tiles if rows <= most)
-    return "many" if most == MANY else str(most), tiles[most]
+def tile_for(rows: int, tiles: dict[str, dict[int, LinearTile]]) -> tuple[str, LinearTile]:
+    """(its name in a key, the tile) for so many rows. tiles: of each chip, "" for all others, by
+    the most rows they are for, in ascending order, the last one for all that are left."""
+    of_chip = tiles.get(chip(), tiles[""])
+    most = next(most for most in of_chip if rows <= most)
+    return "many" if most == MANY else str(most), of_chip[most]
 
 
 _choose: Callable[[str, str, Any], Any] | None = None
