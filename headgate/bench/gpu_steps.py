@@ -1,24 +1,24 @@
 """`python -m headgate.bench.gpu_steps check|time`: a shard's whole steps on this machine's GPU.
 
-`check`: steps begun ahead and replayed as CUDA graphs give the tokens of steps that are neither,
-with PyTorch told to fail where the host would wait, after a warm-up; collectives of NCCL with one rank, in a graph
-too. `time`: decode steps of a Llama of 8 billion random weights (of 1 billion where memory is
-small) at batch 1, 8, 64 and 256, with its weights as they are and quantised, as the shard's service
-runs them, against the time that reading the weights and the keys and values takes at the GPU's
-bandwidth; router and gateway, which run beside the shard, are not in it (`make bench-host`). The
-figures go to docs/gpu.json and docs/gpu.md, beside those of the kernels. Both need torch, triton
-and safetensors only, and no network.
+`check`: after a warm-up, steps begun ahead and replayed as CUDA graphs give the tokens of steps
+that are neither, with PyTorch told to fail where the host would wait; collectives of NCCL with one
+rank, in a graph too. `time`: decode steps of a Llama of 8 billion random weights (of 1 billion
+where memory is small) at batch 1, 8, 64 and 256, with its weights as they are and quantised, as the
+shard's service runs them, against the time that reading the weights and the keys and values takes
+at the GPU's bandwidth; router and gateway, which run beside the shard, are not in it (`make
+bench-host`). The figures go to docs/gpu.json and docs/gpu.md, beside those of the kernels. Both
+need torch, triton and safetensors only, and no network.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import sys
 import time
 import types
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -210,15 +210,6 @@ def check(
     return problems
 
 
-@contextmanager
-def _no_synchronisation() -> Iterator[None]:
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
 def check_nccl() -> list[str]:
     """NCCL with the one rank there is, in and out of a graph."""
     import torch.distributed as dist
@@ -370,6 +361,7 @@ def time_steps(name: str, device: Device, config: dict[str, Any]) -> None:
             print(json.dumps(records[-1]), flush=True)
         runner.release()
         del runner
+        gc.collect()  # the model lies in cycles, and the next one needs its memory
     content = {"gpu": name, "model": shape.name, "bandwidth": bandwidth, "bandwidth_from": source}
     write({**content, "torch": torch.__version__, "steps": records}, _DOCS)
     print(f"wrote {_DOCS / 'gpu.json'} and {_DOCS / 'gpu.md'}")
@@ -387,7 +379,7 @@ def main() -> int:
     if options.command == "time":
         time_steps(name, CudaDevice(), {})
         return 0
-    problems = check(CudaDevice(), {}, _no_synchronisation, make_rows(5, 40, 8))
+    problems = check(CudaDevice(), {}, on_gpu.never_waiting, make_rows(5, 40, 8))
     problems += check_nccl()
     print("\n".join(problems) or f"steps are right on {name}")
     return 1 if problems else 0

@@ -48,6 +48,7 @@ def test_every_operation_and_steps_are_timed_into_one_file_and_one_page(
     monkeypatch.setattr(on_gpu, "gpu_name", lambda: name)
     monkeypatch.setattr(on_gpu, "cases_here", lambda model: cases)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: None)
     monkeypatch.setattr(torch, "compile", lambda function: function)
     runs: list[object] = []
 
