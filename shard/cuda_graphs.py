@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from headgate.shard.attention_metadata import AttentionMetadata
 from headgate.shard.device import Device
@@ -30,6 +31,10 @@ logger = logging.getLogger(__name__)
 MAX_HEAD_DIM = 256  # that the Triton attention takes
 _COLUMNS = 4  # of the staging buffer: ids, positions, slots, context lengths
 _NO_SLOT = -1  # where a row that is only padding writes: nowhere
+# Steps with prompts have a multiple of so many tokens: whenever a product comes with a number of
+# rows that it has not had yet, cuBLAS looks for the fastest kernel, which takes longer than many a
+# prompt.
+_PADDED_TOKENS = 64
 _SMALLEST_REACH = 512  # positions
 MOST_GRAPHS = 64  # kept at once
 
@@ -107,7 +112,8 @@ class GraphedModel:
         self._model.check_lengths(inputs.attention)
         rows = len(inputs.attention.context_lens)
         if inputs.attention.max_query_len > 1 or rows > max(self.sizes, default=0):
-            self._hidden = self._compute(self._on_device(inputs))
+            tokens = len(inputs.input_ids)
+            self._hidden = self._compute(self._on_device(inputs))[:tokens]
         else:
             self._hidden = self._replay(inputs, rows)
         return self._hidden
@@ -193,6 +199,7 @@ class GraphedModel:
         return self._model.forward(ids, inputs.positions, self._cache, attention)
 
     def _on_device(self, inputs: StepInputs) -> StepInputs:
+        inputs = _padded(inputs)
         attention = inputs.attention
         tensors = (
             inputs.input_ids,
@@ -213,6 +220,32 @@ class GraphedModel:
             block_tables=tables,
         )
         return replace(inputs, input_ids=ids, positions=positions, attention=placed)
+
+
+def _padded(inputs: StepInputs) -> StepInputs:
+    """With a row more that fills the step up, where rows have several tokens. It writes nowhere,
+    and attends to whatever its blocks hold."""
+    attention = inputs.attention
+    fill = -len(inputs.input_ids) % _PADDED_TOKENS
+    if attention.max_query_len == 1 or not fill:
+        return inputs
+    missing = _PADDED_TOKENS - attention.block_tables.shape[1]  # blocks are a position at least
+    return replace(
+        inputs,
+        input_ids=F.pad(inputs.input_ids, (0, fill)),
+        positions=F.pad(inputs.positions, (0, fill)),
+        attention=replace(
+            attention,
+            cu_query_lens=F.pad(
+                attention.cu_query_lens, (0, 1), value=len(inputs.input_ids) + fill
+            ),
+            context_lens=F.pad(attention.context_lens, (0, 1), value=fill),
+            block_tables=F.pad(attention.block_tables, (0, max(missing, 0), 0, 1)),
+            slot_mapping=F.pad(attention.slot_mapping, (0, fill), value=_NO_SLOT),
+            max_query_len=max(attention.max_query_len, fill),
+            max_context_len=max(attention.max_context_len, fill),
+        ),
+    )
 
 
 def usual_sizes(most: int) -> list[int]:

@@ -64,6 +64,27 @@ def test_steps_give_what_the_model_gives(made: Any) -> None:
     torch.testing.assert_close(ours.data, theirs.data, rtol=1e-4, atol=1e-4)
 
 
+def test_steps_with_prompts_come_in_few_sizes(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _, graphed, layout = made
+    sizes = []
+    forward = model.forward
+
+    def noted(ids: torch.Tensor, *more: Any) -> torch.Tensor:
+        sizes.append(len(ids))
+        return forward(ids, *more)
+
+    monkeypatch.setattr(cuda_graphs, "_PADDED_TOKENS", 8)
+    monkeypatch.setattr(model, "forward", noted)
+    trial = TrialSteps(layout, model.config.vocab_size)
+    graphed.bind(trial.new_cache())
+    for counts in ({0: 2, 1: 3}, {0: 1, 1: 1, 2: 7}):
+        step = trial.step(counts)
+        graphed.staging.begin()
+        with torch.inference_mode():
+            assert len(graphed.forward(step)) == len(step.input_ids)
+    assert sizes == [8, 16]
+
+
 def test_a_replayed_step_allocates_nothing_and_waits_for_nothing(made: Any) -> None:
     model, device, graphed, layout = made
     trial = TrialSteps(layout, model.config.vocab_size)
