@@ -31,9 +31,9 @@ logger = logging.getLogger(__name__)
 MAX_HEAD_DIM = 256  # that the Triton attention takes
 _COLUMNS = 4  # of the staging buffer: ids, positions, slots, context lengths
 _NO_SLOT = -1  # where a row that is only padding writes: nowhere
-# Steps with prompts have a multiple of so many tokens: whenever a product comes with a number of
-# rows that it has not had yet, cuBLAS looks for the fastest kernel, which takes longer than many a
-# prompt.
+# Steps with prompts have so many tokens, or a multiple, or a half or a quarter: whenever a product
+# comes with a number of rows that it has not had yet, cuBLAS looks for the fastest kernel, which
+# takes longer than many a prompt.
 _PADDED_TOKENS = 64
 _SMALLEST_REACH = 512  # positions
 MOST_GRAPHS = 64  # kept at once
@@ -222,11 +222,19 @@ class GraphedModel:
         return replace(inputs, input_ids=ids, positions=positions, attention=placed)
 
 
+def padded_tokens(tokens: int) -> int:
+    """Of a step with a prompt."""
+    whole = _PADDED_TOKENS
+    return next(
+        (size for size in (whole // 4, whole // 2) if tokens <= size), -(-tokens // whole) * whole
+    )
+
+
 def _padded(inputs: StepInputs) -> StepInputs:
     """With a row more that fills the step up, where rows have several tokens. It writes nowhere,
     and attends to whatever its blocks hold."""
     attention = inputs.attention
-    fill = -len(inputs.input_ids) % _PADDED_TOKENS
+    fill = padded_tokens(len(inputs.input_ids)) - len(inputs.input_ids)
     if attention.max_query_len == 1 or not fill:
         return inputs
     missing = _PADDED_TOKENS - attention.block_tables.shape[1]  # blocks are a position at least

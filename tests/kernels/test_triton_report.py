@@ -46,12 +46,13 @@ def test_a_kernel_that_spills_or_loads_narrowly_is_named() -> None:
     from headgate.kernels.triton.compiled import Compiled
     from headgate.kernels.triton.report import Row, differences, problems_of
 
-    bad = Compiled("kernel", "sm_80", 8, 255, 8, 200 << 10, "", 8, has_dot=True)
+    bad = Compiled("kernel", "sm_80", 8, 255, 8, 0, 200 << 10, "", 8, has_dot=True)
     row = Row("op", "kernel", ["shape"], {"sm_80": bad})
     found = list(problems_of([row]))
     assert len(found) == 4
     for text in ("8 bytes of registers", "shared memory", "tensor cores", "loads of 8 bytes"):
         assert any(text in problem for problem in found)
+    assert not any("spilled" in problem for problem in replace(bad, spillable=8).problems)
     crowded = replace(bad, spilled=0, shared=120 << 10, warps=4, products="mma.sync")
     assert crowded.problems == ["4 warps on a processor, 8 hide waits"]
     assert replace(crowded, registers=64, shared=30 << 10).warps_at_once == 20

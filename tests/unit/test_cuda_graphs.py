@@ -73,16 +73,16 @@ def test_steps_with_prompts_come_in_few_sizes(made: Any, monkeypatch: pytest.Mon
         sizes.append(len(ids))
         return forward(ids, *more)
 
-    monkeypatch.setattr(cuda_graphs, "_PADDED_TOKENS", 8)
     monkeypatch.setattr(model, "forward", noted)
     trial = TrialSteps(layout, model.config.vocab_size)
     graphed.bind(trial.new_cache())
-    for counts in ({0: 2, 1: 3}, {0: 1, 1: 1, 2: 7}):
+    for counts in ({0: 2, 1: 3}, {0: 1, 1: 1, 2: 17}):
         step = trial.step(counts)
         graphed.staging.begin()
         with torch.inference_mode():
             assert len(graphed.forward(step)) == len(step.input_ids)
-    assert sizes == [8, 16]
+    assert sizes == [16, 32]
+    assert [cuda_graphs.padded_tokens(n) for n in (16, 33, 64, 65, 129)] == [16, 64, 64, 128, 192]
 
 
 def test_a_replayed_step_allocates_nothing_and_waits_for_nothing(made: Any) -> None:
