@@ -363,6 +363,7 @@ class Engine:
             # Up at once, down slowly: what follows a longer step is rather not planned ahead.
             slower = self._step_seconds + (seconds.inference - self._step_seconds) / 8
             self._step_seconds = max(seconds.inference, slower)
+            # From nothing it comes to PATIENT_SECONDS within some two dozen longer steps.
             self._shortest_step = min(seconds.inference, self._shortest_step * FORGETTING + 1e-4)
         self._metrics.step_done(step.method, seconds, result.num_drafts)
 

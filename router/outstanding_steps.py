@@ -51,6 +51,8 @@ class OutstandingStep:
             while place < len(sampled) and sampled[place] == request.id:
                 place += 1
             found = place - first
+            if found > 1 and any(result.ends[first : place - 1]):
+                raise ProtocolError(f"a token of request {request.id} after its end")
             if found > samples + guesses:
                 raise ProtocolError(
                     f"{found} tokens for request {request.id} in step {self.sequence}"

@@ -35,6 +35,18 @@ def reference_kernels() -> Iterator[None]:
 
 
 @pytest.fixture
+def cpu_kernels() -> Iterator[None]:
+    """Operations are the C++'s during the test."""
+    from headgate.kernels import ops
+
+    before = ops.active()
+    if ops.use("", "cpu") != "cpu":
+        pytest.skip("the C++ kernels are not built")
+    yield
+    ops.use(before)
+
+
+@pytest.fixture
 def triton_kernels() -> Iterator[None]:
     """Operations are Triton's during the test, by the interpreter where there is no GPU."""
     pytest.importorskip("triton")

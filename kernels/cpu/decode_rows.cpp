@@ -1,6 +1,7 @@
 // Rows that decode step after step: their next inputs, guesses of what follows, and what their tokens
 // change, in the columns of shard/input_batch.py. Between two steps the weights have driven everything else out of the
 // caches, so that a few dozen small NumPy calls took as long as a tenth of a step.
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 
@@ -72,7 +73,6 @@ int64_t guess(int32_t* tokens, int64_t known, int64_t most) {
   return agreed ? agreed - 1 : 0;
 }
 
-int64_t smaller(int64_t one, int64_t other) { return one < other ? one : other; }
 
 // Whether the row's last token is all that is to be computed, and there is room for it.
 bool ready(const DecodeRows& d, int64_t slot) {
@@ -87,8 +87,8 @@ int64_t place(const DecodeRows& d, int64_t row, int64_t first, int64_t room) {
   const int64_t slot = d.slots[row], known = d.num_tokens[slot];
   int32_t* ids = d.token_ids + slot * d.most_positions;
   const int32_t* blocks = d.block_tables + slot * d.most_blocks;
-  const int64_t ends = smaller(d.most_tokens[slot] - 1, d.num_blocks[slot] * d.block_size);
-  const int64_t drafts = guess(ids, known, smaller(smaller(d.most_drafts[row], ends - known), room));
+  const int64_t ends = std::min(d.most_tokens[slot] - 1, d.num_blocks[slot] * d.block_size);
+  const int64_t drafts = guess(ids, known, std::min(std::min(d.most_drafts[row], ends - known), room));
   for (int64_t ahead = 0; ahead <= drafts; ++ahead) {
     const int64_t token = first + ahead, position = known - 1 + ahead;
     d.input_ids[token] = ids[position];
@@ -128,7 +128,7 @@ uint8_t take(const DecodeRows& d, int64_t slot, int64_t token) {
 // many tokens. It does nothing and returns 0 where a row cannot go on so.
 HG_API int64_t hg_decode_place(const void* rows, int64_t most_drafts) {
   const DecodeRows& d = *static_cast<const DecodeRows*>(rows);
-  const int64_t room = smaller(d.most_step_tokens - d.count, most_drafts);
+  const int64_t room = std::min(d.most_step_tokens - d.count, most_drafts);
   for (int64_t row = 0; row < d.count; ++row)
     if (!ready(d, d.slots[row])) return 0;
   d.cu_query_lens[0] = 0;

@@ -51,10 +51,14 @@ class FakeModel:
         self.batches.append(len(input_ids))
         keys, values = kv_cache.layers[0]
         block_size = keys.shape[1]
-        keys.view(-1)[attention.slot_mapping] = input_ids.to(keys.dtype)
-        values.view(-1)[attention.slot_mapping] = positions.to(values.dtype)
+        kept = attention.slot_mapping >= 0
+        keys.view(-1)[attention.slot_mapping[kept]] = input_ids[kept].to(keys.dtype)
+        values.view(-1)[attention.slot_mapping[kept]] = positions[kept].to(values.dtype)
         hidden = []
         for row, length in enumerate(attention.context_lens.tolist()):
+            if not kept[len(hidden)]:  # a row that only fills the step up
+                hidden += [0] * length
+                continue
             blocks = attention.block_tables[row, : -(-length // block_size)].long()
             tokens = keys[blocks].flatten()[:length].long().tolist()
             places = values[blocks].flatten()[:length].long().tolist()

@@ -133,7 +133,7 @@ def test_steps_that_were_too_large_have_no_guesses_for_a_while() -> None:
     ("rows", "ends", "message"),
     [
         ([0] * 4, [0] * 4, "4 tokens for request 0 in step 2"),
-        ([0, 0], [RowEnd.EOS, 0], "a token of row 0 after its end"),
+        ([0, 0], [RowEnd.EOS, 0], "a token of request 0 after its end"),
         ([0, 7], [0, 0], "rows it did not plan"),
     ],
 )
@@ -149,3 +149,4 @@ def test_results_must_match_what_was_allowed(
     result = StepResult(1, 2, rows, [1] * count, [0.0] * count, row_ends)
     with pytest.raises(ProtocolError, match=message):
         simulation.scheduler.update(result)
+    simulation.scheduler.check_integrity()  # nothing was taken of it

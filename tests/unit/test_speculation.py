@@ -12,7 +12,6 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from headgate.kernels import ops
 from headgate.kernels.cpu import library
 from headgate.proto.messages import NewRow, RowEnd, RowSampling, StepPlan, StepResult
 from headgate.shard.config import ShardIdentity
@@ -244,15 +243,6 @@ def babbler(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its layers hardly count, so that its next token follows from the last: it soon repeats
     itself."""
     return make_checkpoint(tmp_path_factory.mktemp("babbler"), initializer_range=0.02)
-
-
-@pytest.fixture
-def cpu_kernels() -> Any:
-    before = ops.active()
-    if ops.use("", "cpu") != "cpu":
-        pytest.skip("the C++ kernels are not built")
-    yield
-    ops.use(before)
 
 
 @pytest.mark.parametrize("recorded", [True, False])
