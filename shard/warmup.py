@@ -20,12 +20,14 @@ _USABLE = 0.95
 _LEAST_GRAPH_BYTES = 1 << 20  # that a CUDA graph is counted with
 # A CPU's memory was divided by the launcher: there it is enough to touch every kernel once.
 _CPU_TOKENS = 128
+_SMALLEST_CHUNK = 16  # tokens
 
 
 def warm_up(runner: ModelRunner, max_tokens: int, max_rows: int) -> int:
     """Runs a step of `max_tokens` tokens and one of `max_rows` rows (0: as many as can be).
 
-    On a CPU both are cut to 128, since memory is not what is found out there.
+    On a CPU both are cut to 128, since memory is not what is found out there. On a GPU smaller
+    steps follow, so that kernels are compiled before they are waited for.
     Returns the KV blocks that fit. All ranks must call it together. Drops the KV cache there was.
     Raises ModelError where these steps don't fit, or no row of the largest size does.
     """
@@ -82,15 +84,25 @@ def _graph_bytes(runner: ModelRunner) -> int:
 
 
 def _plans(runner: ModelRunner, max_tokens: int, max_rows: int) -> list[StepPlan]:
-    """One step with prompts as long as can be, one with as many rows as can be."""
+    """One step with prompts as long as can be, one with as many rows as can be; then, on a GPU,
+    beginnings and ends of a prompt in chunks of all sizes that kernels may tell apart."""
     longest = max(1, runner.config.max_total_tokens - 1)
     lengths = [longest] * (max_tokens // longest)
     if max_tokens % longest:
         lengths.append(max_tokens % longest)
-    return [_plan(runner, lengths, 1), _plan(runner, [1] * max_rows, 2)]
+    plans = [_plan(runner, lengths, 1), _plan(runner, [1] * max_rows, 2)]
+    context, tokens = min(longest, max_tokens), _SMALLEST_CHUNK
+    while runner.device is not None and tokens < context:
+        for first in (0, context - tokens):
+            plans.append(_plan(runner, [first + tokens], len(plans) + 1, first))
+        tokens *= 2
+    return plans
 
 
-def _plan(runner: ModelRunner, lengths: list[int], sequence: int) -> StepPlan:
+def _plan(
+    runner: ModelRunner, lengths: list[int], sequence: int, num_computed: int = 0
+) -> StepPlan:
+    """num_computed: tokens of each row that are not in the step, but before it."""
     rows, first_block = [], 0
     for index, length in enumerate(lengths):
         blocks = -(-length // runner.config.block_size)
@@ -99,6 +111,7 @@ def _plan(runner: ModelRunner, lengths: list[int], sequence: int) -> StepPlan:
                 id=index,
                 prompt_ids=[0] * length,
                 sampling=RowSampling(max_new_tokens=1, temperature=1.0),
+                num_computed_tokens=num_computed,
                 block_ids=range(first_block, first_block + blocks),
             )
         )
@@ -109,7 +122,7 @@ def _plan(runner: ModelRunner, lengths: list[int], sequence: int) -> StepPlan:
         reset=True,
         new_rows=rows,
         rows=range(len(lengths)),
-        counts=lengths,
+        counts=[length - num_computed for length in lengths],
     )
 
 

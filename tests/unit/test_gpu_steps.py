@@ -73,23 +73,17 @@ def test_every_operation_and_steps_are_timed_into_one_file_and_one_page(
         monkeypatch.setattr(gpu_steps, constant, number)
     monkeypatch.setattr(gpu_steps, "_BATCHES", (1, 2))
     monkeypatch.setattr(gpu_steps, "_DOCS", tmp_path)
-    for _ in range(2):  # the second time takes the place of the first
+    for kinds in (("int8",), ("", "int8")):  # the second time takes the place of the first
+        monkeypatch.setattr(gpu_steps, "_KINDS", kinds)
         gpu_steps.time_steps(name, FakeDevice(), {**CONFIG, "max_total_tokens": 64})
     kept = json.loads((tmp_path / "gpu.json").read_text())
     assert [record["op"] for record in kept["cases"]] == [case.op for case in cases]
     assert all(record["seconds"] == 5e-4 for record in kept["cases"])
     steps = kept["decode_steps"]
     assert (steps["bandwidth"], steps["bandwidth_from"]) == (3.35e12, "published")
-    assert [record["weights"] for record in steps["steps"]] == [
-        "",
-        "",
-        "int8",
-        "int8",
-        "int4",
-        "int4",
-    ]
-    one, two = steps["steps"][:2]
-    assert one["bytes"] > 3 * steps["steps"][2]["bytes"] > 3 * steps["steps"][4]["bytes"]
+    assert [record["weights"] for record in steps["steps"]] == ["", "", "int8", "int8"]
+    one, two, narrow, _ = steps["steps"]
+    assert one["bytes"] > 2 * narrow["bytes"]
     cached = 2 * 2 * 2 * 64 * 4  # of a position: keys and values, layers, heads, dims, float32
     assert two["bytes"] - one["bytes"] == 23 * cached
     weights = (2 * (256 * (4 + 2 + 2 + 4) * 64 + 3 * 256 * 512 + 2 * 256) + 256 + 512 * 256) * 4
