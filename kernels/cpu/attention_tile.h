@@ -161,12 +161,14 @@ void find_places(const AttentionJob& job, const AttentionItem& item, int32_t bas
   const int32_t* table = job.block_tables + item.row * job.table_stride;
   int64_t block = first / size, offset = first % size;
   for (int32_t key = first; key < last; ++block, offset = 0) {
-    const int64_t start = table[block] * size * step + item.kv_head * job.head_dim;
-    const int64_t scales = (int64_t(table[block]) * job.kv_heads + item.kv_head) * size;
-    for (; offset < size && key < last; ++offset, ++key) {
-      places.numbers[key - base] = start + offset * step;
-      places.scales[key - base] = scales + offset;
+    const int count = size - offset < last - key ? int(size - offset) : last - key;
+    const int64_t start = (table[block] * size + offset) * step + item.kv_head * job.head_dim;
+    for (int i = 0; i < count; ++i) places.numbers[key - base + i] = start + i * step;
+    if (job.k_scales) {
+      const int64_t scales = (int64_t(table[block]) * job.kv_heads + item.kv_head) * size + offset;
+      for (int i = 0; i < count; ++i) places.scales[key - base + i] = scales + i;
     }
+    key += count;
   }
 }
 
@@ -263,11 +265,13 @@ void open_block(Tile& t, int32_t base, int32_t first, int32_t last, bool widen) 
       t.val_scales[i] = job.v_scales[places.scales[i]];
     }
   }
+  const char* keys = (const char*)job.k_cache;
+  const char* values = (const char*)job.v_cache;
   for (int i = first - base; i < last - base; ++i) {
-    const int64_t at = places.numbers[i];
-    t.keys[i] = (const char*)job.k_cache + at * size;
-    t.vals[i] = (const char*)job.v_cache + at * size;
-    if (!widen || job.cache_dtype == kFloat32) continue;
+    t.keys[i] = keys + places.numbers[i] * size;
+    t.vals[i] = values + places.numbers[i] * size;
+  }
+  for (int i = first - base; i < last - base && widen && job.cache_dtype != kFloat32; ++i) {
     t.keys[i] = widen_to(t.wide_keys + i * t.dim, t.keys[i], job.cache_dtype, t.dim);
     t.vals[i] = widen_to(t.wide_vals + i * t.dim, t.vals[i], job.cache_dtype, t.dim);
   }
