@@ -223,7 +223,7 @@ class GraphedModel:
 
 
 def padded_tokens(tokens: int) -> int:
-    """Of a step with a prompt."""
+    """Tokens of a step with a prompt, once it is filled up."""
     whole = _PADDED_TOKENS
     return next(
         (size for size in (whole // 4, whole // 2) if tokens <= size), -(-tokens // whole) * whole

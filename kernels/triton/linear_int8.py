@@ -39,9 +39,8 @@ _TILES = {
     },
 }
 _QUANTISED_AT_ONCE = 1024
-_FLOAT = tl.constexpr(
-    12582912.0
-)  # 1.5 * 2^23: whole numbers up to 2^22 change its last places only
+# 1.5 * 2^23: whole numbers up to 2^22 change its last places only.
+_FLOAT = tl.constexpr(12582912.0)
 _FLOAT_BITS = tl.constexpr(0x4B400000)
 
 
