@@ -211,7 +211,8 @@ class Profiler:
             read = positions * self.runner.kv_layout.bytes_per_block / model.num_layers
             dtype, rounded = arguments[7], arguments[18]
             in_pairs = rounded and dtype == _BFLOAT16
-            rate = self.roofline.bf16_gflops if in_pairs else self.roofline.fma_gflops
+            # Where there is no such instruction a pair is two multiply-adds.
+            rate = (in_pairs and self.roofline.bf16_gflops) or self.roofline.fma_gflops
             return kind, max(work / rate, read / self.roofline.memory_gb_s) / 1e3
         return kind, 0.0
 
