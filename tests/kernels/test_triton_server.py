@@ -73,7 +73,7 @@ def prompt_logprobs(server: LiveServer) -> list[float]:
         (
             f"--num-shard 2 --quantize int4 {HALVES}",
             f"--num-shard 2 --quantize int4 {HALVES}",
-            0.05,
+            0.12,
         ),
     ],
 )
