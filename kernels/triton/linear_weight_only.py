@@ -24,7 +24,7 @@ from headgate.kernels.triton.tuning import MANY, LinearTile, tile_for, tuned
 
 # They don't change a row's bits where all multiply by one instruction, which sums a row's products
 # in one order whatever the tile; `make test-gpu` compares them. The fastest on an H100; other chips
-# have not been measured.
+# have not been measured. A pair of groups is multiplied at a time, whatever `inner`.
 _TILES = {
     "sm_90": {
         64: LinearTile(rows=64, columns=128, inner=64, warps=4, stages=3),
@@ -59,7 +59,6 @@ def linear_weight_only_kernel(
     GROUP: tl.constexpr,
     NIBBLES: tl.constexpr,
     PAIRS_A_SPLIT: tl.constexpr,  # of groups
-    AT_ONCE: tl.constexpr,  # pairs
     SPLITS: tl.constexpr,
     SERIAL: tl.constexpr,
     BIAS: tl.constexpr,
@@ -70,7 +69,7 @@ def linear_weight_only_kernel(
     # narrow weights goes to them from registers.
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
-    row_inside = rows < num_rows
+    row_inside, column_inside = rows < num_rows, columns < WIDTH
     ks = tl.arange(0, GROUP)
     pairs: tl.constexpr = (INNER + 2 * GROUP - 1) // (2 * GROUP)
     total = tl.zeros((COLUMNS, ROWS), tl.float32)
@@ -78,27 +77,25 @@ def linear_weight_only_kernel(
     for split in range(first, SPLITS if SERIAL else first + 1):
         part = tl.zeros((COLUMNS, ROWS), tl.float32)
         last_pair = min((split + 1) * PAIRS_A_SPLIT, pairs)
-        for start in range(split * PAIRS_A_SPLIT, last_pair, AT_ONCE):
-            for each in tl.static_range(2 * AT_ONCE):
-                pair = start + each // 2
-                group = pair * 2 + each % 2
-                inside = columns < (WIDTH if pair < last_pair else 0)
+        for pair in range(split * PAIRS_A_SPLIT, last_pair):
+            for odd in tl.static_range(2):
+                group = pair * 2 + odd
                 # In 8 bits a pair has one row of words for its groups, in 4 bits two.
                 block = pair if NIBBLES else group
-                if not NIBBLES or each % 2 == 0:
+                if not NIBBLES or odd == 0:
                     block_ptr = weight_ptr + tl.cast(block, tl.int64) * (WIDTH * GROUP)
                     at = columns[:, None] * GROUP + ks[None, :]
-                    packed = tl.load(block_ptr + at, inside[:, None], 0)
-                if NIBBLES or each % 2 == 0:
+                    packed = tl.load(block_ptr + at, column_inside[:, None], 0)
+                if NIBBLES or odd == 0:
                     at = (group if NIBBLES else pair) * WIDTH + columns
-                    words = tl.load(scales_ptr + at, inside, 0)[:, None]
+                    words = tl.load(scales_ptr + at, column_inside, 0)[:, None]
                 if NIBBLES:
-                    values = (packed >> 4 if each % 2 else packed & 15).to(tl.float32)
+                    values = (packed >> 4 if odd else packed & 15).to(tl.float32)
                     scale, minimum = _low(words), _high(words)
                     nothing = tl.zeros_like(values)
                     wide = tl.fma(values, scale + nothing, minimum + nothing)
                 else:
-                    wide = packed.to(tl.float32) * (_high(words) if each % 2 else _low(words))
+                    wide = packed.to(tl.float32) * (_high(words) if odd else _low(words))
                 k = group * GROUP + ks
                 inside = row_inside[:, None] & (k < INNER)[None, :]
                 x = tl.load(x_ptr + rows[:, None] * x_stride + k[None, :], inside, 0)
@@ -128,7 +125,6 @@ def linear_weight_only(
             "GROUP": kind.group,
             "NIBBLES": kind.offset,
             "PAIRS_A_SPLIT": triton.cdiv(triton.cdiv(inner, pair), splits),
-            "AT_ONCE": max(1, tile.inner // pair),
         },
         tile,
         splits,
