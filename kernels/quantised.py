@@ -1,4 +1,4 @@
-"""Quantised weights: the kinds there are, how a matrix is quantised, and the reference's product.
+"""Quantised weights: how a matrix is quantised, and the reference's product.
 
 A matrix [N, K] is cut along K into groups, each with a scale (and for int4 a minimum) of its own in
 bfloat16; int8 has one scale for all groups of a channel, so that sums of groups are scaled by those
@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from headgate.kernels.kinds import QuantKind
+
 # Values quantised at a time: temporary copies stay small, and in the cache.
 _CHUNK = 1 << 18
 _GPU_CHUNK = 1 << 24  # whose temporary copies are never in a cache
@@ -25,40 +27,6 @@ _SMALLEST_INPUT = 1e-30
 _RANGES = (1.0, 0.85)
 _FITS = 2
 _LEAST_SPREAD = 1e-30
-
-
-@dataclass(frozen=True, slots=True)
-class QuantKind:
-    """`group`: values along K with one scale. `offset`: a weight is minimum + scale * value, with
-    values 0..15; otherwise scale * value with -127..127. `inputs`: they are quantised too.
-    `per_channel`: groups are of the inputs, weights have one scale for each of the N rows."""
-
-    name: str
-    group: int
-    offset: bool = False
-    inputs: bool = True
-    per_channel: bool = False
-
-    @property
-    def bytes_per_weight(self) -> float:
-        """Its value and its share of the group's scale and minimum; not of a channel's scale."""
-        if self.per_channel:
-            return 1.0
-        return 1 / 2 + 4 / self.group if self.offset else 1 + 2 / self.group
-
-    def padded(self, inner: int) -> int:
-        """K filled up to whole groups."""
-        return -(-inner // self.group) * self.group
-
-
-KINDS = {
-    kind.name: kind
-    for kind in (
-        QuantKind("int8", group=64, per_channel=True),
-        QuantKind("int8-weight-only", group=32, inputs=False),
-        QuantKind("int4", group=32, offset=True),
-    )
-}
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 
 from headgate.kernels import quantised, reference_products
 from headgate.kernels.int8_cache import Int8Cache, PagedCache
+from headgate.kernels.kinds import KINDS
 from headgate.kernels.philox import NOISE_MAX, NOISE_MIN, Draw, gumbel_noise_at
 from headgate.kernels.quantised import QuantisedTensor
 
@@ -75,7 +76,7 @@ def pack_linear(
     `precision`: "medium" is for bfloat16 on a CPU, and rounds inputs to bfloat16 as well.
     """
     if quantize:
-        return quantised.quantise(weight, quantised.KINDS[quantize])
+        return quantised.quantise(weight, KINDS[quantize])
     if precision == "medium":
         return RoundedTensor(weight.to(dtype).float())
     return weight.float() if weight.device.type == "cpu" else weight

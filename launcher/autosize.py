@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from headgate.kernels.kinds import cpu_kv_dtype
 from headgate.launcher.config import LauncherConfig
 from headgate.launcher.errors import LaunchError
 from headgate.launcher.hardware import Gpu, Hardware
@@ -227,19 +228,12 @@ def _check_precision(config: LauncherConfig, device: str, dtype: str) -> None:
 
 
 def choose_kv_cache_dtype(config: LauncherConfig, dtype: str, gpus: tuple[Gpu, ...]) -> str:
-    """How keys and values are stored. Raises LaunchError where the device can't.
-
-    Left alone a CPU answers as float32 arithmetic does, which asks for float32. Where products
-    round their inputs, bfloat16 changes less than that and is the fastest; beside int8-weight-only,
-    whose products don't, float16 changes the least of what reads half as much.
-    """
+    """How keys and values are stored. Raises LaunchError where the device can't."""
     given = config.kv_cache_dtype
     if given == "auto":
         if gpus:
             return dtype
-        if config.quantize in ("int8", "int4") or config.matmul_precision != "highest":
-            return "bfloat16"
-        return "float16" if config.quantize else "float32"
+        return cpu_kv_dtype(config.quantize or "", config.matmul_precision)
     if given in _FP8_CAPABILITY:
         if not gpus and config.kernels in ("auto", "cpu"):
             raise LaunchError(

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from headgate.kernels import ops
-from headgate.kernels.quantised import KINDS
+from headgate.kernels.kinds import rounds_inputs
 from headgate.shard.errors import ModelError
 
 _INDEX = "model.safetensors.index.json"
@@ -82,8 +82,7 @@ class Weights:
     @property
     def rounds_inputs(self) -> bool:
         """Whether products take their inputs in fewer bits than `compute_dtype` has."""
-        quantised = bool(self.quantize) and KINDS[self.quantize].inputs
-        return quantised or self.precision != "highest"
+        return rounds_inputs(self.quantize, self.precision)
 
     # ------------------------------------------------------------------ intents
 

@@ -26,7 +26,7 @@ import torch
 from tokenizers import Tokenizer
 
 from headgate.kernels import ops
-from headgate.kernels.quantised import KINDS
+from headgate.kernels.kinds import KINDS, cpu_kv_dtype
 from headgate.launcher.embedded_model import ensure_embedded_model
 from headgate.shard.attention_metadata import AttentionMetadata
 from headgate.shard.config import KV_DTYPES
@@ -50,7 +50,6 @@ class Floor:
 
 PLAIN = "none"  # weights as they are: only keys and values are narrower
 MEDIUM = "bf16-medium"  # --matmul-precision medium
-SERVED_KV_DTYPES = {MEDIUM: "bfloat16", "int8": "bfloat16", "int4": "bfloat16"}  # float16: others
 FLOORS = {
     PLAIN: Floor(1.01, 0.97),
     MEDIUM: Floor(1.01, 0.97),
@@ -101,7 +100,8 @@ def measure(
     ids = tokenizer.encode(TEXT.read_text(encoding="utf-8")).ids[: tokens or None]
     plain = score(_load(path, PLAIN), ids)
     for kind in kinds:
-        kept = kv_cache_dtype or SERVED_KV_DTYPES.get(kind, "float16")
+        served = "float16" if kind == PLAIN else cpu_kv_dtype(*_stored(kind))
+        kept = kv_cache_dtype or served
         found = score(_load(path, kind), ids, KV_DTYPES[kept])
         yield Quality(
             kind=kind,
@@ -113,14 +113,20 @@ def measure(
         )
 
 
+def _stored(kind: str) -> tuple[str, str]:
+    """(quantize, precision), as `load_model` takes them."""
+    return kind if kind in KINDS else "", "medium" if kind == MEDIUM else "highest"
+
+
 def _load(path: Path, kind: str) -> CausalLM:
+    quantize, precision = _stored(kind)
     return load_model(
         path,
         dtype="bfloat16",
         device="cpu",
         group=single_group(),
-        quantize=kind if kind in KINDS else "",
-        precision="medium" if kind == MEDIUM else "highest",
+        quantize=quantize,
+        precision=precision,
     )
 
 

@@ -34,6 +34,7 @@ from headgate.bench.step_tables import (
     kinds_table,
 )
 from headgate.kernels import cpu, ops
+from headgate.kernels.kinds import cpu_kv_dtype
 from headgate.launcher.embedded_model import ensure_embedded_model
 from headgate.proto.messages import NewRow, RowSampling, StepPlan
 from headgate.shard.config import DTYPES, ShardConfig, ShardIdentity
@@ -63,13 +64,18 @@ class Stored:
     kv_cache_dtype: str
 
 
+def _stored(dtype: str, quantize: str = "", precision: str = "highest") -> Stored:
+    """As a CPU serves it."""
+    return Stored(dtype, quantize, precision, cpu_kv_dtype(quantize, precision))
+
+
 KINDS = {
-    "fp32": Stored("float32", "", "highest", "float32"),
-    "bf16": Stored("bfloat16", "", "highest", "float32"),
-    "bf16-medium": Stored("bfloat16", "", "medium", "bfloat16"),
-    "int8": Stored("bfloat16", "int8", "highest", "bfloat16"),
-    "int8-weight-only": Stored("bfloat16", "int8-weight-only", "highest", "float16"),
-    "int4": Stored("bfloat16", "int4", "highest", "bfloat16"),
+    "fp32": _stored("float32"),
+    "bf16": _stored("bfloat16"),
+    "bf16-medium": _stored("bfloat16", precision="medium"),
+    "int8": _stored("bfloat16", "int8"),
+    "int8-weight-only": _stored("bfloat16", "int8-weight-only"),
+    "int4": _stored("bfloat16", "int4"),
 }
 
 

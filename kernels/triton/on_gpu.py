@@ -23,7 +23,8 @@ import triton
 
 from headgate.kernels import reference
 from headgate.kernels import triton as kernels
-from headgate.kernels.quantised import KINDS, quantise
+from headgate.kernels.kinds import KINDS
+from headgate.kernels.quantised import quantise
 from headgate.kernels.triton.cases import CHIPS, DTYPE, MODELS, Case, Maker, all_cases
 from headgate.kernels.triton.launch import INTERPRETED, chip
 from headgate.kernels.triton.packed_weight import PackedQuantised

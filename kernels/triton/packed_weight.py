@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from headgate.kernels.quantised import QuantisedTensor, QuantKind
+from headgate.kernels.kinds import QuantKind
+from headgate.kernels.quantised import QuantisedTensor
 
 
 @dataclass(frozen=True, slots=True, eq=False)

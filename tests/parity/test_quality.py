@@ -6,7 +6,7 @@ import pytest
 
 from headgate.bench.quality import FLOORS, MEDIUM, PLAIN, measure
 from headgate.kernels import ops
-from headgate.kernels.quantised import KINDS
+from headgate.kernels.kinds import KINDS
 from headgate.launcher.embedded_model import ensure_embedded_model
 
 TOKENS = 400

@@ -1,0 +1,60 @@
+"""The kinds of quantised weights, and what follows from them.
+
+Imports no torch: the launcher asks too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class QuantKind:
+    """`group`: values along K with one scale. `offset`: a weight is minimum + scale * value, with
+    values 0..15; otherwise scale * value with -127..127. `inputs`: they are quantised too.
+    `per_channel`: groups are of the inputs, weights have one scale for each of the N rows."""
+
+    name: str
+    group: int
+    offset: bool = False
+    inputs: bool = True
+    per_channel: bool = False
+
+    @property
+    def bytes_per_weight(self) -> float:
+        """Its value and its share of the group's scale and minimum; not of a channel's scale."""
+        if self.per_channel:
+            return 1.0
+        return 1 / 2 + 4 / self.group if self.offset else 1 + 2 / self.group
+
+    def padded(self, inner: int) -> int:
+        """K filled up to whole groups."""
+        return -(-inner // self.group) * self.group
+
+
+KINDS = {
+    kind.name: kind
+    for kind in (
+        QuantKind("int8", group=64, per_channel=True),
+        QuantKind("int8-weight-only", group=32, inputs=False),
+        QuantKind("int4", group=32, offset=True),
+    )
+}
+
+
+def rounds_inputs(quantize: str, precision: str) -> bool:
+    """Whether products take their inputs in fewer bits than float32, by --quantize ("": not) and
+    --matmul-precision."""
+    return KINDS[quantize].inputs if quantize else precision != "highest"
+
+
+def cpu_kv_dtype(quantize: str, precision: str) -> str:
+    """How a CPU keeps keys and values if left alone.
+
+    It answers as float32 arithmetic does, which asks for float32. Where products round their
+    inputs, bfloat16 changes less than that and is the fastest; beside int8-weight-only, whose
+    products don't, float16 changes the least of what reads half as much.
+    """
+    if rounds_inputs(quantize, precision):
+        return "bfloat16"
+    return "float16" if quantize else "float32"
