@@ -37,6 +37,13 @@ HG_INLINE vi pair_rows(const uint16_t* low, const uint16_t* high) {
                            _mm256_loadu_si256((const __m256i*)high));
 }
 
+// Rounded numbers, two neighbours in a lane, the first one in the upper half.
+HG_INLINE void store_pairs(float* p, vf rounded) {
+  const __m512i x = as_int(rounded), upper = _mm512_set1_epi64(0xffff0000);
+  const __m512i pairs = _mm512_or_si512(_mm512_and_si512(x, upper), _mm512_srli_epi64(x, 48));
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi64_epi32(pairs));
+}
+
 #elif defined(__AVX2__)
 
 HG_INLINE vi pair_rows(const uint16_t* low, const uint16_t* high) {

@@ -6,6 +6,7 @@
 // of values of a row: a row's inputs have the same bits in any batch and however the columns are cut.
 #pragma once
 
+#include "bf16_pairs.h"
 #include "elementwise.h"
 #include "interleave.h"
 #include "quantise_rows.h"
@@ -34,12 +35,16 @@ HG_INLINE void input_values(const RowSource& source, int64_t row, float scale, i
 
 // Rounds a row of the buffer to bfloat16; `pairs`: and puts two values into the place of one.
 HG_INLINE void round_row(float (&x)[kInputColumns], bool pairs) {
-  for (int i = 0; i < kInputColumns; i += VL) store(x + i, round_bf16(load(x + i)));
-  if (!pairs) return;
-  uint32_t bits[kInputColumns];
-  memcpy(bits, x, sizeof bits);
-  for (int i = 0; i < kInputColumns / 2; ++i) bits[i] = bits[2 * i] | bits[2 * i + 1] >> 16;
-  memcpy(x, bits, sizeof bits / 2);
+  for (int i = 0; i < kInputColumns; i += VL) {
+    const vf rounded = round_bf16(load(x + i));
+#if defined(__AVX512F__)
+    if (pairs) {
+      store_pairs(x + i / 2, rounded);
+      continue;
+    }
+#endif
+    store(x + i, rounded);
+  }
 }
 
 // Whether a format's values are rounded to bfloat16.
