@@ -8,6 +8,7 @@
 
 #include <linux/futex.h>
 #include <pthread.h>
+#include <sched.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
@@ -24,6 +25,7 @@ constexpr uint64_t kCountMask = (1ull << kCountBits) - 1;
 // Idle workers may step past the last tile, once each: room is left for them.
 constexpr int64_t kMaxTiles = (1 << kCountBits) - 65536;
 constexpr int kMaxThreads = 1024;
+constexpr int64_t kTurnNanoseconds = 100000;
 // A tile of attention keeps half a megabyte on the stack.
 constexpr size_t kStackBytes = 4 << 20;
 
@@ -89,9 +91,19 @@ bool spin(Pool& p, Ready ready) {
   return ready();
 }
 
+// Whoever waits for this processor (gateway, router, gRPC's threads) gets it now and then between two
+// tiles. If the system took it in the middle of one, the others would wait for that tile.
+void let_others_run() {
+  thread_local int64_t turn_began = 0;
+  if (now_ns() - turn_began < kTurnNanoseconds) return;
+  sched_yield();
+  turn_began = now_ns();
+}
+
 // Takes tiles until none is left.
 void work(Pool& p) {
   while (has_work(p.claims.load(std::memory_order_acquire))) {
+    let_others_run();
     const uint64_t claim = p.claims.fetch_add(1, std::memory_order_acq_rel);
     if (!has_work(claim)) return;
     const int64_t tiles = (claim >> kCountBits) & kCountMask;
