@@ -61,6 +61,7 @@ class ShardProcess:
         address = identity.address(config)
         thread = ModelThread(config.num_threads, self.fail)
         runner = thread.call(lambda: _load(config, identity))
+        thread.when_idle(runner.rest)
         if os.getppid() != parent:
             logger.error("the launcher is gone")
             self.exit(1)

@@ -64,6 +64,8 @@ class KVCache:
         self.layers: list[tuple[PagedCache, PagedCache]] = [
             (self._cache(layer, 0), self._cache(layer, 1)) for layer in range(layout.num_layers)
         ]
+        self._lock = threading.Lock()
+        self._untaken = self._pages()
 
     def _cache(self, layer: int, which: int) -> PagedCache:
         values = self.data[layer, which]
@@ -78,21 +80,23 @@ class KVCache:
     def num_bytes(self) -> int:
         return self.num_blocks * self.layout.bytes_per_block
 
-    def take_memory(self, seconds: float, num_threads: int) -> None:
+    def take_memory(self, seconds: float, num_threads: int) -> bool:
         """On a CPU: has the system give memory for blocks before they are written, the first first.
 
         A step that writes to a new page of every layer at once waits for all of them: for 2 MB of
-        zeros each, and in a virtual machine for the host. Stops after `seconds`, however far it is;
-        what is left takes memory as it is written.
+        zeros each, and in a virtual machine for the host. Stops after `seconds`, however far it is,
+        and says whether anything is left; the next call goes on there. What never is taken takes
+        memory as it is written.
         """
-        pieces, lock = self._pieces(), threading.Lock()
         deadline = time.monotonic() + seconds
+        finished = threading.Event()  # nothing is left, or the system gives no more
 
         def take() -> None:
             while time.monotonic() < deadline:
-                with lock:
-                    piece = next(pieces, None)
-                if piece is None or not take_pages(*piece):
+                with self._lock:
+                    page = next(self._untaken, None)
+                if page is None or not take_pages(*page):
+                    finished.set()
                     return
 
         threads = [threading.Thread(target=take) for _ in range(num_threads)]
@@ -100,8 +104,9 @@ class KVCache:
             thread.start()
         for thread in threads:
             thread.join()
+        return not finished.is_set()
 
-    def _pieces(self) -> Iterator[tuple[int, int]]:
+    def _pages(self) -> Iterator[tuple[int, int]]:
         """(address, bytes) of a page of each layer's keys and values, then of the next of each."""
         rows = [row for tensor in self.tensors for row in tensor.flatten(0, 1)]
         for offset in range(0, max(row.nbytes for row in rows), HUGE_PAGE):

@@ -52,7 +52,9 @@ from headgate.shard.warmup import warm_up
 
 logger = logging.getLogger(__name__)
 
-TAKE_MEMORY_SECONDS = 0.5  # of a start, for the KV cache's memory; see KVCache.take_memory
+# For the KV cache's memory (KVCache.take_memory): of a start; then, at a time, while nothing runs.
+TAKE_MEMORY_SECONDS = 0.75
+REST_SECONDS = 0.005
 
 
 class ModelRunner:
@@ -186,6 +188,13 @@ class ModelRunner:
     def prepare_grammar(self, source: str) -> None:
         """Compiles it, beside the model's thread. One that does not compile fails with its row."""
         wait((self._grammars.prepare(source),))
+
+    def rest(self) -> bool:
+        """Takes some more of a CPU's memory for the KV cache; False where there is none to take."""
+        cache = self._kv_cache
+        if self.device is not None or cache is None:
+            return False
+        return cache.take_memory(REST_SECONDS, self.config.num_threads)
 
     def reset(self) -> None:
         """Drops all rows: a new stream of plans begins. Results not settled are lost."""

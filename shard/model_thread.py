@@ -17,6 +17,8 @@ import torch
 T = TypeVar("T")
 Job = Callable[[], Any]
 
+_QUIET = 0.02  # seconds without a job after which idle work begins
+
 
 class ModelThread:
     """Runs jobs until the process ends."""
@@ -26,6 +28,7 @@ class ModelThread:
         self._jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()
         self._num_threads = num_threads
         self._fatal = fatal
+        self._idle_work: Callable[[], bool] = lambda: False
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)
         self._thread.start()
 
@@ -47,6 +50,13 @@ class ModelThread:
         self.post(run)
         return done.result()
 
+    def when_idle(self, work: Callable[[], bool]) -> None:
+        """Has `work` called again and again while there are no jobs, until it returns False.
+
+        A job that comes waits for the call under way, which must be short.
+        """
+        self._idle_work = work
+
     def fail(self, error: BaseException) -> None:
         """Ends the process for an error of another thread."""
         self._fatal(error)
@@ -55,8 +65,17 @@ class ModelThread:
         torch.set_num_threads(self._num_threads)
         with torch.inference_mode():
             while True:
-                job = self._jobs.get()
                 try:
-                    job()
+                    self._next_job()()
                 except BaseException as error:
                     self._fatal(error)
+
+    def _next_job(self) -> Job:
+        pause = _QUIET
+        while True:
+            try:
+                return self._jobs.get(timeout=pause)
+            except queue.Empty:
+                if not self._idle_work():
+                    return self._jobs.get()
+            pause = 0.0

@@ -90,6 +90,10 @@ class NullRunner:
     def prepare_grammar(self, source: str) -> None:
         """Nothing follows grammars here."""
 
+    def rest(self) -> bool:
+        """There is nothing to be done later."""
+        return False
+
     def reset(self) -> None:
         self._rows.clear()
 

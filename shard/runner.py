@@ -64,6 +64,9 @@ class Runner(Protocol):
     def prepare_grammar(self, source: str) -> None:
         """Compiles a grammar that rows will have; returns when it is done. For any thread."""
 
+    def rest(self) -> bool:
+        """Does a little of what steps would have to do later; False where nothing is left of it."""
+
     def reset(self) -> None:
         """Drops all rows: a new stream of plans begins."""
 

@@ -465,9 +465,9 @@ def test_blocks_take_memory_once_written_or_when_told_to() -> None:
     assert psutil.Process().memory_info().rss - before < cache.num_bytes / 10
     assert not cache.data[1, 0, 77].any() and cache.data.dtype == torch.bfloat16
     cache.copy_blocks(torch.tensor([7]), torch.tensor([9]))
-    cache.take_memory(0.0, 2)
+    assert cache.take_memory(0.0, 2)  # something is left
     assert psutil.Process().memory_info().rss - before < cache.num_bytes / 10
-    cache.take_memory(60.0, 2)
+    assert not cache.take_memory(60.0, 2)
     if take_pages(cache.data.data_ptr(), 1):  # the system knows how
         assert psutil.Process().memory_info().rss - before > cache.num_bytes * 0.9
     assert not cache.data[1, 0, 77].any()
@@ -487,6 +487,21 @@ def test_memory_is_taken_before_the_first_step(monkeypatch: pytest.MonkeyPatch) 
     runner = make_runner()
     expected = (BLOCKS, model_runner.TAKE_MEMORY_SECONDS, runner.config.num_threads)
     assert taken == [expected]
+
+
+def test_a_runner_that_rests_takes_memory_until_it_has_all() -> None:
+    before = psutil.Process().memory_info().rss
+    runner = make_runner()
+    cache = runner._kv_cache = KVCache(KVCacheLayout(4, 16, 2, 64, torch.bfloat16), 8000)
+    if not take_pages(cache.data.data_ptr(), 1):
+        pytest.skip("the system does not know how")
+    calls = 1
+    while runner.rest():
+        calls += 1
+    assert calls > 1  # none of them took long
+    assert psutil.Process().memory_info().rss - before > cache.num_bytes * 0.9
+    runner.release()
+    assert not runner.rest()
 
 
 def test_a_copied_block_has_its_scales() -> None:
