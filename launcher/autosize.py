@@ -21,7 +21,8 @@ MIB = 1 << 20
 CPU_KV_BYTES = GIB  # of all shards together
 GPU_STEP_TOKENS = 4096  # TGI's default
 STEP_SECONDS = 0.150  # a CPU step should take no longer: it bounds latency between tokens
-# Sustained by one core over whole steps, by --quantize or else --matmul-precision.
+# Sustained by one core over whole steps, by --quantize or else --matmul-precision; and how many
+# times as much where vectors are wide.
 CORE_FLOPS = {
     "highest": 60e9,
     "medium": 100e9,
@@ -29,6 +30,7 @@ CORE_FLOPS = {
     "int8-weight-only": 60e9,
     "int4": 120e9,
 }
+WIDE_VECTORS_GAIN = 3
 CPU_STEP_TOKENS = (128, 512)
 CPU_DRAFT_TOKENS = 8  # to a row; none on a GPU unless asked for
 CPU_MOST_STEP_TOKENS = 1024  # a budget made for a GPU would let one step hold up all others
@@ -153,11 +155,11 @@ def choose_shape(model: ModelFacts, config: LauncherConfig, hardware: Hardware) 
     dtype = choose_dtype(model, config, hardware.gpus if device == "cuda" else ())
     _check_precision(config, device, dtype)
     threads = config.threads_per_shard or max(1, hardware.cores // num_shard)
+    core_flops = CORE_FLOPS[config.quantize or config.matmul_precision]
+    if hardware.wide_vectors:
+        core_flops *= WIDE_VECTORS_GAIN
     step_tokens = config.max_batch_prefill_tokens or _step_tokens(
-        model,
-        device,
-        min(hardware.cores, threads * num_shard)
-        * CORE_FLOPS[config.quantize or config.matmul_precision],
+        model, device, min(hardware.cores, threads * num_shard) * core_flops
     )
     if device == "cpu":
         step_tokens = min(step_tokens, CPU_MOST_STEP_TOKENS)

@@ -18,6 +18,7 @@ from headgate.launcher.hardware import (
     Hardware,
     count_cpus,
     find_gpus,
+    has_wide_vectors,
     parse_nvidia_smi,
 )
 from headgate.launcher.model_facts import ModelFacts, make_facts, refuse_other_kinds
@@ -98,6 +99,31 @@ def test_cores_are_divided_among_shards(cores: int, line: str, threads: int) -> 
 def test_a_cpu_step_takes_about_150_ms(cores: int, tokens: int) -> None:
     found = sizes(hardware=replace(MACHINE, cores=cores))
     assert found.max_batch_prefill_tokens == pytest.approx(tokens, abs=32)
+
+
+def test_a_cpu_step_has_more_tokens_where_vectors_are_wide() -> None:
+    wide = replace(MACHINE, wide_vectors=True)
+    assert sizes(hardware=wide).max_batch_prefill_tokens == pytest.approx(3 * 84, abs=16)
+    assert sizes("--quantize int8", hardware=wide).max_batch_prefill_tokens == 512
+
+
+@pytest.mark.parametrize(
+    ("vendor", "family", "flags", "wide"),
+    [
+        ("AuthenticAMD", 26, "avx2 avx512f avx512_vnni", True),
+        ("AuthenticAMD", 25, "avx2 avx512f avx512_vnni", False),
+        ("GenuineIntel", 6, "avx2 avx512f", True),
+        ("GenuineIntel", 6, "avx2 avx_vnni", False),
+    ],
+)
+def test_cpuinfo_tells_of_wide_vectors(vendor: str, family: int, flags: str, wide: bool) -> None:
+    lines = [f"vendor_id\t: {vendor}", f"cpu family\t: {family}", f"flags\t\t: fpu {flags} sse"]
+    assert has_wide_vectors("\n".join(["processor\t: 0", *lines, "", *lines])) == wide
+
+
+def test_a_processor_that_says_nothing_has_no_wide_vectors() -> None:
+    assert not has_wide_vectors("")
+    assert not has_wide_vectors("processor\t: 0\nFeatures\t: fp asimd asimddp\n")
 
 
 def test_a_cpu_step_has_more_tokens_where_products_are_faster() -> None:
