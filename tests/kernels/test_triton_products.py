@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton")
 
-from headgate.kernels import quantised
+from headgate.kernels import kinds, quantised
 from headgate.kernels import reference_products as reference
 from headgate.kernels.int4_weight import AWQ_ORDER, Int4Weight
 from headgate.kernels.reference import RoundedTensor
@@ -44,11 +44,11 @@ def near(got: torch.Tensor, wanted: torch.Tensor) -> None:
     assert_near(got / scale, wanted / scale, 4)
 
 
-@pytest.mark.parametrize("kind", quantised.KINDS)
+@pytest.mark.parametrize("kind", kinds.KINDS)
 @pytest.mark.parametrize("dtype", SOME_DTYPES, ids=str)
 def test_quantised_kinds(randoms: Randoms, kind: str, dtype: torch.dtype) -> None:
     for rows, inner, width in SHAPES:
-        weight = quantised.quantise(randoms(width, inner), quantised.KINDS[kind])
+        weight = quantised.quantise(randoms(width, inner), kinds.KINDS[kind])
         packed = PackedQuantised.of(weight)
         x, bias = randoms(rows, inner, dtype=dtype), randoms(width, dtype=dtype)
         wanted = quantised.linear(x.float(), weight)
