@@ -5,7 +5,9 @@ from __future__ import annotations
 import secrets
 import shutil
 from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -37,16 +39,34 @@ def cpu_kernels(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.fixture
-def triton_device() -> Iterator[str]:
+def triton_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Where the Triton kernels run: the GPU, or the CPU by the interpreter. Fresh tensors are full
     of NaN here too."""
     triton = pytest.importorskip("triton")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not triton.knobs.runtime.interpret:
         pytest.skip("neither a GPU nor the interpreter")
+    if device == "cpu":
+        _sum_tiles_in_float64(monkeypatch)
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield device
     torch.use_deterministic_algorithms(False)
+
+
+def _sum_tiles_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NumPy's product of float32 tiles has, on some processors, other bits in a tile of another
+    shape. Those of tensor cores have the same."""
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    in_float32 = InterpreterBuilder.create_dot
+
+    def dot(builder: Any, a: Any, b: Any, total: Any, *options: Any) -> Any:
+        if a.data.dtype != np.float32 or b.data.dtype != np.float32:
+            return in_float32(builder, a, b, total, *options)
+        product = a.data.astype(np.float64) @ b.data.astype(np.float64)
+        return TensorHandle(product.astype(np.float32) + total.data, total.dtype.scalar)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", dot)
 
 
 @pytest.fixture
