@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from headgate.kernels import ops
-from headgate.kernels.kinds import KINDS
+from headgate.quant_kinds import KINDS
 
 _HIDDEN, _MLP, _VOCABULARY = 576, 1536, 49152
 _HEADS, _KV_HEADS, _DIM, _BLOCK = 9, 3, 64, 16

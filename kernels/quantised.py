@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from headgate.kernels.kinds import QuantKind
+from headgate.quant_kinds import QuantKind
 
 # Values quantised at a time: temporary copies stay small, and in the cache.
 _CHUNK = 1 << 18

@@ -22,9 +22,9 @@ import torch.nn.functional as F
 
 from headgate.kernels import quantised, reference_products
 from headgate.kernels.int8_cache import Int8Cache, PagedCache
-from headgate.kernels.kinds import KINDS
 from headgate.kernels.philox import NOISE_MAX, NOISE_MIN, Draw, gumbel_noise_at
 from headgate.kernels.quantised import QuantisedTensor
+from headgate.quant_kinds import KINDS
 
 if TYPE_CHECKING:  # kernels import nothing of shard; the step's metadata is read by its fields only
     from headgate.shard.attention_metadata import AttentionMetadata

@@ -9,11 +9,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from headgate.kernels.kinds import cpu_kv_dtype
 from headgate.launcher.config import LauncherConfig
 from headgate.launcher.errors import LaunchError
 from headgate.launcher.hardware import Gpu, Hardware
 from headgate.launcher.model_facts import ModelFacts
+from headgate.quant_kinds import cpu_kv_dtype
 
 GIB = 1 << 30
 MIB = 1 << 20

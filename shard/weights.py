@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from headgate.kernels import ops
-from headgate.kernels.kinds import rounds_inputs
+from headgate.quant_kinds import rounds_inputs
 from headgate.shard.errors import ModelError
 
 _INDEX = "model.safetensors.index.json"

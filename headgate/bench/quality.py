@@ -26,8 +26,8 @@ import torch
 from tokenizers import Tokenizer
 
 from headgate.kernels import ops
-from headgate.kernels.kinds import KINDS, cpu_kv_dtype
 from headgate.launcher.embedded_model import ensure_embedded_model
+from headgate.quant_kinds import KINDS, cpu_kv_dtype
 from headgate.shard.attention_metadata import AttentionMetadata
 from headgate.shard.config import KV_DTYPES
 from headgate.shard.distributed import single_group

@@ -34,9 +34,9 @@ from headgate.bench.step_tables import (
     kinds_table,
 )
 from headgate.kernels import cpu, ops
-from headgate.kernels.kinds import cpu_kv_dtype
 from headgate.launcher.embedded_model import ensure_embedded_model
 from headgate.proto.messages import NewRow, RowSampling, StepPlan
+from headgate.quant_kinds import cpu_kv_dtype
 from headgate.shard.config import DTYPES, ShardConfig, ShardIdentity
 from headgate.shard.distributed import Group, init_group, single_group
 from headgate.shard.model_runner import ModelRunner

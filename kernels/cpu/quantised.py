@@ -6,7 +6,7 @@ import torch
 
 from headgate.kernels.cpu import library, weight_memory
 from headgate.kernels.cpu.packed import DTYPES
-from headgate.kernels.kinds import KINDS
+from headgate.quant_kinds import KINDS
 
 # Kinds, by their names in quantised.h.
 CODES = {"int8": 0, "int8-weight-only": 1, "int4": 2}

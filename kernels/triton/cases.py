@@ -17,12 +17,12 @@ import torch
 from headgate.kernels import triton as kernels
 from headgate.kernels.int4_weight import Int4Weight
 from headgate.kernels.int8_cache import SCALE_BYTES, Int8Cache, PagedCache
-from headgate.kernels.kinds import KINDS, QuantKind
 from headgate.kernels.quantised import QuantisedTensor
 from headgate.kernels.reference_products import FP8, FP8_BLOCK
 from headgate.kernels.sampled_rows import MaskedRows, PenalisedRows, RowsToSample
 from headgate.kernels.triton import linear
 from headgate.kernels.triton.packed_weight import PackedQuantised
+from headgate.quant_kinds import KINDS, QuantKind
 
 CHIPS = ("sm_80", "sm_89", "sm_90", "sm_100")  # whose kernels are compiled for the report
 FP8_CHIPS = ("sm_89", "sm_90", "sm_100")

@@ -23,12 +23,12 @@ import triton
 
 from headgate.kernels import reference
 from headgate.kernels import triton as kernels
-from headgate.kernels.kinds import KINDS
 from headgate.kernels.quantised import quantise
 from headgate.kernels.triton.cases import CHIPS, DTYPE, MODELS, Case, Maker, all_cases
 from headgate.kernels.triton.launch import INTERPRETED, chip
 from headgate.kernels.triton.packed_weight import PackedQuantised
 from headgate.kernels.triton.report import GPUS
+from headgate.quant_kinds import KINDS
 
 _DOCS = Path(__file__).resolve().parents[2] / "docs"
 _DEVICE = "cuda"

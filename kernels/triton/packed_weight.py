@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from headgate.kernels.kinds import QuantKind
 from headgate.kernels.quantised import QuantisedTensor
+from headgate.quant_kinds import QuantKind
 
 
 @dataclass(frozen=True, slots=True, eq=False)

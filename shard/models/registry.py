@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from headgate.kernels.kinds import KINDS
+from headgate.quant_kinds import KINDS
 from headgate.shard.distributed import Group
 from headgate.shard.errors import ModelError
 from headgate.shard.load_context import LoadContext

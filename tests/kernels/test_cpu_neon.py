@@ -26,8 +26,8 @@ from headgate.kernels.cpu.packed import DTYPES, PackedWeight
 from headgate.kernels.cpu.quantised import CODES, QuantisedWeight
 from headgate.kernels.cpu.recording import RecordedCall, Recording
 from headgate.kernels.int8_cache import Int8Cache
-from headgate.kernels.kinds import KINDS
 from headgate.kernels.reference import PAIRED_DIMS
+from headgate.quant_kinds import KINDS
 from tests.kernels.paged_rows import Chunk, Row, make_step
 from tests.kernels.tape import Tape
 

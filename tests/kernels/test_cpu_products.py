@@ -7,7 +7,7 @@ import torch
 
 from headgate.kernels import ops
 from headgate.kernels.cpu import operations, products, set_num_threads
-from headgate.kernels.kinds import KINDS
+from headgate.quant_kinds import KINDS
 
 pytestmark = pytest.mark.usefixtures("cpu_kernels")
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from headgate.kernels import kinds, reference
+from headgate import quant_kinds
+from headgate.kernels import reference
 from headgate.kernels.cpu import library, operations, set_num_threads
 from headgate.kernels.cpu.quantised import CODES, QuantisedWeight
 from headgate.launcher.autosize import _QUANTISED_BYTES
 
 pytestmark = pytest.mark.usefixtures("cpu_kernels")
 
-KINDS = list(kinds.KINDS)
+KINDS = list(quant_kinds.KINDS)
 SIZES = [(96, 128), (70, 100), (33, 577), (5, 1030), (1, 1)]
 
 
@@ -27,13 +28,13 @@ def pack(weight: torch.Tensor, kind: str) -> QuantisedWeight:
 
 
 def test_every_kind_has_a_code() -> None:
-    assert CODES.keys() == kinds.KINDS.keys()
+    assert CODES.keys() == quant_kinds.KINDS.keys()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_memory_is_what_the_launcher_counts(kind: str) -> None:
-    per_weight = kinds.KINDS[kind].bytes_per_weight
-    channels = 2 * 64 if kinds.KINDS[kind].per_channel else 0  # their scales
+    per_weight = quant_kinds.KINDS[kind].bytes_per_weight
+    channels = 2 * 64 if quant_kinds.KINDS[kind].per_channel else 0  # their scales
     assert pack(random(64, 128), kind).nbytes == 64 * 128 * per_weight + channels
     assert 0.96 * _QUANTISED_BYTES[kind] < per_weight <= _QUANTISED_BYTES[kind]
 
@@ -99,7 +100,7 @@ def test_instruction_sets_with_fused_sums_agree(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_sums_of_the_largest_values_are_exact(kind: str) -> None:
     """A product of bytes that saturates, as AVX2's does, would be far off here."""
-    inner = 4 * kinds.KINDS[kind].group
+    inner = 4 * quant_kinds.KINDS[kind].group
     for sign in (1.0, -1.0):
         weight = torch.full((40, inner), sign)
         if kind == "int4":

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton")
 
-from headgate.kernels import kinds, quantised
+from headgate import quant_kinds
+from headgate.kernels import quantised
 from headgate.kernels import reference_products as reference
 from headgate.kernels.int4_weight import AWQ_ORDER, Int4Weight
 from headgate.kernels.reference import RoundedTensor
@@ -44,11 +45,11 @@ def near(got: torch.Tensor, wanted: torch.Tensor) -> None:
     assert_near(got / scale, wanted / scale, 4)
 
 
-@pytest.mark.parametrize("kind", kinds.KINDS)
+@pytest.mark.parametrize("kind", quant_kinds.KINDS)
 @pytest.mark.parametrize("dtype", SOME_DTYPES, ids=str)
 def test_quantised_kinds(randoms: Randoms, kind: str, dtype: torch.dtype) -> None:
     for rows, inner, width in SHAPES:
-        weight = quantised.quantise(randoms(width, inner), kinds.KINDS[kind])
+        weight = quantised.quantise(randoms(width, inner), quant_kinds.KINDS[kind])
         packed = PackedQuantised.of(weight)
         x, bias = randoms(rows, inner, dtype=dtype), randoms(width, dtype=dtype)
         wanted = quantised.linear(x.float(), weight)

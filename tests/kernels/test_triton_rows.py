@@ -13,7 +13,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from headgate.kernels import kinds, quantised, triton
+from headgate import quant_kinds
+from headgate.kernels import quantised, triton
 from headgate.kernels.reference_products import FP8
 from headgate.kernels.triton import paged_attention, product
 from headgate.kernels.triton.packed_weight import PackedQuantised
@@ -97,7 +98,7 @@ def attention_calls(randoms: Randoms) -> dict[str, Call]:
 
 def product_calls(randoms: Randoms) -> dict[str, Call]:
     x, y, weight = randoms(PRODUCT_ROWS, 192), randoms(PRODUCT_ROWS, 40), randoms(40, 192)
-    packed = PackedQuantised.of(quantised.quantise(weight, kinds.KINDS["int4"]))
+    packed = PackedQuantised.of(quantised.quantise(weight, quant_kinds.KINDS["int4"]))
     whole, scales = randoms.integers(-127, 128, 40, 192).to(torch.int8), randoms(40).abs()
     int4 = int4_weight(randoms, "gptq", (40, 192), 32)[0]
     a, b = randoms(3, 8, 192), randoms(3, 40, 8)

@@ -6,8 +6,8 @@ import pytest
 
 from headgate.bench.quality import FLOORS, MEDIUM, PLAIN, measure
 from headgate.kernels import ops
-from headgate.kernels.kinds import KINDS
 from headgate.launcher.embedded_model import ensure_embedded_model
+from headgate.quant_kinds import KINDS
 
 TOKENS = 400
 
