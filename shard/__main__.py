@@ -26,7 +26,7 @@ from headgate.shard.config import ShardConfig, ShardIdentity
 from headgate.shard.device import num_gpus, take_gpu
 from headgate.shard.distributed import init_group
 from headgate.shard.errors import ModelError, PeerLost
-from headgate.shard.memory import is_out_of_memory
+from headgate.shard.memory import give_back, is_out_of_memory
 from headgate.shard.model_config import read_model_config
 from headgate.shard.model_runner import ModelRunner
 from headgate.shard.model_thread import ModelThread
@@ -139,6 +139,7 @@ def _load(config: ShardConfig, identity: ShardIdentity) -> Runner:
         if not is_out_of_memory(error):
             raise
         raise ModelError(f"not enough memory to load {config.model_path}: {error}") from error
+    give_back()
     fields = {
         "weight_bytes": model.weight_bytes,
         "dtype": config.dtype,
