@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from headgate.kernels.cpu import library
+from headgate.kernels.cpu import library, weight_memory
 from headgate.kernels.cpu.memory_plan import Lifetime, plan_memory
 from headgate.kernels.cpu.recording import Kind, NotRecordable, Place, Recording
 
@@ -61,7 +61,8 @@ class Program:
         places = [_solve_result(recordings, tensors) for tensors in alike]
         self.lifetimes = _lifetimes(recordings, arguments, places, largest)
         self.offsets, self.planned_bytes = plan_memory(self.lifetimes)
-        self._arena = torch.empty(self.planned_bytes, dtype=torch.uint8)
+        # Where small pages lie decides how well caches hold them, for the life of the process.
+        self._arena = weight_memory.allocate(self.planned_bytes)
         self._num_sizes = len(largest)
         self._sizes: tuple[int, ...] = ()  # that `_values` are for
         self._failed = ctypes.c_int64()
