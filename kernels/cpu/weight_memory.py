@@ -1,4 +1,4 @@
-"""Memory for packed weights and a step's activations, in huge pages where the system gives them.
+"""Memory for packed weights, in huge pages where the system gives them.
 
 With small ones products with few rows reach two thirds of what memory can do. Matrices are cut from
 large mappings, because most are smaller than a huge page.

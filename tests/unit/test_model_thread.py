@@ -48,13 +48,13 @@ def test_idle_work_is_done_once_no_job_has_come_for_a_while(thread: ModelThread)
     assert work.calls == 5
     time.sleep(0.1)
     assert work.calls == 5  # nothing was left
-    thread.call(lambda: None)
     work.ended.clear()
+    thread.call(lambda: None)
     assert work.ended.wait(10)  # after a job there may be more
 
 
 def test_a_job_waits_for_one_piece_of_idle_work_at_most(thread: ModelThread) -> None:
-    work = IdleWork(1000, seconds=0.02)
+    work = IdleWork(1000, seconds=0.2)
     thread.when_idle(work)
     while not work.calls:
         time.sleep(0.001)
