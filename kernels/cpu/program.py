@@ -19,7 +19,6 @@ import torch
 from headgate.kernels.cpu import library
 from headgate.kernels.cpu.memory_plan import Lifetime, plan_memory
 from headgate.kernels.cpu.recording import Kind, NotRecordable, Place, Recording
-from headgate.kernels.huge_pages import map_zeros
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +61,7 @@ class Program:
         places = [_solve_result(recordings, tensors) for tensors in alike]
         self.lifetimes = _lifetimes(recordings, arguments, places, largest)
         self.offsets, self.planned_bytes = plan_memory(self.lifetimes)
-        # In huge pages: where small ones lie decides, for the life of a process, how well caches
-        # hold them.
-        self._arena = torch.frombuffer(map_zeros(max(self.planned_bytes, 1)), dtype=torch.uint8)
+        self._arena = torch.empty(self.planned_bytes, dtype=torch.uint8)
         self._num_sizes = len(largest)
         self._sizes: tuple[int, ...] = ()  # that `_values` are for
         self._failed = ctypes.c_int64()
