@@ -17,6 +17,7 @@ namespace headgate {
 
 struct AttentionItems {
   std::vector<AttentionItem> attend;
+  TileGroups homes;      // of those (see homes_of)
   std::vector<MergeItem> merge;
   std::vector<Sharer> sharers;
   std::vector<SharerToken> sharer_tokens;
@@ -147,6 +148,12 @@ void tile_sharers(const AttentionJob& job, const SharedKeys& keys, AttentionItem
   }
 }
 
+// Which home an item's first token is at home in.
+int64_t home_of(const AttentionJob& job, int32_t homes, const AttentionItem& item) {
+  const int64_t token = job.cu_query_lens[item.row] + item.query_first / (job.heads / job.kv_heads);
+  return token * homes / job.cu_query_lens[job.rows];
+}
+
 // The costlier; of equals those that lie beside each other in memory.
 bool comes_first(const AttentionItem& a, const AttentionItem& b) {
   if (a.cost != b.cost) return a.cost > b.cost;
@@ -154,6 +161,24 @@ bool comes_first(const AttentionItem& a, const AttentionItem& b) {
   if (a.query_first != b.query_first) return a.query_first < b.query_first;
   if (a.partition_first != b.partition_first) return a.partition_first < b.partition_first;
   return a.kv_head < b.kv_head;
+}
+
+// By home, and in each as they are to be taken.
+void order_items(const AttentionJob& job, AttentionItems& items) {
+  std::vector<AttentionItem>& all = items.attend;
+  const int32_t homes = homes_of(job.cu_query_lens[job.rows]);
+  items.homes.count = homes;
+  auto first = all.begin();
+  for (int32_t home = 0; home < homes; ++home) {
+    auto last = all.end();
+    if (home + 1 < homes)
+      last = std::partition(first, last, [&](const AttentionItem& item) {
+        return home_of(job, homes, item) <= home;
+      });
+    std::sort(first, last, comes_first);
+    items.homes.ends[home] = last - all.begin();
+    first = last;
+  }
 }
 
 }  // namespace
@@ -192,8 +217,7 @@ static inline void plan_attention(const AttentionJob& job, int threads, Attentio
       add_tile(job, tile, largest, items);
     }
   }
-  if (threads == 1) return;
-  std::sort(items.attend.begin(), items.attend.end(), comes_first);
+  order_items(job, items);
 }
 
 }  // namespace headgate

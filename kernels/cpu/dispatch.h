@@ -14,33 +14,66 @@ constexpr int64_t kWorthSharing = 5000;
 
 static inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// How a product is shared out: runs of panels, and groups of row tiles where there are few panels.
+// Rows for which reading the weights once more is done while they are multiplied.
+constexpr int64_t kHomeRows = 32;
+
+// Into how many parts, one below the other, the rows of a step are cut, so that a part is worked on by
+// the same threads from one operation to the next. What a core has written it reads itself then: on
+// chips whose cores have several last-level caches others wait five times as long for it.
+static inline int32_t homes_of(int64_t rows) {
+  int64_t homes = rows / kHomeRows;
+  if (homes > num_threads()) homes = num_threads();
+  return int32_t(homes < 1 ? 1 : homes < kMaxGroups ? homes : kMaxGroups);
+}
+
+// Row tiles of at most `tallest` rows, as many in each home.
+static inline int32_t row_tiles_of(int64_t rows, int64_t tallest) {
+  const int64_t homes = homes_of(rows);
+  return int32_t(homes * divide_up(rows, homes * tallest));
+}
+
+// Tiles of equal numbers of rows, by home.
+static inline TileGroups group_by_home(int64_t rows, int64_t tiles) {
+  TileGroups groups = {homes_of(rows), {}};
+  for (int32_t home = 0; home < groups.count; ++home)
+    groups.ends[home] = tiles * (home + 1) / groups.count;
+  return groups;
+}
+
+// How a product is shared out: runs of panels for each group of row tiles. There are as many groups as
+// homes, or more where there are few panels.
 struct ProductTiles {
-  int64_t panels_per_tile, count;
-  int32_t row_groups;
+  int64_t panels_per_tile, panel_tiles;
+  int32_t row_groups, sharing;  // threads that take a group's tiles, probably
 };
 
-static inline ProductTiles share_product(int64_t columns, int64_t row_tiles) {
-  if (columns == 0) return {1, 0, 1};
+static inline ProductTiles share_product(int64_t rows, int64_t columns, int64_t row_tiles) {
+  if (columns == 0) return {1, 0, 1, 1};
   const int64_t panels = divide_up(columns, kPanel), threads = num_threads();
   // A few tiles for each thread even out what the system takes away; more cost claims.
-  const int64_t wanted = threads == 1 ? 1 : threads * 8;
-  const int64_t panels_per_tile = panels > wanted ? panels / wanted : 1;
+  const int64_t wanted = threads == 1 ? 1 : threads * 8, homes = homes_of(rows);
+  const int64_t in_home = divide_up(wanted, homes);
+  const int64_t panels_per_tile = panels > in_home ? panels / in_home : 1;
   const int64_t panel_tiles = divide_up(panels, panels_per_tile);
-  int64_t groups = panel_tiles < wanted / 2 ? divide_up(wanted / 2, panel_tiles) : 1;
+  int64_t groups = panel_tiles * homes < wanted / 2 ? divide_up(wanted / 2, panel_tiles) : homes;
   if (groups > row_tiles) groups = row_tiles;
-  return {panels_per_tile, panel_tiles * groups, int32_t(groups)};
+  if (groups > kMaxGroups) groups = kMaxGroups;
+  return {panels_per_tile, panel_tiles, int32_t(groups), int32_t(divide_up(threads, groups))};
 }
 
 // Runs all tiles, on the calling thread alone where the whole (in nanoseconds, a rough guess) would be
 // done before another thread has woken up.
 template <class Job>
-void run(void (*function)(const void*, int64_t), const Job& job, int64_t tiles, int64_t cost) {
+void run(TileFunction function, const Job& job, const TileGroups& groups, int64_t cost) {
   if (cost < kWorthSharing) {
-    for (int64_t tile = 0; tile < tiles; ++tile) function(&job, tile);
+    for (int64_t tile = 0; tile < groups.tiles(); ++tile) function(&job, tile);
   } else {
-    run_tiles(function, &job, tiles);
+    run_tiles(function, &job, groups);
   }
+}
+template <class Job>
+void run(TileFunction function, const Job& job, int64_t tiles, int64_t cost) {
+  run(function, job, TileGroups{1, {tiles}}, cost);
 }
 
 }  // namespace headgate

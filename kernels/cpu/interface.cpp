@@ -116,7 +116,7 @@ HG_API int32_t hg_linear(const float* x, int64_t rows, int64_t inner, int64_t x_
                          int32_t activation) {
   if (rows == 0) return 0;
   const RowSource source = {x, x_stride, norm, residual, residual_stride, total, eps, activation};
-  const int32_t row_tiles = int32_t(divide_up(rows, kernels->tile_rows));
+  const int32_t row_tiles = row_tiles_of(rows, kernels->tile_rows);
   int32_t format = kFloats;
   if (product == kRounded) {
     format = multiplies_pairs() ? kPairs : kRoundedFloats;
@@ -125,13 +125,13 @@ HG_API int32_t hg_linear(const float* x, int64_t rows, int64_t inner, int64_t x_
   const bool ready = is_ready(source, rows, format);
   InputRowsJob inputs = {source, nullptr, rows, inner, row_tiles, format, 1};
   if (!ready && !(inputs.out = input_memory(rows * input_row_bytes(inner, format)))) return -1;
-  const ProductTiles tiles = share_product(columns, row_tiles);
+  const ProductTiles tiles = share_product(rows, columns, row_tiles);
   const LinearJob job = {ready ? x : reinterpret_cast<const float*>(inputs.out),
                          weight, bias, y, rows, inner, columns, y_stride, product, row_tiles,
-                         tiles.panels_per_tile, tiles.row_groups};
+                         tiles.row_groups, tiles.sharing, tiles.panel_tiles, tiles.panels_per_tile};
   // The weights are to be read from memory, and the products to be computed.
   const int64_t cost = columns * inner / 16 + rows * columns * inner / 64;
-  run_product(ready ? nullptr : &inputs, kernels->linear, &job, tiles.count, cost);
+  run_product(ready ? nullptr : &inputs, kernels->linear, &job, tiles, cost);
   return 0;
 }
 
@@ -181,8 +181,8 @@ HG_API int32_t hg_paged_attention(const float* q, int64_t q_token_stride, int64_
   job.sharer_tokens = items.sharer_tokens.data();
   job.items = items.attend.data();
   job.item_count = int64_t(items.attend.size());
-  job.item_stride = num_threads();
-  run(kernels->attention, job, job.item_count, items.cost);
+  job.item_stride = divide_up(num_threads(), items.homes.count);
+  run(kernels->attention, job, items.homes, items.cost);
   if (!items.merge.empty()) {
     const MergeJob merge = {&job, items.merge.data()};
     run(kernels->attention_merge, merge, int64_t(items.merge.size()),
@@ -195,7 +195,7 @@ HG_API void hg_embedding(const int64_t* ids, int64_t tokens, const void* table, 
                          int64_t rows, int64_t size, int64_t first_id, float* out) {
   const int64_t cost = size / 2, per_tile = rows_per_tile(tokens, cost);
   const EmbeddingJob job = {ids, table, out, tokens, per_tile, rows, size, first_id, dtype};
-  run(kernels->embedding, job, divide_up(tokens, per_tile), tokens * cost);
+  run(kernels->embedding, job, group_by_home(tokens, divide_up(tokens, per_tile)), tokens * cost);
 }
 
 // out[i] = x[indices[i]]
@@ -212,14 +212,14 @@ HG_API void hg_rms_norm(const float* x, int64_t x_stride, const float* residual,
   const int64_t cost = size / 4, per_tile = rows_per_tile(rows, cost);
   const NormJob job = {x,    residual, weight,   out,      total,           rows,
                        size, per_tile, x_stride, residual_stride, eps};
-  run(kernels->rms_norm, job, divide_up(rows, per_tile), rows * cost);
+  run(kernels->rms_norm, job, group_by_home(rows, divide_up(rows, per_tile)), rows * cost);
 }
 
 HG_API void hg_gate(const float* x, int64_t x_stride, float* out, int64_t rows, int64_t size,
                     int32_t activation) {
   const int64_t cost = size / 2, per_tile = rows_per_tile(rows, cost);
   const GateJob job = {x, out, rows, size, per_tile, x_stride, activation};
-  run(kernels->gate, job, divide_up(rows, per_tile), rows * cost);
+  run(kernels->gate, job, group_by_home(rows, divide_up(rows, per_tile)), rows * cost);
 }
 
 HG_API void hg_rotary(float* q, int64_t q_token_stride, int64_t q_head_stride, float* k,
@@ -231,7 +231,7 @@ HG_API void hg_rotary(float* q, int64_t q_token_stride, int64_t q_head_stride, f
   const RotaryJob job = {q,        k,        positions,      cos_sin,       tokens,
                          per_tile, q_token_stride, q_head_stride, k_token_stride, k_head_stride,
                          heads,    kv_heads, rotary_dim};
-  run(kernels->rotary, job, divide_up(tokens, per_tile), tokens * cost);
+  run(kernels->rotary, job, group_by_home(tokens, divide_up(tokens, per_tile)), tokens * cost);
 }
 
 HG_API void hg_write_kv(const float* k, int64_t k_token_stride, int64_t k_head_stride,
@@ -244,7 +244,7 @@ HG_API void hg_write_kv(const float* k, int64_t k_token_stride, int64_t k_head_s
                           v_scales,  slots,     tokens,         per_tile,      k_token_stride,
                           k_head_stride, v_token_stride, v_head_stride, kv_heads, head_dim,
                           cache_dtype, block_size};
-  run(kernels->write_kv, job, divide_up(tokens, per_tile), tokens * cost);
+  run(kernels->write_kv, job, group_by_home(tokens, divide_up(tokens, per_tile)), tokens * cost);
 }
 
 // q_norm, k_norm: null where queries and keys have no norm.
@@ -265,7 +265,7 @@ HG_API void hg_rotary_and_write_kv(float* q, int64_t q_token_stride, int64_t q_h
       {k, v, k_cache, v_cache, k_scales, v_scales, slots, tokens, per_tile, k_token_stride,
        k_head_stride, v_token_stride, v_head_stride, kv_heads, head_dim, cache_dtype, block_size},
       q_norm, k_norm, eps};
-  run(kernels->heads, job, divide_up(tokens, per_tile), tokens * cost);
+  run(kernels->heads, job, group_by_home(tokens, divide_up(tokens, per_tile)), tokens * cost);
 }
 
 // Of each row of scores [rows, size], as NumPy's argmax: the first of the largest, or the first that is

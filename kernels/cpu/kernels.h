@@ -43,8 +43,10 @@ struct LinearJob {
   int64_t y_stride;
   int32_t product;        // a DType, or kRoundedPairs
   int32_t row_tiles;      // x is cut into so many tiles of nearly equal height
+  int32_t row_groups;     // and these into so many groups
+  int32_t sharing;        // threads that take a group's tiles, probably
+  int64_t panel_tiles;    // of each group
   int64_t panels_per_tile;
-  int32_t row_groups;     // tiles of work along the rows: 1 unless there are too few panels
 };
 
 // Where a product's inputs [M, K] come from: rows of x; with `norm`, after an rms_norm of x + residual,

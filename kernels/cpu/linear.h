@@ -9,6 +9,7 @@
 // them, without a shuffle; an odd K is padded with zeros. Missing columns are zeros.
 #pragma once
 
+#include "ahead.h"
 #include "bf16_pairs.h"
 
 namespace {
@@ -21,8 +22,8 @@ constexpr int kPanelVectors = kPanel / VL;
 // Inputs and weights of so many k's are used while they are in the first-level cache. A sum leaves
 // and enters registers between two such blocks unrounded: the chain stays one.
 constexpr int64_t kInnerBlock = 512;
-// How far ahead of its use a weight is asked for, in bytes.
-constexpr int kPrefetch = 2048;
+// How far ahead of its use a weight is asked for where one row tile takes them all, in bytes.
+constexpr int64_t kPrefetch = 2048;
 
 template <int T>
 constexpr int kElement = T == kFloat32 ? 4 : 2;
@@ -86,7 +87,7 @@ HG_INLINE void step(const float* x, const char* w, bool both, vf (&sums)[R][V]) 
 
 // One block of k's for R rows and V vectors of columns. x[k][R]; y points at the first column.
 template <int T, int R, int V>
-void multiply(const float* x, const char* w, int64_t inner, float* y, int64_t y_stride,
+void multiply(const float* x, const char* w, Ahead ahead, int64_t inner, float* y, int64_t y_stride,
               int64_t columns, bool resume) {
   vf sums[R][V];
 #pragma GCC unroll 16
@@ -102,8 +103,9 @@ void multiply(const float* x, const char* w, int64_t inner, float* y, int64_t y_
   constexpr int kBytes = kStep<T> * kPanel * kElement<T>;
   int64_t k = 0;
   for (; k + kStep<T> <= inner; k += kStep<T>) {
-    __builtin_prefetch(w + kPrefetch);
-    if constexpr (kBytes > 64) __builtin_prefetch(w + kPrefetch + 64);
+    __builtin_prefetch(ahead.address);
+    if constexpr (kBytes > 64) __builtin_prefetch(ahead.address + 64);
+    ahead.address += ahead.stride;
     step<T, R, V>(x, w, true, sums);
     x += kInputs<T> * R;
     w += kBytes;
@@ -122,17 +124,18 @@ void multiply(const float* x, const char* w, int64_t inner, float* y, int64_t y_
 
 // All columns of one panel for R rows and one block of k's.
 template <int T, int R>
-void multiply_panel(const float* x, const char* w, int64_t inner, float* y, int64_t y_stride,
+void multiply_panel(const float* x, const char* w, Ahead ahead, int64_t inner, float* y, int64_t y_stride,
                     int64_t columns, bool resume) {
   // As many vectors as the registers hold sums for.
   constexpr int kMost = VL == 16 ? 2 : (R <= 3 ? 4 : 2);
   constexpr int V = kMost < kPanelVectors ? kMost : kPanelVectors;
   constexpr int kLane = kStep<T> * kElement<T>;
   for (int v = 0; v < kPanelVectors && v * VL < columns; v += V)
-    multiply<T, R, V>(x, w + v * VL * kLane, inner, y + v * VL, y_stride, columns - v * VL, resume);
+    multiply<T, R, V>(x, w + v * VL * kLane, ahead, inner, y + v * VL, y_stride, columns - v * VL, resume);
 }
 
-using PanelFunction = void (*)(const float*, const char*, int64_t, float*, int64_t, int64_t, bool);
+using PanelFunction = void (*)(const float*, const char*, Ahead, int64_t, float*, int64_t, int64_t,
+                              bool);
 
 template <int T>
 PanelFunction panel_function(int64_t rows) {
@@ -154,24 +157,31 @@ void add_bias(float* y, int64_t y_stride, int64_t rows, const float* bias, int64
 }
 
 template <int T>
-void linear_typed(const LinearJob& job, int64_t panel_first, int64_t panel_last, RowRange tiles) {
+void linear_typed(const LinearJob& job, int64_t panel_first, int64_t panel_last, int64_t later,
+                  RowRange tiles) {
   const int64_t padded = (job.inner + kStep<T> - 1) / kStep<T> * kStep<T>;
   const int64_t panel_bytes = padded * kPanel * kElement<T>;
   // 32-bit numbers of a packed row, and for one k.
   constexpr int kShared = kStep<T> / kInputs<T>;
   const int64_t row = T == kRoundedPairs ? padded / kShared : job.inner;
+  const int64_t panels = (job.columns + kPanel - 1) / kPanel, count = tiles.last - tiles.first;
   for (int64_t panel = panel_first; panel < panel_last; ++panel) {
     const char* weight = (const char*)job.weight + panel * panel_bytes;
+    const int64_t next = panel_after(panel, panel_last, later, panels);
+    const char* soon = (const char*)job.weight + next * panel_bytes;
     const int64_t column = panel * kPanel;
     const int64_t columns = job.columns - column < kPanel ? job.columns - column : kPanel;
     for (int64_t k = 0; k < job.inner; k += kInnerBlock) {
       const int64_t inner = job.inner - k < kInnerBlock ? job.inner - k : kInnerBlock;
+      const char* weights = weight_at<T>(weight, k);
+      const int64_t size = weight_at<T>(weight, k + inner) - weights;
       for (int64_t tile = tiles.first; tile < tiles.last; ++tile) {
         const RowRange range = row_range(job.rows, job.row_tiles, tile);
         const int64_t height = range.last - range.first;
-        panel_function<T>(height)(job.x + range.first * row + k / kShared * height,
-                                  weight_at<T>(weight, k), inner,
-                                  job.y + range.first * job.y_stride + column, job.y_stride,
+        const Ahead ahead = ahead_of(weights, kPrefetch, weight_at<T>(soon, k), size,
+                                     kStep<T> * kPanel * kElement<T>, tile - tiles.first, count);
+        panel_function<T>(height)(job.x + range.first * row + k / kShared * height, weights, ahead,
+                                  inner, job.y + range.first * job.y_stride + column, job.y_stride,
                                   columns, k > 0);
       }
     }
@@ -188,15 +198,17 @@ void linear_typed(const LinearJob& job, int64_t panel_first, int64_t panel_last,
 void linear_tile(const void* data, int64_t tile) {
   const LinearJob& job = *(const LinearJob*)data;
   const int64_t panels = (job.columns + kPanel - 1) / kPanel;
-  const int64_t first = tile / job.row_groups * job.panels_per_tile;
+  const int64_t panel_tile = tile % job.panel_tiles, first = panel_tile * job.panels_per_tile;
   const int64_t last = first + job.panels_per_tile < panels ? first + job.panels_per_tile : panels;
-  const RowRange tiles = row_range(job.row_tiles, job.row_groups, tile % job.row_groups);
+  const RowRange tiles = row_range(job.row_tiles, job.row_groups, tile / job.panel_tiles);
+  const int64_t later = (panel_tile + job.sharing) * job.panels_per_tile;
 #if defined(__AVX512F__)
-  if (job.product == kRoundedPairs) return linear_typed<kRoundedPairs>(job, first, last, tiles);
+  if (job.product == kRoundedPairs)
+    return linear_typed<kRoundedPairs>(job, first, last, later, tiles);
 #endif
-  if (job.product == kBFloat16) linear_typed<kBFloat16>(job, first, last, tiles);
-  else if (job.product == kFloat16) linear_typed<kFloat16>(job, first, last, tiles);
-  else linear_typed<kFloat32>(job, first, last, tiles);
+  if (job.product == kBFloat16) linear_typed<kBFloat16>(job, first, last, later, tiles);
+  else if (job.product == kFloat16) linear_typed<kFloat16>(job, first, last, later, tiles);
+  else linear_typed<kFloat32>(job, first, last, later, tiles);
 }
 
 }  // namespace

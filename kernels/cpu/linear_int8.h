@@ -6,6 +6,7 @@
 // threads, and with vectors of any width.
 #pragma once
 
+#include "ahead.h"
 #include "dot4.h"
 #include "quantise_rows.h"
 #include "store_outputs.h"
@@ -28,12 +29,6 @@ HG_INLINE vi bytes_of(vi stored, int part) {
   if (Q == kInt4) return part == 0 ? low_nibbles(stored) : high_nibbles(stored);
   return kSignedWeights ? xor_int(stored, set1i((int)0x80808080u)) : stored;
 }
-
-// Weights that will be needed: the address of the next ones, and how far it moves on at each step.
-struct Ahead {
-  const char* address;
-  int64_t stride;
-};
 
 // sums[r][v] += the products of one group. x[k / 4][R][4]; w at the first of V vectors of columns.
 template <int Q, int R, int V>
@@ -147,20 +142,16 @@ void multiply_panels(const QuantisedLinearJob& job, int64_t first, int64_t last,
   const int64_t groups = group_count(job.inner, Q), size = panel_bytes(job.inner, Q);
   const int64_t panels = (job.columns + kPanel - 1) / kPanel;
   const int64_t count = tiles.last - tiles.first;
-  // Each row tile asks for its share of the next panel, one alone for what it will soon take itself.
-  const int64_t alone = job.rows == 1 ? kQuantisedPrefetch : 2 * kQuantisedPrefetch;
-  const int64_t stride = (block_bytes(Q) + kStepsOf<Q> * count - 1) / (kStepsOf<Q> * count);
+  const int64_t on = job.rows == 1 ? kQuantisedPrefetch : 2 * kQuantisedPrefetch;
+  constexpr int64_t kStep = (block_bytes(Q) + kStepsOf<Q> - 1) / kStepsOf<Q>;
   for (int64_t panel = first; panel < last; ++panel) {
     const char* weight = job.weight + panel * size;
     const int64_t column = panel * kPanel;
     const int64_t columns = job.columns - column < kPanel ? job.columns - column : kPanel;
-    int64_t next = panel + 1 < last ? panel + 1 : later;
-    if (next >= panels) next = panel;
+    const char* soon = job.weight + panel_after(panel, last, later, panels) * size;
     for (int64_t tile = tiles.first; tile < tiles.last; ++tile) {
       const RowRange range = row_range(job.rows, job.row_tiles, tile);
-      const int64_t part = (tile - tiles.first) * size / count;
-      const char* soon = job.weight + next * size + part;
-      const Ahead ahead = {count == 1 ? weight + alone : soon, stride};
+      const Ahead ahead = ahead_of(weight, on, soon, size, kStep, tile - tiles.first, count);
       quantised_panel<Q>(range.last - range.first)(
           job.x + range.first * groups * row_group_bytes(Q), weight, ahead, groups,
           job.y + range.first * job.y_stride + column, job.y_stride, columns,

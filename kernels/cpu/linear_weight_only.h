@@ -4,6 +4,7 @@
 // are scaled and added in ascending order: the same bits in any batch, as in linear.h.
 #pragma once
 
+#include "ahead.h"
 #include "dot4.h"
 #include "quantised.h"
 #include "store_outputs.h"
@@ -19,8 +20,8 @@ constexpr int kWeightOnlyPrefetch = 2048;
 
 // R rows, V vectors of columns; x[inner][R], y points at the first column.
 template <int R, int V>
-void multiply_widened(const float* x, const char* block, int first, int64_t inner, float* y,
-                      int64_t y_stride, int64_t columns, const float* bias) {
+void multiply_widened(const float* x, const char* block, Ahead ahead, int first, int64_t inner,
+                      float* y, int64_t y_stride, int64_t columns, const float* bias) {
   constexpr int kHeader = block_header(kInt8WeightOnly);
   vf totals[R][V];
 #pragma GCC unroll 16
@@ -36,7 +37,11 @@ void multiply_widened(const float* x, const char* block, int first, int64_t inne
     const int8_t* w = (const int8_t*)block + kHeader + first;
     const int size = inner < kWeightOnlyGroup ? (int)inner : kWeightOnlyGroup;
     for (int k = 0; k < size; ++k, w += kPanel, x += R) {
-      if (k % 2 == 0) __builtin_prefetch(w + kWeightOnlyPrefetch);
+      if (k % 2 == 0) {  // a line has two k's
+        __builtin_prefetch(ahead.address);
+        __builtin_prefetch(ahead.address + 64);
+        ahead.address += ahead.stride;
+      }
       vf values[V];
 #pragma GCC unroll 8
       for (int v = 0; v < V; ++v) values[v] = load_i8(w + v * VL);
@@ -59,15 +64,15 @@ void multiply_widened(const float* x, const char* block, int first, int64_t inne
 
 // All columns of one panel for R rows.
 template <int R>
-void multiply_widened_panel(const float* x, const char* panel, int64_t inner, float* y,
+void multiply_widened_panel(const float* x, const char* panel, Ahead ahead, int64_t inner, float* y,
                             int64_t y_stride, int64_t columns, const float* bias) {
   constexpr int V = kWeightOnlyVectors;
   for (int first = 0; first < kPanel && first < columns; first += V * VL)
-    multiply_widened<R, V>(x, panel, first, inner, y + first, y_stride, columns - first,
+    multiply_widened<R, V>(x, panel, ahead, first, inner, y + first, y_stride, columns - first,
                            bias ? bias + first : nullptr);
 }
 
-using WidenedPanel = void (*)(const float*, const char*, int64_t, float*, int64_t, int64_t,
+using WidenedPanel = void (*)(const float*, const char*, Ahead, int64_t, float*, int64_t, int64_t,
                               const float*);
 
 WidenedPanel widened_panel(int64_t rows) {
@@ -83,17 +88,23 @@ WidenedPanel widened_panel(int64_t rows) {
   return table[rows - 1];
 }
 
+// As multiply_panels.
 void multiply_widened_panels(const QuantisedLinearJob& job, int64_t first, int64_t last,
-                             RowRange tiles) {
+                             int64_t later, RowRange tiles) {
   const int64_t size = panel_bytes(job.inner, job.kind);
+  const int64_t panels = (job.columns + kPanel - 1) / kPanel, count = tiles.last - tiles.first;
+  constexpr int64_t kStep = block_bytes(kInt8WeightOnly) / (kWeightOnlyGroup / 2);
   for (int64_t panel = first; panel < last; ++panel) {
+    const char* weight = job.weight + panel * size;
+    const char* soon = job.weight + panel_after(panel, last, later, panels) * size;
     const int64_t column = panel * kPanel;
     const int64_t columns = job.columns - column < kPanel ? job.columns - column : kPanel;
     for (int64_t tile = tiles.first; tile < tiles.last; ++tile) {
       const RowRange range = row_range(job.rows, job.row_tiles, tile);
+      const Ahead ahead =
+          ahead_of(weight, kWeightOnlyPrefetch, soon, size, kStep, tile - tiles.first, count);
       widened_panel(range.last - range.first)(
-          (const float*)job.x + range.first * job.inner, job.weight + panel * size,
-          job.inner, job.y + range.first * job.y_stride + column, job.y_stride, columns,
+          (const float*)job.x + range.first * job.inner, weight, ahead, job.inner, job.y + range.first * job.y_stride + column, job.y_stride, columns,
           job.bias ? job.bias + column : nullptr);
     }
   }

@@ -37,21 +37,44 @@ struct Stages {
   InputRowsJob inputs;
   TileFunction product;
   const void* job;
-  int64_t pieces;
-  std::atomic<int64_t> laid_out;
+  ProductTiles tiles;
+  TileGroups groups;  // of each: pieces of the inputs, then tiles of the product
+  struct alignas(64) LaidOut {
+    std::atomic<int64_t> pieces;
+  } laid_out[kMaxGroups];
 };
 
-// Tiles of the inputs come first, so whoever waits, waits for work that is being done.
+// Row tiles of a group come to so many pieces.
+RowRange pieces_of(const Stages& stages, int32_t group) {
+  const RowRange tiles = row_range(stages.inputs.row_tiles, stages.tiles.row_groups, group);
+  return {tiles.first * stages.inputs.parts, tiles.last * stages.inputs.parts};
+}
+
+void set_groups(Stages& stages) {
+  stages.groups.count = stages.tiles.row_groups;
+  for (int32_t g = 0; g < stages.groups.count; ++g) {
+    stages.groups.ends[g] = pieces_of(stages, g).last + (g + 1) * stages.tiles.panel_tiles;
+    stages.laid_out[g].pieces.store(0, std::memory_order_relaxed);
+  }
+}
+
+// A group's pieces are taken before its tiles, so whoever waits, waits for work that is being done.
 void stage_tile(const void* data, int64_t tile) {
   Stages& stages = *static_cast<Stages*>(const_cast<void*>(data));
-  if (tile < stages.pieces) {
-    active_kernels().input_rows(&stages.inputs, tile);
-    stages.laid_out.fetch_add(1, std::memory_order_release);
+  int32_t group = 0;
+  while (tile >= stages.groups.ends[group]) ++group;
+  const RowRange pieces = pieces_of(stages, group);
+  const int64_t piece = tile - group * stages.tiles.panel_tiles;
+  std::atomic<int64_t>& laid_out = stages.laid_out[group].pieces;
+  if (piece < pieces.last) {
+    active_kernels().input_rows(&stages.inputs, piece);
+    laid_out.fetch_add(1, std::memory_order_release);
     return;
   }
-  for (int tries = 0; stages.laid_out.load(std::memory_order_acquire) < stages.pieces; ++tries)
+  const int64_t awaited = pieces.last - pieces.first;
+  for (int tries = 0; laid_out.load(std::memory_order_acquire) < awaited; ++tries)
     if (tries >= kTries) sched_yield();
-  stages.product(stages.job, tile - stages.pieces);
+  stages.product(stages.job, tile - pieces.last);
 }
 
 }  // namespace
@@ -65,21 +88,25 @@ char* input_memory(int64_t bytes) {
   return inputs.take(bytes);
 }
 
-void run_product(const InputRowsJob* inputs, TileFunction product, const void* job, int64_t tiles,
-                 int64_t cost) {
-  if (!inputs) {
+void run_product(const InputRowsJob* inputs, TileFunction product, const void* job,
+                 const ProductTiles& tiles, int64_t cost) {
+  if (!inputs) {  // of one row: there is one group
     if (cost < kWorthSharing) {
-      for (int64_t tile = 0; tile < tiles; ++tile) product(job, tile);
+      for (int64_t tile = 0; tile < tiles.panel_tiles; ++tile) product(job, tile);
     } else {
-      run_tiles(product, job, tiles);
+      run_tiles(product, job, tiles.panel_tiles);
     }
     return;
   }
   const int64_t before = input_cost(*inputs);
-  Stages stages = {*inputs, product, job, 0, {0}};
+  Stages stages;
+  stages.inputs = *inputs;
+  stages.product = product;
+  stages.job = job;
+  stages.tiles = tiles;
   stages.inputs.parts = share_inputs(*inputs, before);
-  stages.pieces = stages.inputs.parts * inputs->row_tiles;
-  run(stage_tile, stages, stages.pieces + tiles, before + cost);
+  set_groups(stages);
+  run(stage_tile, stages, stages.groups, before + cost);
 }
 
 }  // namespace headgate

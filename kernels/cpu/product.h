@@ -13,7 +13,7 @@ char* input_memory(int64_t bytes);
 
 // Lays out the inputs, unless `inputs` is null, and runs the product's tiles; `cost` of the product is
 // in nanoseconds, roughly.
-void run_product(const InputRowsJob* inputs, TileFunction product, const void* job, int64_t tiles,
-                 int64_t cost);
+void run_product(const InputRowsJob* inputs, TileFunction product, const void* job,
+                 const ProductTiles& tiles, int64_t cost);
 
 }  // namespace headgate

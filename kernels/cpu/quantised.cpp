@@ -9,13 +9,13 @@ namespace {
 void quantised_linear_tile(const void* data, int64_t tile) {
   const QuantisedLinearJob& job = *(const QuantisedLinearJob*)data;
   const int64_t panels = (job.columns + kPanel - 1) / kPanel;
-  const int64_t first = tile / job.row_groups * job.panels_per_tile;
+  const int64_t panel_tile = tile % job.panel_tiles, first = panel_tile * job.panels_per_tile;
   const int64_t last = first + job.panels_per_tile < panels ? first + job.panels_per_tile : panels;
-  const RowRange tiles = row_range(job.row_tiles, job.row_groups, tile % job.row_groups);
-  const int64_t later = (tile + job.threads) / job.row_groups * job.panels_per_tile;
+  const RowRange tiles = row_range(job.row_tiles, job.row_groups, tile / job.panel_tiles);
+  const int64_t later = (panel_tile + job.sharing) * job.panels_per_tile;
   if (job.kind == kInt4) multiply_panels<kInt4>(job, first, last, later, tiles);
   else if (job.kind == kInt8) multiply_panels<kInt8>(job, first, last, later, tiles);
-  else multiply_widened_panels(job, first, last, tiles);
+  else multiply_widened_panels(job, first, last, later, tiles);
 }
 
 }  // namespace

@@ -75,9 +75,9 @@ struct QuantisedLinearJob {
   const float* bias;      // or null
   float* y;
   int64_t rows, inner, columns, y_stride;
-  int64_t panels_per_tile;
+  int64_t panel_tiles, panels_per_tile;  // see LinearJob
   int32_t row_tiles, row_groups, kind;
-  int32_t threads;        // a thread's next tile, probably: the one so much later
+  int32_t sharing;        // threads that take a group's tiles, probably
 };
 
 struct QuantisedKernels {

@@ -56,18 +56,17 @@ HG_API int32_t hg_linear_quantised(const float* x, int64_t rows, int64_t inner, 
   const QuantisedKernels& kernels = quantised_kernels();
   const bool widen = kind == kInt8WeightOnly;
   const int32_t format = widen ? kFloats : kind == kInt8 ? kInt8Inputs : kInt4Inputs;
-  const int32_t row_tiles =
-      int32_t(divide_up(rows, widen ? kernels.widened_rows : kernels.tile_rows));
+  const int32_t row_tiles = row_tiles_of(rows, widen ? kernels.widened_rows : kernels.tile_rows);
   const bool ready = is_ready(source, rows, format);
   InputRowsJob inputs = {source, nullptr, rows, inner, row_tiles, format, 1};
   if (!ready && !(inputs.out = input_memory(rows * input_row_bytes(inner, format)))) return -1;
-  const ProductTiles tiles = share_product(columns, row_tiles);
+  const ProductTiles tiles = share_product(rows, columns, row_tiles);
   const QuantisedLinearJob job = {ready ? reinterpret_cast<const char*>(x) : inputs.out,
                                   static_cast<const char*>(weight), bias, y, rows, inner,
-                                  columns, y_stride, tiles.panels_per_tile, row_tiles,
-                                  tiles.row_groups, kind, num_threads()};
+                                  columns, y_stride, tiles.panel_tiles, tiles.panels_per_tile,
+                                  row_tiles, tiles.row_groups, kind, tiles.sharing};
   // The weights are to be read from memory, and the products to be computed.
   const int64_t cost = columns * inner / 32 + rows * columns * inner / (widen ? 64 : 256);
-  run_product(ready ? nullptr : &inputs, kernels.linear, &job, tiles.count, cost);
+  run_product(ready ? nullptr : &inputs, kernels.linear, &job, tiles, cost);
   return 0;
 }

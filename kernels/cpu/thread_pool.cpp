@@ -30,6 +30,10 @@ constexpr int64_t kTurnNanoseconds = 100000;
 constexpr size_t kStackBytes = 4 << 20;
 
 struct Pool {
+  struct alignas(64) Group {
+    std::atomic<int64_t> next;  // tile
+    int64_t end;
+  };
   alignas(64) std::atomic<uint64_t> claims{0};  // job number | tiles | next tile
   alignas(64) std::atomic<int32_t> done{0};     // tiles finished
   std::atomic<int32_t> caller_sleeps{0};
@@ -39,6 +43,8 @@ struct Pool {
   std::atomic<int32_t> spin_microseconds{20};
   TileFunction function = nullptr;
   const void* job = nullptr;
+  Group groups[kMaxGroups];
+  int32_t group_count = 1;
   std::mutex turn;  // one job at a time
   int started = 0;  // workers that exist; guarded by `turn`
   pthread_t threads[kMaxThreads];
@@ -100,6 +106,22 @@ void let_others_run() {
   turn_began = now_ns();
 }
 
+// Of the threads in the pool; 0 is who calls.
+thread_local int thread_index = 0;
+
+// A claim is for one tile, whichever: there are as many of both, so each finds one.
+int64_t take_tile(Pool& p, int64_t claimed) {
+  if (p.group_count == 1) return claimed;
+  const int threads = p.wanted_workers.load(std::memory_order_relaxed) + 1;
+  const int own = int(int64_t(thread_index) * p.group_count / threads);
+  for (int i = 0;; ++i) {
+    Pool::Group& group = p.groups[(own + i) % p.group_count];
+    if (group.next.load(std::memory_order_relaxed) >= group.end) continue;
+    const int64_t tile = group.next.fetch_add(1, std::memory_order_relaxed);
+    if (tile < group.end) return tile;
+  }
+}
+
 // Takes tiles until none is left.
 void work(Pool& p) {
   while (has_work(p.claims.load(std::memory_order_acquire))) {
@@ -107,7 +129,7 @@ void work(Pool& p) {
     const uint64_t claim = p.claims.fetch_add(1, std::memory_order_acq_rel);
     if (!has_work(claim)) return;
     const int64_t tiles = (claim >> kCountBits) & kCountMask;
-    p.function(p.job, int64_t(claim & kCountMask));
+    p.function(p.job, take_tile(p, int64_t(claim & kCountMask)));
     if (p.done.fetch_add(1, std::memory_order_seq_cst) + 1 == tiles &&
         p.caller_sleeps.load(std::memory_order_seq_cst)) {
       futex_wake(p.done, 1);
@@ -118,6 +140,7 @@ void work(Pool& p) {
 void* worker_main(void* argument) {
   Pool& p = pool();
   const int index = int(reinterpret_cast<intptr_t>(argument));
+  thread_index = index + 1;
   for (;;) {
     const int32_t seen = p.signal.load(std::memory_order_seq_cst);
     if (index >= p.wanted_workers.load(std::memory_order_seq_cst)) return nullptr;
@@ -201,8 +224,21 @@ void set_spin(int microseconds) {
   pool().spin_microseconds.store(microseconds < 0 ? 0 : microseconds);
 }
 
+void set_groups(Pool& p, const TileGroups& groups) {
+  p.group_count = groups.count;
+  for (int32_t g = 0; g < groups.count; ++g) {
+    p.groups[g].next.store(g ? groups.ends[g - 1] : 0, std::memory_order_relaxed);
+    p.groups[g].end = groups.ends[g];
+  }
+}
+
 void run_tiles(TileFunction function, const void* job, int64_t tiles) {
+  run_tiles(function, job, {1, {tiles}});
+}
+
+void run_tiles(TileFunction function, const void* job, const TileGroups& groups) {
   Pool& p = pool();
+  const int64_t tiles = groups.tiles();
   if (tiles <= 1 || p.wanted_workers.load(std::memory_order_relaxed) == 0) {
     run_on_caller(function, job, 0, tiles);
     return;
@@ -210,6 +246,7 @@ void run_tiles(TileFunction function, const void* job, int64_t tiles) {
   std::lock_guard<std::mutex> lock(p.turn);
   start_workers(p);
   const int64_t shared = tiles < kMaxTiles ? tiles : kMaxTiles;
+  set_groups(p, shared == tiles ? groups : TileGroups{1, {shared}});
   p.function = function;
   p.job = job;
   p.done.store(0, std::memory_order_relaxed);

@@ -15,8 +15,21 @@ int num_threads();
 // How long an idle worker watches for the next job before it sleeps, in microseconds.
 void set_spin(int microseconds);
 
+constexpr int kMaxGroups = 64;
+
+// Tiles that lie side by side: group g has [ends[g - 1], ends[g]), the first one [0, ends[0]).
+struct TileGroups {
+  int32_t count;
+  int64_t ends[kMaxGroups];
+
+  int64_t tiles() const { return ends[count - 1]; }
+};
+
 // Runs all tiles and returns when they are done. Callable from any thread; calls take turns.
 // Tiles are claimed one by one, so a thread that the system holds up delays only its own tile.
+// A thread begins with the group that falls to it, the same one each time, and then helps with those
+// that follow; of each group tiles are taken in order.
+void run_tiles(TileFunction function, const void* job, const TileGroups& groups);
 void run_tiles(TileFunction function, const void* job, int64_t tiles);
 
 }  // namespace headgate

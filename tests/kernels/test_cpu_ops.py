@@ -171,6 +171,25 @@ def test_gated_activations(size: int) -> None:
     assert torch.equal(operations.silu_and_mul(x[4:5]), pairs[0][0][4:5])
 
 
+def test_many_rows_have_the_same_bits_on_any_number_of_threads() -> None:
+    x, residual, weight = random(2300, 70), random(2300, 70, seed=1), random(70, seed=2)
+    ids = torch.arange(2300) * 7 % 2300
+
+    def results() -> list[torch.Tensor]:
+        return [
+            operations.rms_norm(x, weight, 1e-5),
+            *operations.rms_norm_residual(x.clone(), residual.clone(), weight, 1e-5),
+            operations.silu_and_mul(x),
+            operations.embedding(ids, residual, 0, torch.float32),
+        ]
+
+    set_num_threads(1)
+    expected = results()
+    for threads in (2, 3, 8, 70):
+        set_num_threads(threads)
+        assert all(map(torch.equal, results(), expected))
+
+
 @pytest.mark.parametrize("rotated", [64, 32, 6])
 def test_rotary_embedding_of_views(rotated: int) -> None:
     fused = random(7, 960)

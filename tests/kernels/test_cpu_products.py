@@ -78,6 +78,24 @@ def test_wide_rows_shared_by_many_threads(name: str) -> None:
             assert all(map(torch.equal, got, expected))
 
 
+@pytest.mark.parametrize("name", WEIGHTS)
+@pytest.mark.parametrize("columns", [20, 300])
+def test_rows_that_each_thread_has_its_part_of(name: str, columns: int) -> None:
+    """So many that they are cut into homes, fewer or more than threads, of one panel or of several."""
+    weight, norm = pack(columns, 130, name), random(130, seed=1)
+    for rows in (64, 101, 400):
+        x, residual = random(rows, 130, seed=2), random(rows, 130, seed=3)
+        set_num_threads(1)
+        expected = operations.rms_norm_linear(x, residual, norm, EPS, weight, None)
+        first = operations.rms_norm_linear(x[:1], residual[:1], norm, EPS, weight, None)
+        assert torch.equal(expected[0][:1], first[0])
+        for threads in (2, 3, 8):
+            set_num_threads(threads)
+            for _ in range(5):
+                got = operations.rms_norm_linear(x, residual, norm, EPS, weight, None)
+                assert all(map(torch.equal, got, expected))
+
+
 def test_rows_with_strides_and_more_dimensions() -> None:
     weight, norm = pack(40, 16, "bfloat16"), random(16, seed=1)
     x, residual = random(6, 50, seed=2)[:, 10:26], random(6, 30, seed=3)[:, 3:19]
