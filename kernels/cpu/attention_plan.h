@@ -148,12 +148,6 @@ void tile_sharers(const AttentionJob& job, const SharedKeys& keys, AttentionItem
   }
 }
 
-// Which home an item's first token is at home in.
-int64_t home_of(const AttentionJob& job, int32_t homes, const AttentionItem& item) {
-  const int64_t token = job.cu_query_lens[item.row] + item.query_first / (job.heads / job.kv_heads);
-  return token * homes / job.cu_query_lens[job.rows];
-}
-
 // The costlier; of equals those that lie beside each other in memory.
 bool comes_first(const AttentionItem& a, const AttentionItem& b) {
   if (a.cost != b.cost) return a.cost > b.cost;
@@ -163,20 +157,18 @@ bool comes_first(const AttentionItem& a, const AttentionItem& b) {
   return a.kv_head < b.kv_head;
 }
 
-// By home, and in each as they are to be taken.
+// Cuts the items, which follow their rows, into homes that take equally long, and orders each.
 void order_items(const AttentionJob& job, AttentionItems& items) {
-  std::vector<AttentionItem>& all = items.attend;
   const int32_t homes = homes_of(job.cu_query_lens[job.rows]);
   items.homes.count = homes;
-  auto first = all.begin();
+  auto first = items.attend.begin(), last = first;
+  int64_t cost = 0;
   for (int32_t home = 0; home < homes; ++home) {
-    auto last = all.end();
-    if (home + 1 < homes)
-      last = std::partition(first, last, [&](const AttentionItem& item) {
-        return home_of(job, homes, item) <= home;
-      });
+    while (last != items.attend.end() && cost < items.cost * (home + 1) / homes)
+      cost += (last++)->cost;
+    if (home + 1 == homes) last = items.attend.end();
     std::sort(first, last, comes_first);
-    items.homes.ends[home] = last - all.begin();
+    items.homes.ends[home] = last - items.attend.begin();
     first = last;
   }
 }
