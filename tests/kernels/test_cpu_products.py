@@ -81,7 +81,7 @@ def test_wide_rows_shared_by_many_threads(name: str) -> None:
 @pytest.mark.parametrize("name", WEIGHTS)
 @pytest.mark.parametrize("columns", [20, 300])
 def test_rows_that_each_thread_has_its_part_of(name: str, columns: int) -> None:
-    """So many that they are cut into homes, fewer or more than threads, of one panel or of several."""
+    """So many that they are cut into homes, of one panel of weights or of several."""
     weight, norm = pack(columns, 130, name), random(130, seed=1)
     for rows in (64, 101, 400):
         x, residual = random(rows, 130, seed=2), random(rows, 130, seed=3)
