@@ -52,14 +52,14 @@ def main() -> int:
     ends = time.monotonic() + 60 * arguments.minutes
     for number in range(arguments.runs):
         missing = [one for one in contestants if not session.has(one, number, arguments.plan)]
-        if missing:
-            session.roofline.append(asdict(measure(session.machine["cores"])))
         for contestant in missing:
             if arguments.minutes and time.monotonic() > ends:
                 print("time is up; --resume goes on from here", file=sys.stderr)
                 return 0
             try:
-                runs = _measure(contestant, arguments.plan, number, tokenizer)
+                runs = _measure(
+                    contestant, arguments.plan, number, tokenizer, session.machine["cores"]
+                )
             except ServerFailed as error:
                 print(f"{contestant.title} failed: {error}", file=sys.stderr, flush=True)
                 if contestant.name == contestants[0].name:
@@ -163,13 +163,15 @@ def _measure(
     plan: list[tuple[str, int, int]],
     number: int,
     tokenizer: tokenizers.Tokenizer,
+    cores: int,
 ) -> list[Run]:
     """Round `number` of one server, started for it. Raises ServerFailed."""
     port = free_port()
-    runs = []
+    runs: list[Run] = []
     with running(contestant.command(port), f"http://127.0.0.1:{port}", contestant.health) as server:
         for place, (workload, concurrency, count) in enumerate(plan):
             words = 1 + 10 * place + number
+            rooflines = [runs[-1].rooflines[-1] if runs else asdict(measure(cores))]
             warm_up = make_warm_up(WARM_UP_REQUESTS if place == 0 else 1, SEED, words, tokenizer)
             client.run(server.url, contestant.model, warm_up, concurrency, contestant.exact)
             requests = make_requests(workload, count, SEED, words, tokenizer)
@@ -178,6 +180,7 @@ def _measure(
                 server.url, contestant.model, requests, concurrency, contestant.exact
             )
             after = usage(server.pid)
+            rooflines.append(asdict(measure(cores)))
             runs.append(
                 Run(
                     server=contestant.name,
@@ -190,6 +193,7 @@ def _measure(
                     cpu_seconds=cpu_used(before, after),
                     peak_bytes={role: entry.peak_bytes for role, entry in after.items()},
                     result=asdict(result),
+                    rooflines=rooflines,
                 )
             )
     return runs

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from itertools import product
 
+from headgate.bench.client import percentile
 from headgate.bench.contestants import HEADGATE, KINDS, PLAIN
 from headgate.bench.results import Run, Session, middle, spread
 
@@ -22,7 +23,7 @@ _HEAD = """# Benchmarks
 Written by `{command}` on {when}. The raw figures are in [benchmarks.jsonl](benchmarks.jsonl).
 
 `make bench` starts the server once per kind of weights and round, sends the workloads below over
-HTTP and measures what the machine can do at best in the same round. `make bench-peers` does the
+HTTP and measures what the machine can do at best before and after each. `make bench-peers` does the
 same with other servers in turn; where they are installed is given by its variables (`make help`).
 `BENCH_ARGS="--resume --minutes 30"` goes on with what is measured already, for half an hour.
 Machines drift and are shared: only figures of one session can be compared, and ratios tell more
@@ -53,11 +54,13 @@ def render(session: Session) -> str:
         "model": f"{model['name']}, {model['parameters'] / 1e6:.0f} M parameters",
         "Headgate": machine["version"],
         "rounds": str(1 + max((run.round for run in session.runs), default=0)),
-        "best of the machine": f"fp32 FMA {session.roof('fma_gflops'):.0f} GFLOP/s, bf16 dot "
-        f"product {session.roof('bf16_gflops'):.0f} GFLOP/s, int8 VNNI "
-        f"{session.roof('vnni_gops'):.0f} GOP/s, memory {session.roof('memory_gb_s'):.1f} GB/s "
-        f"in huge pages and {session.roof('small_pages_gb_s'):.1f} in pages of 4 KB, medians of "
-        f"the rounds (spread {_roof_spread(session)})",
+        "best of the machine": f"fp32 FMA {_best(session, 'fma_gflops'):.0f} GFLOP/s, bf16 dot "
+        f"product {_best(session, 'bf16_gflops'):.0f} GFLOP/s, int8 VNNI "
+        f"{_best(session, 'vnni_gops'):.0f} GOP/s",
+        "before and after the runs (tenth, median, nine tenths)": f"memory "
+        f"{_range(session, 'memory_gb_s')} GB/s in huge pages and "
+        f"{_range(session, 'small_pages_gb_s')} in pages of 4 KB; a cache line from core to core "
+        f"in {_range(session, 'core_to_core_ns')} ns",
     }
     parts = [
         _HEAD.format(
@@ -133,28 +136,27 @@ def _shares(session: Session) -> str:
             if not runs or case[0] != "default":
                 continue
             if case[1] == 1:
-                token = middle(_values(runs, "itl_p50")) / 1e3
-                if token < _seconds_per_token(runs) / 2:
-                    continue  # most come together with others: that's no time of a token
-                rate = model["parameters"] * _BYTES_PER_WEIGHT[kind] / token / 1e9
-                best, what = session.roof("memory_gb_s"), "memory bandwidth, decoding"
-                shown = f"{rate:.1f} GB/s"
+                runs = [run for run in runs if _tokens_come_singly(run)]
+                if not runs:
+                    continue
+                rates = [_decoding_gb_s(run, model) for run in runs]
+                what, shown = "memory bandwidth, decoding", f"{middle(rates):.1f} GB/s"
+                share = f"{_share(runs, rates, 'memory_gb_s')} ("
+                share += f"{_share(runs, rates, 'small_pages_gb_s')} of what pages of 4 KB give)"
             elif kind in _PEAK_OF_KIND:
                 name, what = _PEAK_OF_KIND[kind]
                 rate = middle(_useful_gflops(run, model) for run in runs)
-                best, shown = session.roof(name), f"{rate:.0f} GFLOP/s"
+                best, shown = _best(session, name), f"{rate:.0f} GFLOP/s"
+                share = f"{rate / best:.0%}" if best else "not measured"
             else:
                 continue
-            share = f"{rate / best:.0%}" if best else "not measured"
-            small = session.roof("small_pages_gb_s")
-            if case[1] == 1 and small:
-                share += f" ({rate / small:.0%} of what pages of 4 KB give)"
             rows.append((f"{server} {kind}", str(case[1]), what, shown, share))
     text = (
         "Useful arithmetic: two operations per weight and token, the vocabulary's only for tokens "
         "that are sampled; prompts and answers together, over the whole time of the run. Decoding "
         "one request: the weights' bytes (2, 1 or 0.5 each, scales not counted) over the median "
-        "time between tokens, where they come one by one."
+        "time between tokens, where they come one by one; of what memory gave before and after the "
+        "run."
     )
     return text + "\n\n" + _table(("server", "at a time", "of", "reached", "share"), rows)
 
@@ -189,8 +191,11 @@ def _useful_gflops(run: Run, model: dict[str, float]) -> float:
     return float(work / run.result["seconds"] / 1e9)
 
 
-def _seconds_per_token(runs: Sequence[Run]) -> float:
-    return middle(run.result["seconds"] / run.result["output_tokens"] for run in runs)
+def _tokens_come_singly(run: Run) -> bool:
+    """Else the median time between two is no time of a token."""
+    return bool(
+        run.result["itl_p50"] / 1e3 > run.result["seconds"] / run.result["output_tokens"] / 2
+    )
 
 
 def _values(runs: Iterable[Run], name: str) -> list[float]:
@@ -207,10 +212,27 @@ def _ratio(own: Sequence[Run], other: Sequence[Run], name: str) -> float:
     return middle(_values(own, name)) / below if below else 0.0
 
 
-def _roof_spread(session: Session) -> str:
-    names = ("fma_gflops", "bf16_gflops", "vnni_gops", "memory_gb_s", "small_pages_gb_s")
-    found = ([entry.get(name, 0.0) for entry in session.roofline] for name in names)
-    return f"{max(map(spread, found)):.0%}"
+def _best(session: Session, name: str) -> float:
+    """Of all rooflines, since a disturbance only takes from arithmetic; 0 where not measured."""
+    return max(session.roofs(name), default=0.0)
+
+
+def _range(session: Session, name: str) -> str:
+    found = session.roofs(name)
+    return ", ".join(f"{percentile(found, part):.0f}" for part in (0.1, 0.5, 0.9))
+
+
+def _decoding_gb_s(run: Run, model: dict[str, float]) -> float:
+    """At which weights were read for one token after another."""
+    return model["parameters"] * _BYTES_PER_WEIGHT[run.kind] / run.result["itl_p50"] / 1e6
+
+
+def _share(runs: Sequence[Run], rates: Sequence[float], name: str) -> str:
+    """Of each run's rate in that of the machine beside it, the median."""
+    shares = [
+        rate / run.roof(name) for run, rate in zip(runs, rates, strict=True) if run.roof(name)
+    ]
+    return f"{middle(shares):.0%}" if shares else "not measured"
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

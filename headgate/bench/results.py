@@ -27,10 +27,16 @@ class Run:
     cpu_seconds: dict[str, float]  # by role of process
     peak_bytes: dict[str, int]  # by role of process, so far
     result: dict[str, Any]  # client.RunResult
+    rooflines: list[dict[str, float]]  # of the machine, before and after it
 
     @property
     def case(self) -> tuple[str, int]:
         return self.workload, self.concurrency
+
+    def roof(self, name: str) -> float:
+        """The mean of before and after; 0 where not measured."""
+        found = [roofline[name] for roofline in self.rooflines]
+        return sum(found) / len(found) if found else 0.0
 
     def is_of(self, server: Contestant, number: int) -> bool:
         """Whether it is of a round of a server."""
@@ -43,11 +49,10 @@ class Session:
 
     machine: dict[str, Any]
     model: dict[str, Any]
-    roofline: list[dict[str, Any]] = field(default_factory=list)  # at each round's beginnings
     runs: list[Run] = field(default_factory=list)
 
     def save(self, path: Path) -> None:
-        head = {"machine": self.machine, "model": self.model, "roofline": self.roofline}
+        head = {"machine": self.machine, "model": self.model}
         lines = [head, *(asdict(run) for run in self.runs)]
         partial = path.with_name(f"{path.name}.part")
         partial.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -90,12 +95,10 @@ class Session:
             if (run.server, run.kind, run.case) == (server, kind, case) and not run.result["errors"]
         ]
 
-    def roof(self, name: str) -> float:
-        """Of arithmetic the best of the rounds, since a disturbance only takes from it; of memory
-        the median, since it also gives more where the host has moved a virtual machine's cores
-        apart. 0 where not measured."""
-        found = [entry.get(name, 0.0) for entry in self.roofline]
-        return middle(found) if name.endswith("gb_s") else max(found, default=0.0)
+    def roofs(self, name: str) -> list[float]:
+        """What all rooflines say of it; of memory and distance this changes where a host moves a
+        virtual machine's cores together and apart."""
+        return [roofline[name] for run in self.runs for roofline in run.rooflines]
 
 
 def middle(values: Iterable[float]) -> float:

@@ -1,8 +1,10 @@
 /* What the cores of this machine can do at best: multiply-add in float32, products of bfloat16 pairs summed in float32,
- * int8 products summed in int32 (VNNI), reading memory in huge pages (as weights lie) and in pages of 4 KB. Prints one JSON object. Compiled and run by roofline.py beside each benchmark, since shared machines drift.
+ * int8 products summed in int32 (VNNI), reading memory in huge pages (as weights lie) and in pages of 4 KB; and how long a cache line takes
+ * from one core to another, which says whether they share a cache. Prints one JSON object. Compiled and run by roofline.py beside each benchmark, since shared machines drift.
  */
 #define _GNU_SOURCE
 #include <pthread.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -15,7 +17,7 @@
 #include <arm_neon.h>
 #endif
 
-enum { CHAINS = 16, ROUNDS = 3, ITERATIONS = 6000000 };
+enum { CHAINS = 16, ROUNDS = 3, ITERATIONS = 6000000, PASSES = 20000, SPINS = 100000 };
 static const size_t HUGE_PAGE = (size_t)2 << 20, BUFFER = (size_t)512 << 20; /* bytes; far beyond any cache */
 
 typedef struct {
@@ -133,6 +135,19 @@ static double reading(int thread, int threads) {
     return (double)part;
 }
 
+static _Alignas(128) atomic_long ball; /* alone in its line */
+
+/* Two threads hand a line to and fro; returns how often it changed hands. */
+static double passing(int thread, int threads) {
+    (void)threads;
+    for (long n = thread; n < 2 * PASSES; n += 2) {
+        for (long spins = 1; atomic_load_explicit(&ball, memory_order_acquire) != n; spins++)
+            if (spins % SPINS == 0) sched_yield(); /* perhaps both are on one core */
+        atomic_store_explicit(&ball, n + 1 == 2 * PASSES ? 0 : n + 1, memory_order_release);
+    }
+    return 2.0 * PASSES;
+}
+
 static void *run(void *argument) {
     Task *task = argument;
     pthread_barrier_wait(task->start);
@@ -182,7 +197,8 @@ int main(int count, char **words) {
     int threads = count > 1 ? atoi(words[1]) : 1;
     if (threads < 1) return 1;
     double huge = reading_rate(threads, MADV_HUGEPAGE), small = reading_rate(threads, MADV_NOHUGEPAGE);
-    printf("{\"threads\": %d, \"fma_gflops\": %.1f, \"bf16_gflops\": %.1f, \"vnni_gops\": %.1f, \"memory_gb_s\": %.2f, \"small_pages_gb_s\": %.2f}\n",
-           threads, rate(fma32, threads), rate(bf16, threads), rate(vnni, threads), huge, small);
+    double passes = threads > 1 ? rate(passing, 2) : 0; /* in 1e9 per second, counted by both threads */
+    printf("{\"threads\": %d, \"fma_gflops\": %.1f, \"bf16_gflops\": %.1f, \"vnni_gops\": %.1f, \"memory_gb_s\": %.2f, \"small_pages_gb_s\": %.2f, \"core_to_core_ns\": %.0f}\n",
+           threads, rate(fma32, threads), rate(bf16, threads), rate(vnni, threads), huge, small, passes > 0 ? 2 / passes : 0);
     return 0;
 }

@@ -28,6 +28,7 @@ class Roofline:
     memory_gb_s: float  # reading, far beyond the caches, in huge pages where the system gives them
     bf16_gflops: float = 0.0  # products of bfloat16 pairs; 0 on a machine without the instruction
     small_pages_gb_s: float = 0.0  # reading in pages of 4 KB
+    core_to_core_ns: float = 0.0  # a cache line's way; short where cores share a cache; 0: one core
 
 
 def measure(threads: int) -> Roofline:

@@ -293,7 +293,8 @@ def _profile(options: argparse.Namespace, threads: int) -> None:
     print(
         f"{threads} threads{where}; at best {roofline.fma_gflops:.0f} GFLOP/s, "
         f"{roofline.bf16_gflops:.0f} with pairs of bfloat16, {roofline.vnni_gops:.0f} int8 GOP/s, "
-        f"{roofline.memory_gb_s:.1f} GB/s from memory.\n"
+        f"{roofline.memory_gb_s:.1f} GB/s from memory; a cache line from core to core takes "
+        f"{roofline.core_to_core_ns:.0f} ns.\n"
     )
     found: dict[str, dict[Case, Step]] = {}
     for kind in options.kinds:

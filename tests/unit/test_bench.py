@@ -23,7 +23,6 @@ from headgate.bench.plot import throughput_chart
 from headgate.bench.processes import cpu_used, usage
 from headgate.bench.report import render
 from headgate.bench.results import Run, Session, spread
-from headgate.bench.roofline import Roofline
 from headgate.bench.scheduling import step_milliseconds
 from headgate.bench.steps import gaps, read_trace
 from headgate.bench.streams import StreamFailed, Streams
@@ -104,20 +103,40 @@ def test_percentiles_lie_between_neighbours() -> None:
     assert client.percentile([], 0.5) == 0.0
 
 
+ROOF = {
+    "threads": 2,
+    "fma_gflops": 60.0,
+    "bf16_gflops": 120.0,
+    "vnni_gops": 300.0,
+    "memory_gb_s": 20.0,
+    "small_pages_gb_s": 12.5,
+    "core_to_core_ns": 50.0,
+}
+
+
 def run(server: str, kind: str, concurrency: int, number: int, rate: float) -> Run:
     result = client.RunResult(rate, 1.0, 10.0, 50.0, 90.0, 20.0, 30.0, 1000, 500, 0, "", 0.1)
     peak = {"shard": 1 << 30}
+    after = ROOF | {"memory_gb_s": 20.0 + 20.0 * number}  # the machine changes
     return Run(
-        server, kind, "default", concurrency, 8, number, 3.0, {"shard": 9.0}, peak, asdict(result)
+        server=server,
+        kind=kind,
+        workload="default",
+        concurrency=concurrency,
+        requests=8,
+        round=number,
+        ready_seconds=3.0,
+        cpu_seconds={"shard": 9.0},
+        peak_bytes=peak,
+        result=asdict(result),
+        rooflines=[ROOF, after],
     )
 
 
 def test_the_page_has_medians_shares_and_ratios(tmp_path: Path) -> None:
     machine = {"cpu": "a chip", "cores": 2, "memory_gib": 8, "version": "1", "when": "today"}
     model = {"name": "m", "parameters": 1e8, "prompt_flops": 2e8, "output_flops": 2e8}
-    roof = {"threads": 2, "fma_gflops": 60.0, "vnni_gops": 300.0, "memory_gb_s": 20.0}
-    roof["small_pages_gb_s"] = 12.5
-    session = Session(machine | {"command": "make bench"}, model, [roof, roof, roof])
+    session = Session(machine | {"command": "make bench"}, model)
     for number, rate in enumerate((90.0, 100.0, 120.0)):
         session.runs.append(run("Headgate", "bf16", 1, number, rate))
         session.runs.append(run("Headgate", "bf16", 32, number, rate))
@@ -129,9 +148,10 @@ def test_the_page_has_medians_shares_and_ratios(tmp_path: Path) -> None:
     assert "| default | 1 | Headgate | 100.0 | 30.0% | 50.0 / 90.0 | 20.0 / 30.0 |" in page
     assert "| default | 32 | bf16 | Other <1> bf16 | 2.00 | 1.00 |" in page
     assert "| default | 32 | bf16-medium | Other <1> bf16 | 4.00 | 1.00 |" in page
-    # 1500 tokens of 0.2 GFLOP in 10 s are 30 GFLOP/s; 0.2 GB in 20 ms are 10 GB/s.
+    # 1500 tokens of 0.2 GFLOP in 10 s are 30 GFLOP/s; 0.2 GB in 20 ms are 10 GB/s, of 20, 30 and
+    # 40 that memory gave in the rounds.
     assert "| Headgate bf16 | 32 | fp32 FMA | 30 GFLOP/s | 50% |" in page
-    assert "| Headgate bf16 | 1 | memory bandwidth, decoding | 10.0 GB/s | 50% (80% of what" in page
+    assert "| Headgate bf16 | 1 | memory bandwidth, decoding | 10.0 GB/s | 33% (80% of what" in page
     assert "| Headgate bf16 | shard 0.90 | 1.00 | 3.0 |" in page
     assert len(ET.fromstring(throughput_chart(session)).findall(".//*[@fill-opacity]")) == 4
     assert spread([1.0]) == 0.0
@@ -142,20 +162,18 @@ def test_a_session_goes_on_where_it_ended(tmp_path: Path, monkeypatch: pytest.Mo
     measured: list[tuple[str, int]] = []
     errors = iter([0, 3, 0, 0, 0])
 
-    def measure(server: Contestant, plan: Any, number: int, _: Any) -> list[Run]:
+    def measure(server: Contestant, plan: Any, number: int, *_: Any) -> list[Run]:
         measured.append((server.name, number))
         made = run(server.name, server.kind, 1, number, 10.0)
         return [replace(made, result=made.result | {"errors": next(errors)})]
 
     servers = [Contestant(name, "bf16", lambda port: []) for name in ("Headgate", "Other")]
     model = {"name": "m", "parameters": 1e8, "prompt_flops": 2e8, "output_flops": 2e8}
-    roof = Roofline(threads=2, fma_gflops=60.0, vnni_gops=300.0, memory_gb_s=20.0)
     monkeypatch.setattr(bench, "_measure", measure)
     monkeypatch.setattr(bench, "_contestants", lambda *_: servers)
     monkeypatch.setattr(bench, "_model", lambda _: model)
     monkeypatch.setattr(bench, "prepare", lambda _: ModelFiles(str(tmp_path), "m"))
     monkeypatch.setattr(bench.tokenizers.Tokenizer, "from_file", lambda _: TOKENIZER)
-    monkeypatch.setattr(bench, "measure", lambda _: roof)
     words = ["bench", "--runs", "2", "--plan", "default:1:8", "--output", str(tmp_path / "out")]
 
     def call(*more: str) -> list[tuple[str, int]]:
