@@ -30,7 +30,7 @@ CORE_FLOPS = {
     "int8-weight-only": 60e9,
     "int4": 120e9,
 }
-WIDE_VECTORS_GAIN = 3
+WIDE_VECTORS_GAIN = 2
 CPU_STEP_TOKENS = (128, 512)
 CPU_DRAFT_TOKENS = 8  # to a row; none on a GPU unless asked for
 CPU_MOST_STEP_TOKENS = 1024  # a budget made for a GPU would let one step hold up all others

@@ -32,7 +32,9 @@ __all__ = [
 ]
 
 
-DRAFT_SHARE = 8  # a step with guesses has at most this part of the largest step's tokens
+# A step with guesses has at most this part of the largest step's tokens, or one to so many rows.
+DRAFT_SHARE = 8
+ROWS_PER_DRAFT = 4
 
 
 class Scheduler:
@@ -180,11 +182,12 @@ class Scheduler:
     def _most_guesses(self, num_rows: int) -> int:
         """Tokens that may be guessed for so many rows: none that would make the step a long one.
 
-        Where many rows decode, a token more costs a step as much as it brings, and newcomers wait.
+        Where many rows decode, a token more costs a step nearly what it brings, and newcomers wait.
         """
         if self._budget.is_cut or not self._config.draft_tokens:
             return 0
-        return max(self._config.max_batch_prefill_tokens // DRAFT_SHARE - num_rows, 0)
+        short = self._config.max_batch_prefill_tokens // DRAFT_SHARE
+        return max(short - num_rows, num_rows // ROWS_PER_DRAFT)
 
     def _plan_with_guesses(self, row: Request, draft: StepDraft) -> bool:
         """One token for the row and some that the shards may guess, if nobody has to give way.

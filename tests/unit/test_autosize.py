@@ -103,7 +103,7 @@ def test_a_cpu_step_takes_about_150_ms(cores: int, tokens: int) -> None:
 
 def test_a_cpu_step_has_more_tokens_where_vectors_are_wide() -> None:
     wide = replace(MACHINE, wide_vectors=True)
-    assert sizes(hardware=wide).max_batch_prefill_tokens == pytest.approx(3 * 84, abs=16)
+    assert sizes(hardware=wide).max_batch_prefill_tokens == pytest.approx(2 * 84, abs=16)
     assert sizes("--quantize int8", hardware=wide).max_batch_prefill_tokens == 512
 
 
