@@ -54,13 +54,12 @@ def render(session: Session) -> str:
         "model": f"{model['name']}, {model['parameters'] / 1e6:.0f} M parameters",
         "Headgate": machine["version"],
         "rounds": str(1 + max((run.round for run in session.runs), default=0)),
-        "best of the machine": f"fp32 FMA {_best(session, 'fma_gflops'):.0f} GFLOP/s, bf16 dot "
-        f"product {_best(session, 'bf16_gflops'):.0f} GFLOP/s, int8 VNNI "
-        f"{_best(session, 'vnni_gops'):.0f} GOP/s",
-        "before and after the runs (tenth, median, nine tenths)": f"memory "
-        f"{_range(session, 'memory_gb_s')} GB/s in huge pages and "
-        f"{_range(session, 'small_pages_gb_s')} in pages of 4 KB; a cache line from core to core "
-        f"in {_range(session, 'core_to_core_ns')} ns",
+        "best of the machine": f"fp32 FMA {_range(session, 'fma_gflops')} GFLOP/s; bf16 dot "
+        f"product {_range(session, 'bf16_gflops')} GFLOP/s; int8 VNNI "
+        f"{_range(session, 'vnni_gops')} GOP/s; memory {_range(session, 'memory_gb_s')} GB/s in "
+        f"huge pages and {_range(session, 'small_pages_gb_s')} in pages of 4 KB; a cache line "
+        f"from core to core in {_range(session, 'core_to_core_ns')} ns (10th, 50th and 90th "
+        "percentile of what was measured before and after the runs)",
     }
     parts = [
         _HEAD.format(
@@ -145,9 +144,8 @@ def _shares(session: Session) -> str:
                 share += f"{_share(runs, rates, 'small_pages_gb_s')} of what pages of 4 KB give)"
             elif kind in _PEAK_OF_KIND:
                 name, what = _PEAK_OF_KIND[kind]
-                rate = middle(_useful_gflops(run, model) for run in runs)
-                best, shown = _best(session, name), f"{rate:.0f} GFLOP/s"
-                share = f"{rate / best:.0%}" if best else "not measured"
+                rates = [_useful_gflops(run, model) for run in runs]
+                shown, share = f"{middle(rates):.0f} GFLOP/s", _share(runs, rates, name)
             else:
                 continue
             rows.append((f"{server} {kind}", str(case[1]), what, shown, share))
@@ -155,8 +153,8 @@ def _shares(session: Session) -> str:
         "Useful arithmetic: two operations per weight and token, the vocabulary's only for tokens "
         "that are sampled; prompts and answers together, over the whole time of the run. Decoding "
         "one request: the weights' bytes (2, 1 or 0.5 each, scales not counted) over the median "
-        "time between tokens, where they come one by one; of what memory gave before and after the "
-        "run."
+        "time between tokens, where they come one by one. Shares are of the best of the machine "
+        "before and after each run, and their medians are given."
     )
     return text + "\n\n" + _table(("server", "at a time", "of", "reached", "share"), rows)
 
@@ -210,11 +208,6 @@ def _pair(runs: Sequence[Run], name: str) -> str:
 def _ratio(own: Sequence[Run], other: Sequence[Run], name: str) -> float:
     below = middle(_values(other, name))
     return middle(_values(own, name)) / below if below else 0.0
-
-
-def _best(session: Session, name: str) -> float:
-    """Of all rooflines, since a disturbance only takes from arithmetic; 0 where not measured."""
-    return max(session.roofs(name), default=0.0)
 
 
 def _range(session: Session, name: str) -> str:

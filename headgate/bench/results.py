@@ -34,9 +34,8 @@ class Run:
         return self.workload, self.concurrency
 
     def roof(self, name: str) -> float:
-        """The mean of before and after; 0 where not measured."""
-        found = [roofline[name] for roofline in self.rooflines]
-        return sum(found) / len(found) if found else 0.0
+        """The better of before and after, since disturbances only take from it; 0: not measured."""
+        return max((roofline[name] for roofline in self.rooflines), default=0.0)
 
     def is_of(self, server: Contestant, number: int) -> bool:
         """Whether it is of a round of a server."""
