@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from heapq import nsmallest
+from itertools import islice
 
 from headgate.proto.messages import StepPlan, StepResult
 from headgate.router.admission import Admission
@@ -164,9 +165,9 @@ class Scheduler:
             count = 1
             if row.num_scheduled < row.num_prefill_tokens - 1:
                 self._totals["prefix_hits"] += self._rows.take_over(row)
-                more = min(extra, row.num_prefill_tokens - row.num_scheduled - 1)
-                count += more
-                extra -= more
+                left = row.num_prefill_tokens - row.num_scheduled
+                count = self._part(row, left, 1 + extra)
+                extra -= count - 1
             elif draft.most_guesses and self._plan_with_guesses(row, draft):
                 continue
             target = row.num_scheduled + count
@@ -178,6 +179,24 @@ class Scheduler:
             blocks = self._blocks_by_force(row, target, draft)
             if blocks is not None:
                 self._plan_row(row, count, blocks, draft)
+
+    def _part(self, row: Request, left: int, room: int) -> int:
+        """How many of the tokens that are left of a prompt to compute in a step with this room.
+
+        All that fit in; where it is the only prompt and takes several such steps, an even part: a
+        few tokens that were left for the last step would take that nearly as long as many.
+        """
+        if left <= room or not self._is_only_prompt(row):
+            return min(left, room)
+        return -(-left // -(-left // room))
+
+    def _is_only_prompt(self, row: Request) -> bool:
+        if any(other is not row for other in islice(self._rows.waiting, 2)):
+            return False
+        return not any(
+            other is not row and other.num_scheduled < other.num_prefill_tokens - 1
+            for other in self._rows.running
+        )
 
     def _most_guesses(self, num_rows: int) -> int:
         """Tokens that may be guessed for so many rows: none that would make the step a long one.
@@ -269,7 +288,7 @@ class Scheduler:
         if not self._admission.fits(request, hits, alone):
             return False
         cached = len(hits) * self._config.block_size
-        count = min(draft.budget, request.num_tokens - cached)
+        count = self._part(request, request.num_tokens - cached, draft.budget)
         if not self._kv.admit(request, hits, cached + count):
             return False
         if not request.skip_prefix_cache and self._config.prefix_caching:

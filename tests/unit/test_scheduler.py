@@ -22,12 +22,12 @@ from tests.unit.simulation import EOS, VOCABULARY, Simulation, counts
     [
         # One prompt within the budget: the whole of it, then token by token.
         ([10], 16, [{0: 10}, {0: 1}, {0: 1}, {0: 1}]),
-        # One above it: in chunks.
-        ([20], 8, [{0: 8}, {0: 8}, {0: 4}, {0: 1}, {0: 1}, {0: 1}]),
+        # One above it: in even parts.
+        ([20], 8, [{0: 7}, {0: 7}, {0: 6}, {0: 1}, {0: 1}, {0: 1}]),
         # Two: the second gets what the first leaves.
         ([5, 9], 8, [{0: 5, 1: 3}, {0: 1, 1: 6}, {0: 1, 1: 1}, {0: 1, 1: 1}, {1: 1}]),
         # A third waits until there is a token for it.
-        ([8, 8, 8], 8, [{0: 8}, {0: 1, 1: 7}, {0: 1, 1: 1, 2: 6}]),
+        ([8, 8, 8], 8, [{0: 8}, {0: 1, 1: 7}, {0: 1, 1: 1, 2: 4}]),
         # As many rows as tokens: all advance, and nobody is admitted beyond that.
         ([1, 1, 2], 2, [*[{0: 1, 1: 1}] * 4, {2: 2}]),
     ],
@@ -47,7 +47,7 @@ def test_answers_go_on_while_a_long_prompt_is_computed() -> None:
     simulation.step()
     simulation.add(40, new=2)
     planned = [counts(simulation.step()) for _ in range(7)]
-    assert planned == [*[{0: 1, 1: 7}] * 5, {0: 1, 1: 5}, {0: 1, 1: 1}]
+    assert planned == [*[{0: 1, 1: 7}] * 4, {0: 1, 1: 6}, {0: 1, 1: 6}, {0: 1, 1: 1}]
     simulation.run()
     simulation.check_answers()
 
@@ -161,8 +161,8 @@ def test_the_surplus_of_a_request_stopped_by_the_router_is_dropped() -> None:
 def test_lockstep_rows_wait_for_their_result() -> None:
     simulation = Simulation(max_batch_prefill_tokens=8)
     simulation.add(12, new=3, lockstep=True)
-    assert counts(simulation.plan()) == {0: 8}
-    assert counts(simulation.plan()) == {0: 4}, "a chunk of the prompt needs no result"
+    assert counts(simulation.plan()) == {0: 6}
+    assert counts(simulation.plan()) == {0: 6}, "a chunk of the prompt needs no result"
     assert simulation.plan() is None
     simulation.deliver()
     assert simulation.plan() is None
@@ -450,7 +450,7 @@ def test_refused_tells_the_same_as_a_refused_result() -> None:
 
 def test_the_budget_is_halved_and_grows_back() -> None:
     simulation = Simulation(max_batch_prefill_tokens=16, num_blocks=64)
-    simulation.add(100, new=60)
+    simulation.add(96, new=60)
     simulation.shard.refuse_above = 5
     budgets = []
     for _ in range(3):

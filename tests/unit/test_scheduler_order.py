@@ -35,7 +35,7 @@ def test_no_prompt_is_overtaken_for_longer_than_a_second() -> None:
 
 def test_a_short_prompt_goes_before_what_is_left_of_a_long_one() -> None:
     simulation = Simulation(spacing=0.001, max_batch_prefill_tokens=16, num_blocks=200)
-    simulation.add(60, new=2)
+    simulation.add(64, new=2)
     assert counts(simulation.step()) == {0: 16}
     simulation.add(10, new=2)
     simulation.add(30, new=2)
