@@ -80,7 +80,10 @@ def _session(
     path = arguments.output.with_suffix(".jsonl")
     if not arguments.resume or not path.exists():
         return Session(machine, model)
-    found = Session.load(path)
+    try:
+        found = Session.load(path)
+    except TypeError as error:  # other fields
+        raise SystemExit(f"--resume: {path} was written by another version: {error}") from error
     for name in ("cpu", "cores", "version"):
         if found.machine[name] != machine[name]:
             raise SystemExit(

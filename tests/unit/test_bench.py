@@ -197,6 +197,9 @@ def test_a_session_goes_on_where_it_ended(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(bench, "_model", lambda _: model | {"name": "another"})
     with pytest.raises(SystemExit, match="is of the model m"):
         call("--resume")
+    (tmp_path / "out.jsonl").write_text('{"machine": {}, "model": {}, "roofline": []}\n')
+    with pytest.raises(SystemExit, match="was written by another version"):
+        call("--resume")
 
 
 def test_gaps_between_decode_steps_are_read_from_a_trace(tmp_path: Path) -> None:
