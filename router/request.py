@@ -128,6 +128,11 @@ class Request:
         return self.status is RequestStatus.FINISHED
 
     @property
+    def is_prefilling(self) -> bool:
+        """Whether more than the token that samples first is left of its prompt to plan."""
+        return self.num_scheduled < self.num_prefill_tokens - 1
+
+    @property
     def can_go_on(self) -> bool:
         """Whether more of it can be planned now, while it runs."""
         planned = self.num_scheduled

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from heapq import nsmallest
-from itertools import islice
+from itertools import chain, islice
 
 from headgate.proto.messages import StepPlan, StepResult
 from headgate.router.admission import Admission
@@ -148,8 +148,7 @@ class Scheduler:
         early: list[Request] = []
         late: list[Request] = []
         for row in ready:
-            unfinished = row.num_scheduled < row.num_prefill_tokens - 1
-            (late if unfinished and row.order > head else early).append(row)
+            (late if row.is_prefilling and row.order > head else early).append(row)
         return early, late
 
     def _plan_rows(self, rows: list[Request], draft: StepDraft) -> None:
@@ -163,7 +162,7 @@ class Scheduler:
             if draft.preempted and row.status is not RequestStatus.RUNNING:
                 continue  # gave way just now to one before it
             count = 1
-            if row.num_scheduled < row.num_prefill_tokens - 1:
+            if row.is_prefilling:
                 self._totals["prefix_hits"] += self._rows.take_over(row)
                 left = row.num_prefill_tokens - row.num_scheduled
                 count = self._part(row, left, 1 + extra)
@@ -191,12 +190,8 @@ class Scheduler:
         return -(-left // -(-left // room))
 
     def _is_only_prompt(self, row: Request) -> bool:
-        if any(other is not row for other in islice(self._rows.waiting, 2)):
-            return False
-        return not any(
-            other is not row and other.num_scheduled < other.num_prefill_tokens - 1
-            for other in self._rows.running
-        )
+        prefilling = (other for other in self._rows.running if other.is_prefilling)
+        return all(other is row for other in chain(islice(self._rows.waiting, 2), prefilling))
 
     def _most_guesses(self, num_rows: int) -> int:
         """Tokens that may be guessed for so many rows: none that would make the step a long one.

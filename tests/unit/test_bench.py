@@ -23,6 +23,7 @@ from headgate.bench.plot import throughput_chart
 from headgate.bench.processes import cpu_used, usage
 from headgate.bench.report import render
 from headgate.bench.results import Run, Session, spread
+from headgate.bench.roofline import measure
 from headgate.bench.scheduling import step_milliseconds
 from headgate.bench.steps import gaps, read_trace
 from headgate.bench.streams import StreamFailed, Streams
@@ -112,6 +113,14 @@ ROOF = {
     "small_pages_gb_s": 12.5,
     "core_to_core_ns": 50.0,
 }
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_machine_is_measured(threads: int) -> None:
+    found = measure(threads)
+    assert found.threads == threads
+    assert min(found.fma_gflops, found.memory_gb_s, found.small_pages_gb_s) > 0
+    assert (found.core_to_core_ns > 0) == (threads > 1)
 
 
 def run(server: str, kind: str, concurrency: int, number: int, rate: float) -> Run:
