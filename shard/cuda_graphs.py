@@ -53,7 +53,8 @@ _NO_STEP = StepInputs(
         max_query_len=1,
         max_context_len=1,
     ),
-    sample_tokens=_NONE,
+    wanted_tokens=_NONE,
+    num_samples=0,
     prompt_chunks=(),
     pooled_chunks=(),
 )
@@ -88,9 +89,9 @@ class GraphedModel:
         self._host_tables = device.pinned(2, max_rows, max_blocks, dtype=torch.int32)
         (starts,) = self.staging.upload([np.arange(max_rows + 1, dtype=np.int32)])
         self._starts = starts.clone()
+        self._numbers = np.arange(max_rows)
         self._cache: KVCache | None = None
         self._graphs: dict[tuple[int, int], Graph] = {}
-        self._hidden: torch.Tensor | None = None
 
     def bind(self, kv_cache: KVCache) -> None:
         """From now on steps use this cache; graphs of the one before are dropped."""
@@ -103,26 +104,20 @@ class GraphedModel:
         self.drop_graphs()
 
     def drop_graphs(self) -> None:
-        self._hidden = None
         self._graphs.clear()
 
     def forward(self, inputs: StepInputs) -> torch.Tensor:
-        """Normed hidden states [T, hidden_size], valid until the next step."""
+        """Normed hidden states of the wanted tokens [W, hidden_size], valid until the next step."""
         assert self._cache is not None, "bind comes first"
         self._model.check_lengths(inputs.attention)
         rows = len(inputs.attention.context_lens)
         if inputs.attention.max_query_len > 1 or rows > max(self.sizes, default=0):
-            tokens = len(inputs.input_ids)
-            self._hidden = self._compute(self._on_device(inputs))[:tokens]
-        else:
-            self._hidden = self._replay(inputs, rows)
-        return self._hidden
-
-    def logits(self, sample_tokens: torch.Tensor) -> torch.Tensor | None:
-        """Of the last step's tokens with these indices, on the host: the model's."""
-        assert self._hidden is not None, "forward comes first"
-        (rows,) = self.staging.upload([sample_tokens.numpy()])
-        return self._model.logits(self._hidden.index_select(0, rows))
+            placed = self._on_device(inputs)
+            return self._compute(placed, placed.wanted_tokens)[: len(inputs.wanted_tokens)]
+        hidden, wanted = self._replay(inputs, rows), inputs.wanted_tokens.numpy()
+        if np.array_equal(wanted, self._numbers[:rows]):
+            return hidden
+        return hidden.index_select(0, *self.staging.upload([wanted]))
 
     @property
     def num_possible(self) -> int:
@@ -188,15 +183,15 @@ class GraphedModel:
             max_query_len=1,
             max_context_len=reach,
         )
-        return StepInputs(ids, positions, attention, ids[:0], (), ())
+        return StepInputs(ids, positions, attention, ids[:0], 0, (), ())
 
-    def _compute(self, inputs: StepInputs) -> torch.Tensor:
+    def _compute(self, inputs: StepInputs, wanted: torch.Tensor | None = None) -> torch.Tensor:
         assert self._cache is not None
         attention = inputs.attention
         if attention.context_lens.dtype != torch.int32:
             attention = replace(attention, context_lens=attention.context_lens.int())
         ids = self.last_tokens.resolve(inputs.input_ids)
-        return self._model.forward(ids, inputs.positions, self._cache, attention)
+        return self._model.forward(ids, inputs.positions, self._cache, attention, wanted)
 
     def _on_device(self, inputs: StepInputs) -> StepInputs:
         inputs = _padded(inputs)
@@ -208,8 +203,9 @@ class GraphedModel:
             attention.cu_query_lens,
             attention.context_lens,
             attention.block_tables,
+            inputs.wanted_tokens,
         )
-        ids, positions, slots, starts, contexts, tables = self.staging.upload(
+        ids, positions, slots, starts, contexts, tables, wanted = self.staging.upload(
             [tensor.numpy() for tensor in tensors]
         )
         placed = replace(
@@ -219,7 +215,9 @@ class GraphedModel:
             context_lens=contexts,
             block_tables=tables,
         )
-        return replace(inputs, input_ids=ids, positions=positions, attention=placed)
+        return replace(
+            inputs, input_ids=ids, positions=positions, attention=placed, wanted_tokens=wanted
+        )
 
 
 def padded_tokens(tokens: int) -> int:
@@ -232,7 +230,9 @@ def padded_tokens(tokens: int) -> int:
 
 def _padded(inputs: StepInputs) -> StepInputs:
     """With a row more that fills the step up, where rows have several tokens. It writes nowhere,
-    and attends to whatever its blocks hold."""
+    and attends to whatever its blocks hold. The first token is wanted until these are as many."""
+    surplus = padded_tokens(len(inputs.wanted_tokens)) - len(inputs.wanted_tokens)
+    inputs = replace(inputs, wanted_tokens=F.pad(inputs.wanted_tokens, (0, surplus)))
     attention = inputs.attention
     fill = padded_tokens(len(inputs.input_ids)) - len(inputs.input_ids)
     if attention.max_query_len == 1 or not fill:

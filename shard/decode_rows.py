@@ -31,7 +31,7 @@ class DecodeInputs:
     cu_query_lens: npt.NDArray[np.int32]
     context_lens: npt.NDArray[np.int32]
     block_tables: npt.NDArray[np.int32]  # [most rows, most blocks]
-    sample_tokens: IntArray
+    wanted_tokens: IntArray
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -120,8 +120,7 @@ class DecodeRows:
             inputs.context_lens,
             inputs.block_tables,
             inputs.block_tables.shape[1],
-            inputs.sample_tokens,
-            len(inputs.sample_tokens),
+            inputs.wanted_tokens,
             self.tokens,
             self._places,
             self._result_rows,

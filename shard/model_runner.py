@@ -336,7 +336,11 @@ class ModelRunner:
             hidden = self.recorded.forward(inputs)
         else:
             hidden = self.model.forward(
-                inputs.input_ids, inputs.positions, self._kv_cache, inputs.attention
+                inputs.input_ids,
+                inputs.positions,
+                self._kv_cache,
+                inputs.attention,
+                inputs.wanted_tokens,
             )
         prompt_logprobs = tuple(
             entry
@@ -349,7 +353,7 @@ class ModelRunner:
 
         def logits_of(first: int) -> torch.Tensor | None:
             self.heartbeat.beat()
-            return self._logits(hidden, inputs.sample_tokens, first)
+            return self._logits(hidden[: inputs.num_samples], first)
 
         logits = Logits(logits_of, self._logits_rows)
         sampler, watermarked = self._device_sampler, self._batch.is_watermarked(draws.slots)
@@ -396,17 +400,12 @@ class ModelRunner:
             num_drafts=rows.num_tokens - len(rows),
         )
 
-    def _logits(
-        self, hidden: torch.Tensor, sample_tokens: torch.Tensor, first: int
-    ) -> torch.Tensor | None:
-        """Of as many rows that draw a token as get logits at once, or all that are left, from place
+    def _logits(self, before_draws: torch.Tensor, first: int) -> torch.Tensor | None:
+        """Of as many of these hidden states as get logits at once, or all that are left, from place
         `first` on."""
         if isinstance(self.recorded, RecordedModel):
             return self.recorded.logits(first)
-        rows = sample_tokens[first : first + self._logits_rows]
-        if self.recorded is not None:
-            return self.recorded.logits(rows)
-        return self.model.logits(ops.take_rows(hidden, rows))
+        return self.model.logits(before_draws[first : first + self._logits_rows])
 
     def _copy_blocks(self, plan: StepPlan) -> None:
         assert self._kv_cache is not None
@@ -468,7 +467,7 @@ class ModelRunner:
         return self._grammars.begin(self._batch.constrained_rows(slots))
 
     def _prompt_logprobs(self, hidden: torch.Tensor, chunk: PromptChunk) -> PromptLogprobs | None:
-        """The chunk's entry on rank 0; all ranks take part. hidden: [T, H] of the whole step."""
+        """The chunk's entry on rank 0; all ranks take part. hidden: [W, H] of the step."""
         values: list[float] = []
         top: list[TopTokens] = []
         for start in range(0, len(chunk.targets), self._logits_rows):
@@ -504,7 +503,7 @@ class _Clock:
 
 
 def _pooled(hidden: torch.Tensor, chunk: PooledChunk) -> PooledStates:
-    """hidden: [T, H] of the whole step, the same on all ranks.
+    """hidden: [W, H] of the step, the same on all ranks.
 
     In double precision, so that the sum does not show how the prompt was cut into chunks.
     """

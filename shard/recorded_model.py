@@ -27,13 +27,14 @@ from headgate.shard.trial_steps import TrialSteps
 
 logger = logging.getLogger(__name__)
 
-# Tokens of each row and the number of tokens that get logits in the recordings: of the first, with
-# a token more, with a row more, with logits more.
+# Tokens of each row, how many of these are wanted, and how many of those get logits in the
+# recordings: of the first, with a token more, with a row more, and so on.
 _RECORDED_STEPS = (
-    ({0: 3, 1: 1}, 2),
-    ({0: 4, 1: 1}, 2),
-    ({0: 2, 1: 1, 2: 1}, 2),
-    ({0: 3, 1: 1}, 3),
+    ({0: 3, 1: 1}, 3, 2),
+    ({0: 4, 1: 1}, 3, 2),
+    ({0: 2, 1: 1, 2: 1}, 3, 2),
+    ({0: 3, 1: 1}, 4, 2),
+    ({0: 3, 1: 1}, 3, 3),
 )
 _RECORDED_LOGITS = (2, 3)
 
@@ -59,8 +60,7 @@ class RecordedModel:
         self._head = head
         self._beats = beats
         self.most_logits = inputs.most_logits  # that come with a step
-        self._sample_tokens = inputs.sample_tokens  # of the last step, at the front
-        self._num_samples = 0
+        self._num_samples = 0  # of the last step
         self.first_logits = (0, 0)  # address and columns of a step's first rows, on rank 0
         if len(step.outputs) > 1:
             self.first_logits = step.outputs[1].data_ptr(), step.outputs[1].shape[1]
@@ -70,14 +70,14 @@ class RecordedModel:
         self._step.bind([tensor.data_ptr() for tensor in _layer_tensors(kv_cache)])
 
     def forward(self, inputs: StepInputs) -> torch.Tensor:
-        """Normed hidden states [T, hidden_size], valid until the next step."""
+        """Normed hidden states of the wanted tokens [W, hidden_size], valid until the next step."""
         self._model.check_lengths(inputs.attention)
         self._inputs.fill(inputs)
-        self._sample_tokens, self._num_samples = inputs.sample_tokens, len(inputs.sample_tokens)
+        self._num_samples = inputs.num_samples
         tokens, rows = len(inputs.input_ids), len(inputs.attention.context_lens)
-        sampled = min(self._num_samples, self.most_logits)
-        self._step.run((tokens, rows, sampled), self._beats)
-        return self._step.outputs[0][:tokens]
+        wanted, sampled = len(inputs.wanted_tokens), min(self._num_samples, self.most_logits)
+        self._step.run((tokens, rows, wanted, sampled), self._beats)
+        return self._step.outputs[0][:wanted]
 
     @property
     def decode_inputs(self) -> DecodeInputs:
@@ -86,24 +86,24 @@ class RecordedModel:
 
     def decode(self, tokens: int, rows: int) -> None:
         """A step whose inputs are in `decode_inputs` already; each token is one to sample after."""
-        self._sample_tokens, self._num_samples = self._inputs.token_numbers, tokens
-        self._step.run((tokens, rows, min(tokens, self.most_logits)), self._beats)
+        self._num_samples = tokens
+        self._step.run((tokens, rows, tokens, min(tokens, self.most_logits)), self._beats)
 
     def logits(self, first: int) -> torch.Tensor | None:
-        """Of the last step's sample_tokens from place `first` on, StepLimits.logits_rows of them or
-        all that are left: like the model's; valid until the next call."""
+        """Of the last step's tokens before draws from place `first` on, StepLimits.logits_rows of
+        them or all that are left: like the model's; valid until the next call."""
         count = min(self._num_samples - first, self.most_logits)
         found = self._step.outputs[1:]
         if first:  # those before came with the step
-            rows = self._sample_tokens[first : first + count]
-            self._inputs.for_decoding.sample_tokens[:count] = rows.numpy()
+            self._inputs.places[:count] = torch.arange(first, first + count)
             self._head.run((count,), self._beats)
             found = self._head.outputs
         return found[0][:count] if found else None  # rank 0 alone has them
 
     @property
     def programs(self) -> tuple[Program, Program]:
-        """Of a step, whose sizes are tokens, rows and rows that sample; of more rows' logits."""
+        """Of a step, whose sizes are tokens, rows, tokens wanted and those of them that get logits;
+        of more tokens' logits."""
         return self._step, self._head
 
     @property
@@ -125,9 +125,9 @@ class _StepBuffers:
         self.context_lens = torch.zeros(tokens, dtype=torch.int32)
         self.block_tables = torch.zeros(tokens, blocks, dtype=torch.int32)
         self.most_logits = limits.logits_rows
+        self.wanted_tokens = torch.zeros(tokens, dtype=torch.int64)
         recorded = max(_RECORDED_LOGITS)  # maybe more than will ever be replayed
-        self.sample_tokens = torch.zeros(max(self.most_logits, recorded), dtype=torch.int64)
-        self.token_numbers = torch.arange(tokens)
+        self.places = torch.zeros(max(self.most_logits, recorded), dtype=torch.int64)
         # NumPy's copies of a few numbers cost less than torch's.
         self.for_decoding = DecodeInputs(
             input_ids=self.input_ids.numpy(),
@@ -136,22 +136,21 @@ class _StepBuffers:
             cu_query_lens=self.cu_query_lens.numpy(),
             context_lens=self.context_lens.numpy(),
             block_tables=self.block_tables.numpy(),
-            sample_tokens=self.sample_tokens.numpy(),
+            wanted_tokens=self.wanted_tokens.numpy(),
         )
 
     def fill(self, inputs: StepInputs) -> None:
-        """Copies a step's inputs to here, of its sample_tokens those that there is room for."""
+        """Copies a step's inputs to here."""
         attention, arrays = inputs.attention, self.for_decoding
         rows, blocks = attention.block_tables.shape
         arrays.block_tables[:rows, :blocks] = attention.block_tables.numpy()
-        sampled = inputs.sample_tokens[: len(self.sample_tokens)]
         for array, source in (
             (arrays.input_ids, inputs.input_ids),
             (arrays.positions, inputs.positions),
             (arrays.slot_mapping, attention.slot_mapping),
             (arrays.cu_query_lens, attention.cu_query_lens),
             (arrays.context_lens, attention.context_lens),
-            (arrays.sample_tokens, sampled),
+            (arrays.wanted_tokens, inputs.wanted_tokens),
         ):
             array[: len(source)] = source.numpy()
 
@@ -215,24 +214,29 @@ class _Attempt:
         cache = self._trial().new_cache()
         buffers = _StepBuffers(self._limits, self._layout.block_size)
         recordings, results = [], []
-        for counts, sampled in _RECORDED_STEPS:
+        for counts, wanted, sampled in _RECORDED_STEPS:
             step = self._trial().step(counts)
             buffers.fill(step)
             step = buffers.placed(step)
-            sizes = (sum(counts.values()), len(counts), sampled)
+            sizes = (sum(counts.values()), len(counts), wanted, sampled)
             with Recording(sizes, _layer_tensors(cache)) as recording:
-                hidden = self._model.forward(step.input_ids, step.positions, cache, step.attention)
-                rows = ops.take_rows(hidden, buffers.sample_tokens[:sampled])
-                logits = self._model.logits(rows)
+                hidden = self._model.forward(
+                    step.input_ids,
+                    step.positions,
+                    cache,
+                    step.attention,
+                    buffers.wanted_tokens[:wanted],
+                )
+                logits = self._model.logits(hidden[:sampled])
             recordings.append(recording)
             results.append([hidden] if logits is None else [hidden, logits])
         limits = self._limits
-        largest = (limits.tokens, limits.tokens, limits.logits_rows)
+        largest = (limits.tokens, limits.tokens, limits.tokens, limits.logits_rows)
         step_program = self._program(recordings, results, largest)
         recordings, results = [], []
         for sampled in _RECORDED_LOGITS:
             with Recording((sampled,)) as recording:
-                rows = ops.take_rows(step_program.outputs[0], buffers.sample_tokens[:sampled])
+                rows = ops.take_rows(step_program.outputs[0], buffers.places[:sampled])
                 logits = self._model.logits(rows)
             recordings.append(recording)
             results.append([] if logits is None else [logits])
@@ -247,11 +251,12 @@ class _Attempt:
         recorded.bind(ours)
         for counts in trial.scenario(self._limits.tokens):
             step = trial.step(counts)
-            expected = model.forward(step.input_ids, step.positions, theirs, step.attention)
+            states = model.forward(step.input_ids, step.positions, theirs, step.attention)
+            expected = ops.take_rows(states, step.wanted_tokens)
             same = _same_bits(expected, recorded.forward(step))
-            for first in range(0, len(step.sample_tokens), self._limits.logits_rows):
-                rows = step.sample_tokens[first : first + self._limits.logits_rows]
-                logits = model.logits(ops.take_rows(expected, rows)), recorded.logits(first)
+            for first in range(0, step.num_samples, self._limits.logits_rows):
+                stop = min(first + self._limits.logits_rows, step.num_samples)
+                logits = model.logits(expected[first:stop]), recorded.logits(first)
                 if logits[0] is not None and logits[1] is not None:
                     same = same and _same_bits(logits[0], logits[1])
             if not same and not obstacle:

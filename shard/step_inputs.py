@@ -20,7 +20,7 @@ class PromptChunk:
     """Prompt positions of one row that are computed in this step and predict a known token."""
 
     row_id: int
-    first: int  # index of the first of them among the step's tokens
+    first: int  # place of the first of them in wanted_tokens
     top_n: int  # alternatives asked for
     start: int  # position of the first token predicted (>= 1)
     targets: IntArray  # int64[n]: the tokens predicted, one per position
@@ -31,7 +31,7 @@ class PooledChunk:
     """Prompt positions of one pooled row whose hidden states count."""
 
     row_id: int
-    first: int  # index of the first of them among the step's tokens
+    first: int  # place of the first of them in wanted_tokens
     start: int  # its position in the prompt
     stop: int  # the position after the last of them
 
@@ -43,9 +43,28 @@ class StepInputs:
     input_ids: torch.Tensor  # int64[T]
     positions: torch.Tensor  # int64[T]
     attention: AttentionMetadata
-    sample_tokens: torch.Tensor  # int64[S]: index of the token before each that is drawn
+    wanted_tokens: torch.Tensor  # int64[W]: index of each whose hidden state is asked for
+    num_samples: int  # a token is drawn after each of the first so many of these
     prompt_chunks: tuple[PromptChunk, ...]
     pooled_chunks: tuple[PooledChunk, ...]
+
+
+class _WantedTokens:
+    """StepInputs.wanted_tokens as they are collected."""
+
+    def __init__(self, before_draws: IntArray) -> None:
+        self._parts = [before_draws]
+        self._count = len(before_draws)
+
+    def add(self, first: int, count: int) -> int:
+        """`count` tokens from index `first` on; returns the place of that one."""
+        place = self._count
+        self._parts.append(np.arange(first, first + count))
+        self._count += count
+        return place
+
+    def indices(self) -> IntArray:
+        return np.concatenate(self._parts) if len(self._parts) > 1 else self._parts[0]
 
 
 def build_inputs(
@@ -64,18 +83,22 @@ def build_inputs(
     draws = scheduled.samples
     if not plain:
         draws = draws & (batch.params["pooling"][slots] == Pooling.NONE)
-    sample_tokens = ends[draws] - 1
+    before_draws = ends[draws] - 1
     if scheduled.drafts.any():  # a row's last known token and its guesses
         firsts = ends - 1 - scheduled.drafts
         spans = [np.arange(firsts[row], ends[row]) for row in np.flatnonzero(draws)]
-        sample_tokens = np.concatenate(spans)
+        before_draws = np.concatenate(spans)
+    wanted = _WantedTokens(before_draws)
+    prompt_chunks = () if plain else _prompt_chunks(batch, scheduled, ends - counts, wanted)
+    pooled_chunks = () if plain else _pooled_chunks(batch, scheduled, ends, wanted)
     return StepInputs(
         input_ids=_tensor(batch.token_ids[token_slots, positions].astype(np.int64), device),
         positions=_tensor(positions, device),
         attention=_attention(batch, scheduled, token_slots, positions, device),
-        sample_tokens=_tensor(sample_tokens, device),
-        prompt_chunks=() if plain else _prompt_chunks(batch, scheduled, ends - counts),
-        pooled_chunks=() if plain else _pooled_chunks(batch, scheduled, ends),
+        wanted_tokens=_tensor(wanted.indices(), device),
+        num_samples=len(before_draws),
+        prompt_chunks=prompt_chunks,
+        pooled_chunks=pooled_chunks,
     )
 
 
@@ -106,7 +129,7 @@ def _attention(
 
 
 def _prompt_chunks(
-    batch: InputBatch, scheduled: ScheduledRows, starts: IntArray
+    batch: InputBatch, scheduled: ScheduledRows, starts: IntArray, tokens: _WantedTokens
 ) -> tuple[PromptChunk, ...]:
     wanted = np.flatnonzero(batch.params["prompt_logprobs"][scheduled.slots])
     chunks = []
@@ -120,7 +143,7 @@ def _prompt_chunks(
         chunks.append(
             PromptChunk(
                 row_id=int(batch.ids[slot]),
-                first=int(starts[row]),
+                first=tokens.add(int(starts[row]), end - start),
                 top_n=int(batch.params["prompt_top_n_tokens"][slot]),
                 start=start + 1,
                 targets=batch.token_ids[slot, start + 1 : end + 1].astype(np.int64),
@@ -130,7 +153,7 @@ def _prompt_chunks(
 
 
 def _pooled_chunks(
-    batch: InputBatch, scheduled: ScheduledRows, ends: IntArray
+    batch: InputBatch, scheduled: ScheduledRows, ends: IntArray, tokens: _WantedTokens
 ) -> tuple[PooledChunk, ...]:
     kinds = batch.params["pooling"][scheduled.slots]
     chunks = []
@@ -144,7 +167,7 @@ def _pooled_chunks(
         chunks.append(
             PooledChunk(
                 row_id=int(batch.ids[slot]),
-                first=int(ends[row]) - count,
+                first=tokens.add(int(ends[row]) - count, count),
                 start=stop - count,
                 stop=stop,
             )

@@ -51,13 +51,16 @@ class TrialSteps:
         return KVCache(self._layout, self._num_blocks)
 
     def step(self, counts: Mapping[int, int]) -> StepInputs:
-        """Inputs of a step of so many tokens by row; the last of each counts as sampled."""
+        """Inputs of a step of so many tokens by row; the last of each counts as sampled, and all
+        others are wanted, too."""
         plan = StepPlan(epoch=0, sequence=0, rows=list(counts), counts=list(counts.values()))
         scheduled = self._batch.apply(plan)
         inputs = build_inputs(self._batch, scheduled, "cpu")
         self._batch.advance(scheduled, np.empty(0, np.int64))
         ends = np.cumsum(scheduled.counts) - 1
-        return replace(inputs, sample_tokens=torch.from_numpy(ends))
+        others = np.setdiff1d(np.arange(len(inputs.input_ids)), ends)
+        wanted = torch.from_numpy(np.concatenate((ends, others)))
+        return replace(inputs, wanted_tokens=wanted, num_samples=len(ends))
 
     @staticmethod
     def scenario(most: int) -> Iterator[dict[int, int]]:

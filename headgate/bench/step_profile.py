@@ -180,7 +180,8 @@ class Profiler:
             seconds += self._step(rows=range(case.rows), counts=[case.count] * case.rows)
         # Of a step, and of the logits that did not come with it.
         sampled = min(case.rows, self._most_logits)
-        sizes = ((case.rows * case.count, case.rows, sampled), (case.rows - sampled,))
+        step = (case.rows * case.count, case.rows, case.rows, sampled)
+        sizes = (step, (case.rows - sampled,))
         lines: dict[str, Line] = defaultdict(Line)
         for program, total, size in zip(programs, totals, sizes, strict=True):
             if not size[-1]:

@@ -43,8 +43,7 @@ struct DecodeRows {
   int32_t* context_lens;
   int32_t* step_tables;  // [rows, most_step_blocks]
   int64_t most_step_blocks;
-  int64_t* sample_tokens;
-  int64_t most_samples;
+  int64_t* wanted_tokens;  // by token
   // What a step comes to: a token after each of its tokens, of which those that count move to the
   // front.
   int64_t* tokens;
@@ -97,7 +96,7 @@ int64_t place(const DecodeRows& d, int64_t row, int64_t first, int64_t room) {
         int64_t(blocks[position / d.block_size]) * d.block_size + position % d.block_size;
     d.draw_slots[token] = slot;
     d.ahead[token] = ahead;
-    if (token < d.most_samples) d.sample_tokens[token] = token;
+    d.wanted_tokens[token] = token;
   }
   d.cu_query_lens[row + 1] = int32_t(first + drafts + 1);
   d.context_lens[row] = int32_t(known + drafts);

@@ -55,9 +55,11 @@ class Attention:
         positions: torch.Tensor,
         kv: tuple[PagedCache, PagedCache],
         attention: AttentionMetadata,
+        wanted: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """x, residual[T, hidden_size] to (what it makes of the norm of their sum, or parts of it
-        for the next norm; their sum); stores the tokens' KV in `kv`. No residual adds nothing."""
+        for the next norm; their sum), of the tokens `wanted`, int64[W], or of all; stores all
+        tokens' KV in `kv`. No residual adds nothing."""
         qkv, residual = self._qkv.after_norm(self._norm, x, residual)
         tokens = len(qkv)
         parts = qkv.split((self._q_size, self._kv_size, self._kv_size), dim=-1)
@@ -66,4 +68,7 @@ class Attention:
         out = ops.paged_attention(
             q, *kv, attention, self._scale, self._window, rounded=self._rounded
         )
-        return self._output.parts(out.reshape(tokens, self._q_size)), residual
+        out = out.reshape(tokens, self._q_size)
+        if wanted is not None:
+            out, residual = ops.take_rows(out, wanted), ops.take_rows(residual, wanted)
+        return self._output.parts(out), residual

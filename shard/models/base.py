@@ -44,8 +44,12 @@ class CausalLM(ABC):
         positions: torch.Tensor,
         kv_cache: KVCache,
         attention: AttentionMetadata,
+        wanted: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """input_ids, positions int64[T] to normed hidden states [T, hidden_size]; stores their KV.
+        """input_ids, positions int64[T] to normed hidden states [W, hidden_size]; stores their KV.
+
+        `wanted`, int64[W], says of which tokens, in this order; without it of all. A prompt's other
+        tokens have no use for what the last layer does after its attention.
 
         Every rank must call it with the same arguments but for the cache. Raises PeerLost, and
         ValueError for sequences longer than `max_positions`.

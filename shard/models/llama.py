@@ -61,9 +61,11 @@ class DecoderLayer:
         positions: torch.Tensor,
         kv: tuple[PagedCache, PagedCache],
         attention: AttentionMetadata,
+        wanted: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(the MLP's output, the sum of all before it); the next norm adds the two."""
-        x, residual = self.attention(x, residual, positions, kv, attention)
+        """(the MLP's output, the sum of all before it), of the `wanted` tokens or of all; the next
+        norm adds the two."""
+        x, residual = self.attention(x, residual, positions, kv, attention, wanted)
         return self.mlp(x, residual)
 
 
@@ -100,11 +102,14 @@ class LlamaForCausalLM(CausalLM):
         positions: torch.Tensor,
         kv_cache: KVCache,
         attention: AttentionMetadata,
+        wanted: torch.Tensor | None = None,
     ) -> torch.Tensor:
         self.check_lengths(attention)
         x, residual = self.embedding(input_ids), None
+        last = self.layers[-1]
         for layer, kv in zip(self.layers, kv_cache.layers, strict=True):
             self.heartbeat()
-            x, residual = layer(x, residual, positions, kv, attention)
+            of = wanted if layer is last else None
+            x, residual = layer(x, residual, positions, kv, attention, of)
         assert residual is not None, "a model has at least one layer"
         return self.norm.add(x, residual)[0]

@@ -46,6 +46,7 @@ class FakeModel:
         positions: torch.Tensor,
         kv_cache: KVCache,
         attention: AttentionMetadata,
+        wanted: torch.Tensor | None = None,
     ) -> torch.Tensor:
         self.heartbeat()
         self.batches.append(len(input_ids))
@@ -66,7 +67,8 @@ class FakeModel:
             start, end = attention.cu_query_lens[row : row + 2].tolist()
             for position in range(length - (end - start), length):
                 hidden.append(state(tokens[: position + 1]))
-        return torch.tensor(hidden, dtype=torch.float32).unsqueeze(1)
+        states = torch.tensor(hidden, dtype=torch.float32).unsqueeze(1)
+        return states if wanted is None else states[wanted]
 
     def check_lengths(self, attention: AttentionMetadata) -> None:
         assert attention.max_context_len <= self.max_positions

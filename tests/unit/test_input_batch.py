@@ -87,7 +87,7 @@ def test_the_tensors_of_a_mixed_step() -> None:
     assert attention.block_tables.tolist() == [[5, 6], [7, 3]]
     assert attention.slot_mapping.tolist() == [24, 25, 26, 14]
     assert (attention.max_query_len, attention.max_context_len) == (3, 7)
-    assert inputs.sample_tokens.tolist() == [3]
+    assert (inputs.wanted_tokens.tolist(), inputs.num_samples) == ([3], 1)
 
 
 def test_changes_apply_in_the_documented_order() -> None:
@@ -285,7 +285,10 @@ def test_prompt_chunks_meet_without_gap_or_overlap() -> None:
         scheduled = target.apply(plan(new_rows=rows, rows=[2, 1][-len(counts) :], counts=counts))
         inputs = build_inputs(target, scheduled, "cpu")
         for chunk in inputs.prompt_chunks:
-            assert (chunk.row_id, chunk.top_n, chunk.first) == (1, 2, 0)
+            assert (chunk.row_id, chunk.top_n) == (1, 2)
+            wanted = inputs.wanted_tokens[chunk.first : chunk.first + len(chunk.targets)]
+            assert chunk.first == inputs.num_samples
+            assert (inputs.positions[wanted] + 1).tolist() == chunk.targets.tolist()
             places += enumerate(chunk.targets.tolist(), chunk.start)
         target.advance(scheduled, np.array([50] * int(scheduled.samples.sum())))
         rows = []

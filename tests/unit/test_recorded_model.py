@@ -18,7 +18,6 @@ from headgate.proto.messages import NewRow, RowEnd, RowSampling, StepPlan, StepR
 from headgate.shard.config import ShardIdentity
 from headgate.shard.decode_rows import DecodeRows
 from headgate.shard.distributed import SharedMemoryGroup, single_group
-from headgate.shard.kv_cache import KVCache
 from headgate.shard.model_runner import ModelRunner
 from headgate.shard.models.base import CausalLM
 from headgate.shard.models.registry import load_model
@@ -172,10 +171,8 @@ def normed_twice(model: CausalLM) -> None:
     """In steps of more than 10 tokens, which recordings are not."""
     forward = model.forward
 
-    def changed(
-        input_ids: torch.Tensor, positions: torch.Tensor, kv_cache: KVCache, attention: Any
-    ) -> torch.Tensor:
-        hidden = forward(input_ids, positions, kv_cache, attention)
+    def changed(input_ids: torch.Tensor, *rest: Any) -> torch.Tensor:
+        hidden = forward(input_ids, *rest)
         if len(input_ids) > 10:
             hidden = ops.rms_norm(hidden, torch.ones(hidden.shape[1]), 1e-5)
         return hidden

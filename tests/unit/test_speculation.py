@@ -137,7 +137,7 @@ def test_the_tensors_of_a_step_with_guesses() -> None:
     inputs = build_inputs(target, scheduled, "cpu")
     assert inputs.input_ids.tolist() == [4, 1, 2, 3]
     assert inputs.positions.tolist() == inputs.attention.slot_mapping.tolist() == [7, 8, 9, 10]
-    assert inputs.sample_tokens.tolist() == [0, 1, 2, 3]
+    assert (inputs.wanted_tokens.tolist(), inputs.num_samples) == ([0, 1, 2, 3], 4)
     assert inputs.attention.cu_query_lens.tolist() == [0, 4]
     assert inputs.attention.context_lens.tolist() == [11]
     sampled = target.sampled_rows(target.draws(scheduled))
