@@ -23,7 +23,7 @@ constexpr int kPanelVectors = kPanel / VL;
 // and enters registers between two such blocks unrounded: the chain stays one.
 constexpr int64_t kInnerBlock = 512;
 // How far ahead of its use a weight is asked for where one row tile takes them all, in bytes.
-constexpr int64_t kPrefetch = 2048;
+constexpr int64_t kPrefetch = 4096;
 
 template <int T>
 constexpr int kElement = T == kFloat32 ? 4 : 2;
@@ -103,8 +103,8 @@ void multiply(const float* x, const char* w, Ahead ahead, int64_t inner, float* 
   constexpr int kBytes = kStep<T> * kPanel * kElement<T>;
   int64_t k = 0;
   for (; k + kStep<T> <= inner; k += kStep<T>) {
-    __builtin_prefetch(ahead.address);
-    if constexpr (kBytes > 64) __builtin_prefetch(ahead.address + 64);
+    ask_for(ahead, 0);
+    if constexpr (kBytes > 64) ask_for(ahead, 64);
     ahead.address += ahead.stride;
     step<T, R, V>(x, w, true, sums);
     x += kInputs<T> * R;

@@ -35,9 +35,8 @@ template <int Q, int R, int V>
 HG_INLINE void add_group(const int8_t* x, const char* w, Ahead& ahead, vi (&sums)[R][V]) {
   constexpr int kParts = Q == kInt4 ? 2 : 1;
   for (int step = 0; step < kStepsOf<Q>; ++step, w += kPanel * 4) {
-    // A single row takes each weight once: what is fetched far ahead need not enter the first level.
-    __builtin_prefetch(ahead.address, 0, R == 1 ? 2 : 3);
-    __builtin_prefetch(ahead.address + 64, 0, R == 1 ? 2 : 3);
+    ask_for(ahead, 0);
+    ask_for(ahead, 64);
     ahead.address += ahead.stride;
     vi loaded[V];
 #pragma GCC unroll 8

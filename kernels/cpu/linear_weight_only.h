@@ -38,8 +38,8 @@ void multiply_widened(const float* x, const char* block, Ahead ahead, int first,
     const int size = inner < kWeightOnlyGroup ? (int)inner : kWeightOnlyGroup;
     for (int k = 0; k < size; ++k, w += kPanel, x += R) {
       if (k % 2 == 0) {  // a line has two k's
-        __builtin_prefetch(ahead.address);
-        __builtin_prefetch(ahead.address + 64);
+        ask_for(ahead, 0);
+        ask_for(ahead, 64);
         ahead.address += ahead.stride;
       }
       vf values[V];
