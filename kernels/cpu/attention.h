@@ -119,7 +119,6 @@ void clear_state(Tile& t, State& state) {
 
 // What is done with a block, by the number of a head's query rows and the product.
 struct Way {
-  bool few;
   void (*score)(Tile&, int first, int last);  // few: groups of VL keys; many: keys
   void (*soften_few)(Tile&, int32_t base, int group_first, int group_last);
   void (*soften_many)(Tile&, int32_t base, int first, int last, bool edge);
@@ -133,17 +132,17 @@ Way few_of(int queries) {
       score_few<5, T>, score_few<6, T>,  score_few<7, T>,  score_few<8, T>,
       score_few<9, T>, score_few<10, T>, score_few<11, T>, score_few<12, T>};
   static_assert(sizeof score / sizeof *score == kFewQueries, "one function for each number");
-  return {true, score[queries - 1], soften_few<T>, nullptr, weigh<T, true>};
+  return {score[queries - 1], soften_few<T>, nullptr, weigh<T, true>};
 }
 
 template <int T>
 Way many_of() {
-  return {false, score_many<T>, nullptr, soften_many<T>, weigh<T, false>};
+  return {score_many<T>, nullptr, soften_many<T>, weigh<T, false>};
 }
 
 Way choose_way(const Tile& t) {
   const int queries = t.item->query_count, product = t.job->product;
-  const bool few = is_few(queries, t.dim);
+  const bool few = t.few;
 #if defined(__AVX512F__)
   if (product == kRoundedPairs) return few ? few_of<kRoundedPairs>(queries) : many_of<kRoundedPairs>();
 #endif
@@ -158,9 +157,9 @@ Way choose_way(const Tile& t) {
 // Keys [first, last) of the block at `base`, whose places are known; asks for those to come.
 void attend_block(Tile& t, int32_t base, int32_t first, int32_t last, const Way& way) {
   look_ahead(t, first, last);
-  open_block(t, base, first, last, !way.few && !in_pairs(t.job->product));
+  open_block(t, base, first, last, !t.few && !in_pairs(t.job->product));
   const int a = first - base, b = last - base;
-  if (way.few) {
+  if (t.few) {
     const int group_first = a / VL, group_last = (b + VL - 1) / VL;
     for (t.head = 0; t.head < t.item->kv_count; ++t.head) way.score(t, group_first, group_last);
     way.soften_few(t, base, group_first, group_last);
@@ -189,8 +188,8 @@ HG_INLINE vf fold_vectors(const float* from, int step) {
 }
 
 // The sums of weights. Of few, a query's partial sums are side by side; of many, queries'.
-void fold_sums(Tile& t, bool few) {
-  if (few) {
+void fold_sums(Tile& t) {
+  if (t.few) {
     for (int i = 0; i < t.queries; ++i)
       t.part.sum[i] = sum_lanes(fold_vectors<kSums / VL>(t.part_sums + i * kSums, VL));
     return;
@@ -210,7 +209,7 @@ void attend_partition(Tile& t, int32_t partition, const Way& way) {
     find_places(*t.job, *t.item, base, first, last, t.places);
     attend_block(t, base, first, last, way);
   }
-  fold_sums(t, way.few);
+  fold_sums(t);
 }
 
 // total += part
@@ -257,6 +256,7 @@ void prepare_tile(Tile& t, const AttentionJob& job, const AttentionItem& item) {
   t.padded_dim = round_up(t.dim, VL);
   t.lanes = in_pairs(job.product) ? t.dim / 2 : t.dim;
   t.head = 0;
+  t.few = is_few(item.query_count, t.dim);
   t.queries = item.kv_count * item.query_count;
   t.padded_queries = round_up(t.queries, VL);
 }

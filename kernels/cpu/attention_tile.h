@@ -60,6 +60,7 @@ struct Tile {
   int dim, padded_dim, queries, padded_queries;
   int lanes;  // of 32 bits that a query or key is multiplied in: a dimension's or, of pairs, two of them
   int head;  // which of the item's is worked on
+  bool few;  // of the two ways that attention.h tells of
   Keys seen;                            // of the item
   alignas(64) int32_t low[kQueryTile];  // keys each query sees: [low, high]
   alignas(64) int32_t high[kQueryTile];
@@ -132,7 +133,6 @@ void load_queries(Tile& t) {
   const AttentionJob& job = *t.job;
   const AttentionItem& item = *t.item;
   const int group = job.heads / job.kv_heads, count = item.query_count;
-  const bool few = is_few(count, t.dim);
   float* rows = t.wide_keys;  // [query][lane]; of no use before there are keys
   for (int i = 0; i < t.queries; ++i) {
     const Token token = token_of(job, item, i);
@@ -141,7 +141,7 @@ void load_queries(Tile& t) {
     t.low[i] = first_seen(job, t.high[i]);
     float* row = rows + i * t.lanes;
     load_query(t, job.q + token.index * job.q_token_stride + head * job.q_head_stride, row);
-    if (!few) continue;
+    if (!t.few) continue;
     float* to = t.q + i / count * count * t.lanes + i % count * kLanes;
     for (int n = 0; n < t.lanes; n += kLanes) memcpy(to + n * count, row + n, kLanes * sizeof(float));
   }
@@ -150,7 +150,7 @@ void load_queries(Tile& t) {
     t.high[i] = 0;
     memset(rows + i * t.lanes, 0, t.lanes * sizeof(float));
   }
-  if (!few) interleave(rows, t.lanes, t.padded_queries, t.lanes, t.q);
+  if (!t.few) interleave(rows, t.lanes, t.padded_queries, t.lanes, t.q);
 }
 
 // Finds the places of positions [first, last) of the block that starts at `base`, for an item's
@@ -215,11 +215,14 @@ void look_ahead(Tile& t, int32_t first, int32_t last) {
 
 // Asks for one key or value of those to come, of all heads of its item at once. Calls are spread over
 // the work on this block: a burst would fill the core's few slots for misses, and then stall it while
-// memory has nothing to do.
+// memory has nothing to do. What few queries read nobody else will: it passes by the larger caches.
 HG_INLINE void fetch_ahead(const Tile& t, const void* cache, const float* scales, int i) {
   const Places& places = t.ahead_places;
   const char* p = (const char*)cache + places.numbers[i] * item_size(t.job->cache_dtype);
-  for (int byte = 0; byte < t.ahead_bytes; byte += 64) __builtin_prefetch(p + byte, 0, 2);
+  for (int byte = 0; byte < t.ahead_bytes; byte += 64) {
+    if (t.few) __builtin_prefetch(p + byte, 0, 0);
+    else __builtin_prefetch(p + byte, 0, 2);
+  }
   if (scales && i % 16 == 0) __builtin_prefetch(scales + places.scales[i], 0, 2);
 }
 HG_INLINE void fetch_key(const Tile& t, int i) {
