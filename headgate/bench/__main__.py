@@ -249,10 +249,12 @@ def _model(files: ModelFiles) -> dict[str, Any]:
     facts = read_model_facts(Path(files.path))
     vocabulary = facts.vocab_size * facts.hidden_size
     layers = facts.parameters - vocabulary * (1 if facts.tied_embeddings else 2)
+    # What the last layer does after its attention, which few tokens of a prompt need.
+    last = facts.hidden_size * (facts.num_heads * facts.head_dim + 3 * facts.intermediate_size)
     return {
         "name": files.model_id,
         "parameters": facts.parameters,
-        "prompt_flops": 2 * layers,
+        "prompt_flops": 2 * (layers - last),
         "output_flops": 2 * (layers + vocabulary),
     }
 

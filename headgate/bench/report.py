@@ -150,8 +150,9 @@ def _shares(session: Session) -> str:
                 continue
             rows.append((f"{server} {kind}", str(case[1]), what, shown, share))
     text = (
-        "Useful arithmetic: two operations per weight and token, the vocabulary's only for tokens "
-        "that are sampled; prompts and answers together, over the whole time of the run. Decoding "
+        "Useful arithmetic: two operations per weight and token, the vocabulary's and those after "
+        "the last layer's attention only for tokens of answers; prompts and answers together, over "
+        "the whole time of the run. Decoding "
         "one request: the weights' bytes (2, 1 or 0.5 each, scales not counted) over the median "
         "time between tokens, where they come one by one. Shares are of the best of the machine "
         "before and after each run, and their medians are given."
