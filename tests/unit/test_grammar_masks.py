@@ -153,8 +153,9 @@ def test_logprobs_are_of_the_models_own_distribution(step: Driver) -> None:
     plain = row(1, PROMPT, range(4), logprobs=True, top_n_tokens=259)
     bound = row(2, PROMPT, range(4, 8), logprobs=True, top_n_tokens=259, grammar=WORD)
     result = step(new_rows=[plain, bound], rows=[1, 2], counts=[len(PROMPT)] * 2)
-    assert result.top[0] == result.top[1]
-    of = dict(zip(result.top[1].ids, result.top[1].logprobs, strict=True))
+    free, of = (dict(zip(top.ids, top.logprobs, strict=True)) for top in result.top)
+    # Products of the reference kernels don't give two rows alike the same bits.
+    assert of == pytest.approx(free, abs=1e-5)
     assert result.logprobs[1] == pytest.approx(of[result.token_ids[1]], abs=1e-6)
 
 
