@@ -116,36 +116,51 @@ void soften_few(Tile& t, int32_t base, int group_first, int group_last) {
 
 // ---- many query rows: vectors over query rows ----
 
-// s = products of K keys and V vectors of query rows, over lanes `LANE`, `LANE` + `STEP`, ... of `lanes`;
-// the chains of fewer than kLanes such steps are folded by halves, as score_few does.
-template <int T, int LANE, int STEP, int K, int V>
-HG_INLINE void score_lanes(const float* const* keys, const float* q, int padded, int lanes,
-                           vf (&s)[K][V]) {
-  if constexpr (STEP < kLanes) {
-    vf first[K][V];
-    score_lanes<T, LANE, 2 * STEP>(keys, q, padded, lanes, first);
-    score_lanes<T, LANE + STEP, 2 * STEP>(keys, q, padded, lanes, s);
-#pragma GCC unroll 8
-    for (int k = 0; k < K; ++k)
+// s += the products of K keys and V vectors of query rows in one lane.
+template <int T, int K, int V>
+HG_INLINE void add_lane(const float* const* keys, const float* q, int padded, int lane, vf (&s)[K][V]) {
+  vf x[V];
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) s[k][v] = first[k][v] + s[k][v];
-    return;
+  for (int v = 0; v < V; ++v) x[v] = load(q + lane * padded + v * VL);
+#pragma GCC unroll 8
+  for (int k = 0; k < K; ++k) {
+    const vf y = set1(keys[k][lane]);
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) s[k][v] = multiply_add<T>(y, x[v], s[k][v]);
   }
+}
+
+template <int K, int V>
+HG_INLINE void add_sums(const vf (&first)[K][V], vf (&s)[K][V]) {
 #pragma GCC unroll 8
   for (int k = 0; k < K; ++k)
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) s[k][v] = set1(0.0f);
-  for (int d = LANE; d < lanes; d += kLanes) {
-    vf x[V];
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) x[v] = load(q + d * padded + v * VL);
+    for (int v = 0; v < V; ++v) s[k][v] = first[k][v] + s[k][v];
+}
+
+// s = products of K keys and V vectors of query rows, over lanes `LANE`, `LANE` + `STEP`, ... of `lanes`:
+// kLanes / STEP chains, which are folded by halves, as score_few does. The last two of a fold are
+// in registers at the same time.
+template <int T, int LANE, int STEP, int K, int V>
+HG_INLINE void score_lanes(const float* const* keys, const float* q, int padded, int lanes,
+                           vf (&s)[K][V]) {
+  vf first[K][V];
+  if constexpr (2 * STEP < kLanes) {
+    score_lanes<T, LANE, 2 * STEP>(keys, q, padded, lanes, first);
+    score_lanes<T, LANE + STEP, 2 * STEP>(keys, q, padded, lanes, s);
+  } else {
 #pragma GCC unroll 8
-    for (int k = 0; k < K; ++k) {
-      const vf y = set1(keys[k][d]);
+    for (int k = 0; k < K; ++k)
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) s[k][v] = multiply_add<T>(y, x[v], s[k][v]);
+      for (int v = 0; v < V; ++v) first[k][v] = s[k][v] = set1(0.0f);
+    int lane = LANE;
+    for (; lane + STEP < lanes; lane += kLanes) {
+      add_lane<T>(keys, q, padded, lane, first);
+      add_lane<T>(keys, q, padded, lane + STEP, s);
     }
+    if (lane < lanes) add_lane<T>(keys, q, padded, lane, first);
   }
+  add_sums(first, s);
 }
 
 // Scores of K keys, times their scales where there are any, for V vectors of query rows.
@@ -174,26 +189,23 @@ void score_many_columns(Tile& t, int column, int first, int last) {
     const float* scales = t.job->k_scales ? t.key_scales + k : nullptr;
     tile(t.keys + k, scales, q, padded, t.lanes, out + k * padded, cap);
   };
-  // A chain of pairs is so short that few sums at a time, which stay in registers as they are folded, are
-  // better than little loading for each.
-  constexpr int kMost = T == kRoundedPairs ? (8 + V - 1) / V : kRowsOf<T>;
+  // As many keys as there are registers for both chains of each sum.
+  constexpr int kKeys = VL == 16 ? (V == 1 ? 8 : 4) : 6 / V;
   int k = first;
-  for (; k + kMost <= last; k += kMost) score(score_many_tile<T, kMost, V>, k);
-  if constexpr (kMost > 4)
-    for (; k + 4 <= last; k += 4) score(score_many_tile<T, 4, V>, k);
+  for (; k + kKeys <= last; k += kKeys) score(score_many_tile<T, kKeys, V>, k);
   for (; k < last; ++k) score(score_many_tile<T, 1, V>, k);
 }
 
+// Two vectors of query rows at a time, which stay in the first-level cache beside the keys; three are
+// taken together where registers allow.
 template <int T>
 void score_many(Tile& t, int first, int last) {
-  const int vectors = t.padded_queries / VL;
+  const int vectors = t.padded_queries / VL, rest = VL == 16 && vectors >= 3 ? vectors % 2 * 3 : vectors % 2;
   int v = 0;
-  for (; v + kVectors <= vectors; v += kVectors) score_many_columns<T, kVectors>(t, v, first, last);
-  if constexpr (kVectors == 4) {
-    if (vectors - v == 3) score_many_columns<T, 3>(t, v, first, last);
-    if (vectors - v == 2) score_many_columns<T, 2>(t, v, first, last);
-  }
-  if (vectors - v == 1) score_many_columns<T, 1>(t, v, first, last);
+  for (; v + rest < vectors; v += 2) score_many_columns<T, 2>(t, v, first, last);
+  if constexpr (VL == 16)
+    if (rest == 3) score_many_columns<T, 3>(t, v, first, last);
+  if (rest == 1) score_many_columns<T, 1>(t, v, first, last);
 }
 
 // Keys [first, last) of the block at `base`; `edge`: some query does not see all of them. Leaves what
@@ -207,15 +219,21 @@ void soften_many(Tile& t, int32_t base, int first, int last, bool edge) {
     float* weights = t.weights + c;
     const vi low = load_int(t.low + c), high = load_int(t.high + c);
     const vf before = load(t.part.maximum + c);
-    vf top = before;
-    for (int k = first; k < last; ++k) {
+    const auto score = [&](int k) {
       vf s = load(weights + k * padded);
-      if (edge) {
-        s = if_within(set1i(base + k), low, high, s, hidden);
-        store(weights + k * padded, s);
-      }
-      top = vmax(top, s);
-    }
+      if (!edge) return s;
+      s = if_within(set1i(base + k), low, high, s, hidden);
+      store(weights + k * padded, s);
+      return s;
+    };
+    constexpr int kChains = 4;  // a maximum does not depend on the order
+    vf tops[kChains] = {before, before, before, before};
+    int at = first;
+    for (; at + kChains <= last; at += kChains)
+#pragma GCC unroll 4
+      for (int i = 0; i < kChains; ++i) tops[i] = vmax(tops[i], score(at + i));
+    for (; at < last; ++at) tops[0] = vmax(tops[0], score(at));
+    const vf top = vmax(vmax(tops[0], tops[1]), vmax(tops[2], tops[3]));
     const vf decay = exp_v(before - top);
     store(t.part.maximum + c, top);
     store(t.decay + c, decay);

@@ -72,14 +72,12 @@ HG_INLINE vf multiply_pairs(vf sum, vi a, vi b) {
 
 // e^x for x <= 0, right to 17 bits, which is enough for what is rounded next; exactly 0 below -87.3.
 HG_INLINE vf exp_to_round(vf x) {
-  const vf lowest = set1(-87.3f), y = vmax(x, lowest);
-  const vf n = round_even(y * set1(1.44269504088896341f));
-  const vf r = fma(n, set1(-0.693147181f), y);
-  vf p = fma(set1(4.1277368e-2f), r, set1(1.67536010e-1f));
-  p = fma(p, r, set1(5.0005126e-1f));
-  p = fma(p, r * r, r) + set1(1.0f);
-  const vf power = as_float(shift_left(add_int(to_int(n), set1i(127)), 23));
-  return if_less(x, lowest, set1(0.0f), p * power);
+  const Exponent e = split_exponent(x);
+  vf p = fma(set1(4.1277334e-2f), e.rest, set1(1.6753602e-1f));
+  p = fma(p, e.rest, set1(5.0005126e-1f));
+  p = fma(p, e.rest, set1(1.0f));
+  p = fma(p, e.rest, set1(1.0f));
+  return times_power(p, e.shifted, x);
 }
 
 // Rounded to the nearest bfloat16, ties to even, but for subnormal numbers.

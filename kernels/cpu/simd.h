@@ -391,29 +391,41 @@ HG_INLINE float max_lanes(vf x) {
 #endif
 }
 
-// e^x, about 1 unit in the last place; exactly 0 below -87.3, clamped above 88.3.
+// e^x = e^rest 2^n, with |rest| at most half of ln 2: `shifted` has the whole number n in its lowest bits.
+struct Exponent {
+  vf rest, shifted;
+};
+HG_INLINE Exponent split_exponent(vf x) {
+  const vf shift = set1(12582912.0f);  // 1.5 * 2^23: numbers of its size are whole
+  const vf shifted = fma(x, set1(1.44269504088896341f), shift);
+  return {fma(shifted - shift, set1(-0.693147181f), x), shifted};
+}
+// p 2^n, where x is not so low that this may be subnormal: then exactly 0.
+HG_INLINE vf times_power(vf p, vf shifted, vf x) {
+  const vf scaled = as_float(add_int(as_int(p), shift_left(as_int(shifted), 23)));
+  return if_less(x, set1(-87.3f), set1(0.0f), scaled);
+}
+
+constexpr float kMostExponent = 88.3f;
+
+// e^x for x up to kMostExponent, to 1 unit in the last place near zero and 4 at the ends; exactly 0 below -87.3.
 HG_INLINE vf exp_v(vf x) {
-  const vf lowest = set1(-87.3f);
-  vf y = vmin(vmax(x, lowest), set1(88.3f));
-  vf n = round_even(y * set1(1.44269504088896341f));
-  vf r = fma(n, set1(-0.693359375f), y);
-  r = fma(n, set1(2.12194440e-4f), r);
-  vf p = set1(1.9875691500e-4f);
-  p = fma(p, r, set1(1.3981999507e-3f));
-  p = fma(p, r, set1(8.3334519073e-3f));
-  p = fma(p, r, set1(4.1665795894e-2f));
-  p = fma(p, r, set1(1.6666665459e-1f));
-  p = fma(p, r, set1(5.0000001201e-1f));
-  p = fma(p, r * r, r) + set1(1.0f);
-  vf power = as_float(shift_left(add_int(to_int(n), set1i(127)), 23));
-  return if_less(x, lowest, set1(0.0f), p * power);
+  const Exponent e = split_exponent(x);
+  vf p = set1(1.3814541e-3f);
+  p = fma(p, e.rest, set1(8.3687454e-3f));
+  p = fma(p, e.rest, set1(4.1668389e-2f));
+  p = fma(p, e.rest, set1(1.6666521e-1f));
+  p = fma(p, e.rest, set1(4.9999994e-1f));
+  p = fma(p, e.rest, set1(1.0f));
+  p = fma(p, e.rest, set1(1.0f));
+  return times_power(p, e.shifted, x);
 }
 
 // tanh by e^2|x|, and by its odd series near zero, where the quotient would cancel.
 HG_INLINE vf tanh_v(vf x) {
   const vf one = set1(1.0f);
   vf a = vabs(x);
-  vf big = one - set1(2.0f) / (exp_v(a + a) + one);
+  vf big = one - set1(2.0f) / (exp_v(vmin(a + a, set1(kMostExponent))) + one);
   vf s = x * x;
   vf t = set1(-5.70498872745e-3f);
   t = fma(t, s, set1(2.06390887954e-2f));
@@ -440,7 +452,7 @@ HG_INLINE vf erf_v(vf x) {
 }
 
 HG_INLINE vf sigmoid_v(vf x) {
-  return set1(1.0f) / (set1(1.0f) + exp_v(set1(0.0f) - x));
+  return set1(1.0f) / (set1(1.0f) + exp_v(vmin(set1(0.0f) - x, set1(kMostExponent))));
 }
 
 }  // namespace
