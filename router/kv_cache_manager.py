@@ -7,10 +7,10 @@ who must give them up, is the scheduler's business.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 
 from headgate.router.block_pool import BlockPool
-from headgate.router.prefix_cache import PrefixCache, block_hash, root_hash
+from headgate.router.prefix_cache import BlockContent, PrefixCache, block_hash, root_hash
 from headgate.router.request import Request
 
 
@@ -61,6 +61,23 @@ class KVCacheManager:
         hashes = request.block_hashes
         return self._cache.longest_match(hashes[index] for index in range(start, limit))
 
+    def match_part(
+        self, request: Request, num_blocks: int, excluded: Container[int] = ()
+    ) -> tuple[int, int]:
+        """Of its block after the first `num_blocks`, all cached: a cached block that begins with
+        the same tokens, and how many; (-1, 0) if there is none.
+
+        The request goes on in a copy of it: that copy must be done by the plan that computes
+        the next token, and the block must be computed by an earlier one. `excluded`: those
+        that are not. Again never the last token.
+        """
+        if not self._prefix_caching or request.skip_prefix_cache:
+            return -1, 0
+        first = num_blocks * self.block_size
+        last = min(first + self.block_size, request.num_tokens - 1)
+        parent = self._parent(request, num_blocks)
+        return self._cache.longest_beginning(parent, request.token_ids(first, last), excluded)
+
     def publish(self, request: Request) -> list[int]:
         """Makes its blocks findable by others as far as their content is settled (num_settled).
 
@@ -71,8 +88,9 @@ class KVCacheManager:
             return []
         self._hash_blocks(request, full)
         blocks = request.block_ids[first:full]
-        for key, block in zip(request.block_hashes[first:full], blocks, strict=True):
-            if self._cache.publish(key, block):
+        for index, block in enumerate(blocks, first):
+            content = self._content(request, index)
+            if self._cache.publish(content, block):
                 self.pool.retain(block)
         request.num_published = full
         return blocks
@@ -89,10 +107,19 @@ class KVCacheManager:
         hashes, size = request.block_hashes, self.block_size
         if len(hashes) >= count:
             return
-        parent = hashes[-1] if hashes else root_hash(request.adapter_id)
         for index in range(len(hashes), count):
-            parent = block_hash(parent, request.token_ids(index * size, (index + 1) * size))
-            hashes.append(parent)
+            token_ids = request.token_ids(index * size, (index + 1) * size)
+            hashes.append(block_hash(self._parent(request, index), token_ids))
+
+    def _parent(self, request: Request, index: int) -> bytes:
+        """The hash of all before its block `index`; that before is hashed."""
+        return request.block_hashes[index - 1] if index else root_hash(request.adapter_id)
+
+    def _content(self, request: Request, index: int) -> BlockContent:
+        """Of its full block `index`, which is hashed."""
+        start = index * self.block_size
+        token_ids = request.token_ids(start, start + self.block_size)
+        return BlockContent.of(request.block_hashes[index], self._parent(request, index), token_ids)
 
     # ------------------------------------------------------------ block tables
 
@@ -102,6 +129,8 @@ class KVCacheManager:
 
     def admit(self, request: Request, hits: Sequence[int], num_positions: int) -> bool:
         """Gives it a block table of `hits` (from `match`) and new blocks, for `num_positions`.
+
+        A block from `match_part` may be among the new ones: plans copy before they compute.
 
         False, and nothing done, if there are too few blocks.
         """

@@ -65,7 +65,7 @@ class Request:
     last_sequence: int = 0  # of the last plan that computed it
     block_ids: list[int] = field(default_factory=list)  # block table
     fork_of: Request | None = None  # its table is a fork of this one's, and the shards don't know
-    copies: list[tuple[int, int]] = field(default_factory=list)  # blocks to copy for that
+    copies: list[tuple[int, int]] = field(default_factory=list)  # of blocks, that it begins with
     block_hashes: list[bytes] = field(default_factory=list)  # of its leading full blocks, as needed
     num_published: int = 0  # leading blocks that were offered to the prefix cache
     num_cached_tokens: int = 0  # prompt tokens its first admission found in the prefix cache

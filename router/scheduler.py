@@ -282,10 +282,13 @@ class Scheduler:
         alone = all(beams is not None and row.beams is beams for row in self._rows.running)
         if not self._admission.fits(request, hits, alone):
             return False
-        cached = len(hits) * self._config.block_size
+        source, part = self._kv.match_part(request, len(hits), draft.filled)
+        cached = len(hits) * self._config.block_size + part
         count = self._part(request, request.num_tokens - cached, draft.budget)
         if not self._kv.admit(request, hits, cached + count):
             return False
+        if part:
+            request.copies = [(source, request.block_ids[len(hits)])]
         if not request.skip_prefix_cache and self._config.prefix_caching:
             self._totals["prefix_queries"] += request.num_tokens
             self._totals["prefix_hits"] += cached

@@ -21,7 +21,7 @@ class StepDraft:
     preempted: bool = False  # someone gave way to a row of this step
     holds_prompt: bool = False  # it computes a part of a prompt, or of an output anew
     rows: list[PlannedRow] = field(default_factory=list)
-    forked: list[Request] = field(default_factory=list)
+    forked: list[Request] = field(default_factory=list)  # those that begin with a copy of KV
     filled: list[int] = field(default_factory=list)  # blocks, with known tokens
     _forks: list[Fork] = field(default_factory=list)
     _copies: list[tuple[int, int]] = field(default_factory=list)
@@ -55,7 +55,7 @@ class StepDraft:
     def _send(self, row: Request) -> None:
         """Tells the shards of a row: as a fork where it is one of a row that they know."""
         parent = row.fork_of
-        if parent is not None:
+        if parent is not None or row.copies:
             self.forked.append(row)
             self._copies.extend(row.copies)
             row.fork_of, row.copies = None, []

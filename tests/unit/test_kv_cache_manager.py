@@ -119,6 +119,39 @@ def test_a_prompt_takes_over_what_others_have_of_it() -> None:
     assert tables.kv.pool.num_used == 0
 
 
+def test_a_block_that_begins_with_the_next_tokens_is_found() -> None:
+    tables = Tables()
+    first = tables.admit(tables.request(ids(13)))
+    other = tables.request([*ids(10), 70, 71, 72, 73])
+    assert tables.kv.match(other) == first.block_ids[:2]
+    assert tables.kv.match_part(other, 2) == (first.block_ids[2], 2)
+    assert tables.kv.match_part(other, 2, excluded=first.block_ids) == (-1, 0)
+    second = tables.admit(other)
+    third = tables.request([*ids(10), 70, 80])
+    assert tables.kv.match(third) == first.block_ids[:2]
+    assert tables.kv.match_part(third, 2) == (second.block_ids[2], 3)
+    assert tables.kv.match_part(tables.request([8, 9, 70]), 0) == (-1, 0), "another parent's"
+
+
+def test_the_last_token_is_not_taken_from_the_middle_of_a_block_either() -> None:
+    tables = Tables()
+    first = tables.admit(tables.request(ids(13)))
+    for length, part in ((12, 3), (11, 2), (10, 1), (9, 0)):
+        request = tables.request(ids(length))
+        assert len(tables.kv.match(request)) == 2
+        assert tables.kv.match_part(request, 2) == ((first.block_ids[2], part) if part else (-1, 0))
+
+
+@pytest.mark.parametrize("other", [{"adapter_id": "x"}, {"skip_prefix_cache": True}])
+def test_who_finds_no_beginning_of_a_block(other: dict[str, object]) -> None:
+    tables = Tables()
+    tables.admit(tables.request(ids(9)))
+    request = tables.request(ids(3), **other)
+    assert tables.kv.match(request) == []
+    assert tables.kv.match_part(request, 0) == (-1, 0)
+    assert tables.kv.match_part(tables.request(ids(3)), 0) != (-1, 0)
+
+
 def test_generated_tokens_are_cached_too() -> None:
     tables = Tables()
     request = tables.admit(tables.request(ids(6)))

@@ -216,3 +216,66 @@ def test_no_copy_is_made_of_a_block_that_the_same_plan_fills() -> None:
     assert simulation.step().forks[0].child == child.id
     simulation.run()
     simulation.check_answers()
+
+
+# ---------------------------------------------------------------- beginnings of blocks
+
+
+def test_a_prefix_that_ends_in_a_block_is_shared_up_to_there() -> None:
+    simulation = Simulation(max_batch_prefill_tokens=64)
+    first = simulation.add([*SHARED[:10], 40, 41], new=3)
+    simulation.run()
+    second = simulation.add([*SHARED[:10], 42, 43, 44], new=3)
+    plan = simulation.step()
+    assert counts(plan) == {second.id: 3}
+    ((source, target),) = plan.copies
+    assert target == second.block_ids[2] != source
+    assert plan.new_rows[0].num_computed_tokens == second.num_cached_tokens == 10
+    simulation.run()
+    assert simulation.scheduler.stats.prefix_hits == 10
+    assert first.num_cached_tokens == 0
+    simulation.check_answers()
+
+
+def test_what_is_copied_was_computed_by_an_earlier_plan() -> None:
+    simulation = Simulation(max_batch_prefill_tokens=64)
+    simulation.add([*SHARED[:10], 40, 41, 42], new=3)
+    simulation.add([*SHARED[:10], 43, 44, 45], new=3)
+    plan = simulation.plan()
+    assert plan is not None
+    assert counts(plan) == {0: 13, 1: 5} and not plan.copies
+    simulation.add([*SHARED[:10], 46, 47, 48], new=3)
+    plan = simulation.plan()
+    assert plan is not None
+    assert counts(plan)[2] == 3 and len(plan.copies) == 1
+    simulation.run()
+    simulation.check_answers()
+
+
+def test_what_refused_plans_were_to_copy_is_computed() -> None:
+    simulation = Simulation(max_batch_prefill_tokens=64)
+    simulation.add([*SHARED[:10], 40, 41], new=3)
+    simulation.run()
+    second = simulation.add([*SHARED[:10], 42, 43, 44], new=3)
+    simulation.shard.refuse = True
+    plan = simulation.plan()
+    assert plan is not None and plan.copies
+    simulation.deliver()
+    assert second.status is RequestStatus.PREEMPTED and not second.copies
+    assert len(simulation.step().copies) == 1
+    simulation.run()
+    simulation.check_answers()
+
+
+def test_the_block_that_is_copied_may_be_taken_by_the_same_plan() -> None:
+    """There are so few blocks that the new row needs the one that it begins with a copy of."""
+    simulation = Simulation(max_batch_prefill_tokens=64, num_blocks=4)
+    simulation.add([*SHARED[:6], 40, 41], new=2)
+    simulation.run()
+    second = simulation.add([*SHARED[:6], *range(30, 40)], new=1)
+    plan = simulation.plan()
+    assert plan is not None and counts(plan) == {second.id: 10}
+    ((source, _),) = plan.copies
+    assert source in second.block_ids[1:]
+    simulation.run()
+    simulation.check_answers()

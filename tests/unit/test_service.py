@@ -6,6 +6,7 @@ import asyncio
 import subprocess
 import sys
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -645,8 +646,10 @@ def _use_client(address: str) -> None:
         )
         pieces = list(client.stream("abc", params))
         assert "".join(piece.text for piece in pieces) == whole.text
-        assert pieces[-1].generation == whole
         ids = [span.id for span in client.tokenize("abc")]
+        last = pieces[-1].generation
+        assert last is not None and last.cached_tokens == len(ids) - 1
+        assert replace(last, cached_tokens=whole.cached_tokens) == whole
         assert client.generate(ids, params).tokens == whole.tokens
         assert client.generate("abc", params, stop=whole.text[3:5]).text == whole.text[:5]
         assert client.info().model_id == "test/model"
