@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Container, Iterable, Sequence
 
 from headgate.router.block_pool import BlockPool
-from headgate.router.prefix_cache import BlockContent, PrefixCache, block_hash, root_hash
+from headgate.router.prefix_cache import PrefixCache, block_hash, root_hash
 from headgate.router.request import Request
 
 
@@ -26,6 +26,7 @@ class KVCacheManager:
 
     def __init__(self, num_blocks: int, block_size: int, prefix_caching: bool = True) -> None:
         self.block_size = block_size
+        self.half_block = max(block_size // 2, 1)
         self._prefix_caching = prefix_caching
         self._cache = PrefixCache()
         self.pool = BlockPool(num_blocks, on_evict=self._cache.forget)
@@ -61,22 +62,24 @@ class KVCacheManager:
         hashes = request.block_hashes
         return self._cache.longest_match(hashes[index] for index in range(start, limit))
 
-    def match_part(
+    def match_half(
         self, request: Request, num_blocks: int, excluded: Container[int] = ()
-    ) -> tuple[int, int]:
-        """Of its block after the first `num_blocks`, all cached: a cached block that begins with
-        the same tokens, and how many; (-1, 0) if there is none.
+    ) -> int | None:
+        """A cached block whose first half holds the next tokens after the request's first
+        `num_blocks` blocks, all of them cached.
 
         The request goes on in a copy of it: that copy must be done by the plan that computes
         the next token, and the block must be computed by an earlier one. `excluded`: those
         that are not. Again never the last token.
+
+        Not token by token: how many were cached, or how long a prompt took, would tell whoever
+        tries each next token what another client's prompt has there.
         """
         if not self._prefix_caching or request.skip_prefix_cache:
-            return -1, 0
-        first = num_blocks * self.block_size
-        last = min(first + self.block_size, request.num_tokens - 1)
-        parent = self._parent(request, num_blocks)
-        return self._cache.longest_beginning(parent, request.token_ids(first, last), excluded)
+            return None
+        if num_blocks * self.block_size + self.half_block >= request.num_tokens:
+            return None
+        return self._cache.with_half(self._half_hash(request, num_blocks), excluded)
 
     def publish(self, request: Request) -> list[int]:
         """Makes its blocks findable by others as far as their content is settled (num_settled).
@@ -89,8 +92,8 @@ class KVCacheManager:
         self._hash_blocks(request, full)
         blocks = request.block_ids[first:full]
         for index, block in enumerate(blocks, first):
-            content = self._content(request, index)
-            if self._cache.publish(content, block):
+            half = self._half_hash(request, index)
+            if self._cache.publish(request.block_hashes[index], half, block):
                 self.pool.retain(block)
         request.num_published = full
         return blocks
@@ -115,11 +118,11 @@ class KVCacheManager:
         """The hash of all before its block `index`; that before is hashed."""
         return request.block_hashes[index - 1] if index else root_hash(request.adapter_id)
 
-    def _content(self, request: Request, index: int) -> BlockContent:
-        """Of its full block `index`, which is hashed."""
+    def _half_hash(self, request: Request, index: int) -> bytes:
+        """Of all up to the middle of its block `index`; what is before the block is hashed."""
         start = index * self.block_size
-        token_ids = request.token_ids(start, start + self.block_size)
-        return BlockContent.of(request.block_hashes[index], self._parent(request, index), token_ids)
+        token_ids = request.token_ids(start, start + self.half_block)
+        return block_hash(self._parent(request, index), token_ids)
 
     # ------------------------------------------------------------ block tables
 
@@ -130,7 +133,7 @@ class KVCacheManager:
     def admit(self, request: Request, hits: Sequence[int], num_positions: int) -> bool:
         """Gives it a block table of `hits` (from `match`) and new blocks, for `num_positions`.
 
-        A block from `match_part` may be among the new ones: plans copy before they compute.
+        A block from `match_half` may be among the new ones: plans copy before they compute.
 
         False, and nothing done, if there are too few blocks.
         """

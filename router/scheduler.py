@@ -282,12 +282,14 @@ class Scheduler:
         alone = all(beams is not None and row.beams is beams for row in self._rows.running)
         if not self._admission.fits(request, hits, alone):
             return False
-        source, part = self._kv.match_part(request, len(hits), draft.filled)
-        cached = len(hits) * self._config.block_size + part
+        source = self._kv.match_half(request, len(hits), draft.filled)
+        cached = len(hits) * self._config.block_size
+        if source is not None:
+            cached += self._kv.half_block
         count = self._part(request, request.num_tokens - cached, draft.budget)
         if not self._kv.admit(request, hits, cached + count):
             return False
-        if part:
+        if source is not None:
             request.copies = [(source, request.block_ids[len(hits)])]
         if not request.skip_prefix_cache and self._config.prefix_caching:
             self._totals["prefix_queries"] += request.num_tokens

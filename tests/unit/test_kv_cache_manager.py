@@ -119,37 +119,43 @@ def test_a_prompt_takes_over_what_others_have_of_it() -> None:
     assert tables.kv.pool.num_used == 0
 
 
-def test_a_block_that_begins_with_the_next_tokens_is_found() -> None:
+def test_a_block_whose_first_half_is_alike_is_found() -> None:
     tables = Tables()
     first = tables.admit(tables.request(ids(13)))
     other = tables.request([*ids(10), 70, 71, 72, 73])
     assert tables.kv.match(other) == first.block_ids[:2]
-    assert tables.kv.match_part(other, 2) == (first.block_ids[2], 2)
-    assert tables.kv.match_part(other, 2, excluded=first.block_ids) == (-1, 0)
+    assert tables.kv.match_half(other, 2) == first.block_ids[2]
+    assert tables.kv.match_half(other, 2, excluded=first.block_ids) is None
     second = tables.admit(other)
     third = tables.request([*ids(10), 70, 80])
     assert tables.kv.match(third) == first.block_ids[:2]
-    assert tables.kv.match_part(third, 2) == (second.block_ids[2], 3)
-    assert tables.kv.match_part(tables.request([8, 9, 70]), 0) == (-1, 0), "another parent's"
+    assert tables.kv.match_half(third, 2) == second.block_ids[2], "the newer of two"
+    assert tables.kv.match_half(tables.request([8, 9, 70]), 0) is None, "another parent's"
 
 
 def test_the_last_token_is_not_taken_from_the_middle_of_a_block_either() -> None:
     tables = Tables()
     first = tables.admit(tables.request(ids(13)))
-    for length, part in ((12, 3), (11, 2), (10, 1), (9, 0)):
+    for length, found in ((12, True), (11, True), (10, False), (9, False)):
         request = tables.request(ids(length))
         assert len(tables.kv.match(request)) == 2
-        assert tables.kv.match_part(request, 2) == ((first.block_ids[2], part) if part else (-1, 0))
+        assert tables.kv.match_half(request, 2) == (first.block_ids[2] if found else None)
+
+
+def test_less_than_half_a_block_is_not_shared() -> None:
+    tables = Tables()
+    tables.admit(tables.request(ids(9)))
+    assert tables.kv.match_half(tables.request([0, 90, 91]), 0) is None
 
 
 @pytest.mark.parametrize("other", [{"adapter_id": "x"}, {"skip_prefix_cache": True}])
-def test_who_finds_no_beginning_of_a_block(other: dict[str, object]) -> None:
+def test_who_finds_no_half_of_a_block(other: dict[str, object]) -> None:
     tables = Tables()
     tables.admit(tables.request(ids(9)))
     request = tables.request(ids(3), **other)
     assert tables.kv.match(request) == []
-    assert tables.kv.match_part(request, 0) == (-1, 0)
-    assert tables.kv.match_part(tables.request(ids(3)), 0) != (-1, 0)
+    assert tables.kv.match_half(request, 0) is None
+    assert tables.kv.match_half(tables.request(ids(3)), 0) is not None
 
 
 def test_generated_tokens_are_cached_too() -> None:

@@ -176,16 +176,16 @@ def test_lockstep_rows_wait_for_their_result() -> None:
 # ---------------------------------------------------------------- prefix cache
 
 
-def test_a_prompt_seen_before_costs_one_token() -> None:
+def test_a_prompt_seen_before_costs_half_a_block() -> None:
     simulation = Simulation()
     prompt = list(range(1, 13))
     simulation.add(prompt, new=2)
     simulation.run()
     again = simulation.add(prompt, new=2)
-    assert counts(simulation.step()) == {1: 1}
+    assert counts(simulation.step()) == {1: 2}
     simulation.run()
-    assert again.num_cached_tokens == 11
-    assert simulation.scheduler.stats.prefix_hits == 11
+    assert again.num_cached_tokens == 10
+    assert simulation.scheduler.stats.prefix_hits == 10
     assert simulation.scheduler.stats.prefix_queries == 24
     simulation.check_answers()
 
