@@ -108,8 +108,6 @@ class KVCacheManager:
     def _hash_blocks(self, request: Request, count: int) -> None:
         """Extends the request's chain of hashes to its first `count` blocks, each hashed once."""
         hashes, size = request.block_hashes, self.block_size
-        if len(hashes) >= count:
-            return
         for index in range(len(hashes), count):
             token_ids = request.token_ids(index * size, (index + 1) * size)
             hashes.append(block_hash(self._parent(request, index), token_ids))

@@ -250,7 +250,7 @@ HG_INLINE vf vmin(vf a, vf b) { return a < b ? a : b; }
 HG_INLINE vf as_float(vi a) { return (vf)a; }
 HG_INLINE vi as_int(vf a) { return (vi)a; }
 HG_INLINE vf vabs(vf a) { return (vf)((vi)a & 0x7fffffff); }
-// Only for |a| < 2^22, which is all that exp_v asks.
+// Only for |a| < 2^22: what is quantised is below 2^8.
 HG_INLINE vf round_even(vf a) { vf magic = set1(12582912.0f); return (a + magic) - magic; }
 HG_INLINE vi to_int(vf a) { return __builtin_convertvector(a, vi); }
 HG_INLINE vf to_float(vi a) { return __builtin_convertvector(a, vf); }
