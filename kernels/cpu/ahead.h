@@ -13,12 +13,15 @@ namespace {
 using namespace headgate;
 
 // The address of what is needed next, how far it moves on at each step, and whether it is used once:
-// then it passes by the larger caches, and what they hold of others stays there.
+// then it passes by the larger caches, and what they hold of others stays there. It travels in registers:
+// on the stack it would be read in one piece right after it was written in two, which waits for all
+// stores before.
 struct Ahead {
   const char* address;
-  int64_t stride;
+  int32_t stride;
   bool once;
 };
+static_assert(sizeof(Ahead) == 16, "two registers");
 
 // Asks for the line so many bytes `on`.
 HG_INLINE void ask_for(const Ahead& ahead, int on) {
@@ -26,12 +29,21 @@ HG_INLINE void ask_for(const Ahead& ahead, int on) {
   else __builtin_prefetch(ahead.address + on, 0, 3);
 }
 
-// For row tile `tile` of `count`, which takes `size` bytes of weights in steps of `step` bytes: its share
-// of those at `soon`. A tile that is alone takes all from memory, and asks for what is so many bytes `on`.
-HG_INLINE Ahead ahead_of(const char* weights, int64_t on, const char* soon, int64_t size,
-                         int64_t step, int64_t tile, int64_t count) {
-  if (count == 1) return {weights + on, step, true};
-  return {soon + tile * size / count, (step + count - 1) / count, false};
+// What each of `count` row tiles asks for, which all take `size` bytes of weights in steps of `step` bytes.
+struct Share {
+  int64_t size;
+  int32_t stride;
+  bool is_all;
+};
+HG_INLINE Share share_of(int64_t size, int64_t step, int64_t count) {
+  return {size / count, int32_t((step + count - 1) / count), count == 1};
+}
+
+// For row tile `tile`: its share of the weights at `soon`. A tile that is alone takes all from memory, and
+// asks for what is so many bytes `on` from `weights`.
+HG_INLINE Ahead ahead_of(const char* weights, int64_t on, const char* soon, Share share, int64_t tile) {
+  if (share.is_all) return {weights + on, share.stride, true};
+  return {soon + tile * share.size, share.stride, false};
 }
 
 // The panel after this one, where the thread's next tile probably begins with `later`.

@@ -85,6 +85,26 @@ static inline RowRange row_range(int64_t rows, int64_t tiles, int64_t tile) {
   return {rows * tile / tiles, rows * (tile + 1) / tiles};
 }
 
+// The ranges of `tile` and those after it, one by one, without a division for each: beside a tile of few
+// multiply-adds it would be noticed.
+class RowWalk {
+ public:
+  RowWalk(int64_t rows, int64_t tiles, int64_t tile)
+      : tiles_(tiles), least_(rows / tiles), excess_(rows % tiles),
+        first_(rows * tile / tiles), saved_(rows * tile % tiles) {}
+  RowRange next() {
+    const int64_t first = first_;
+    first_ += least_;
+    saved_ += excess_;
+    if (saved_ >= tiles_) saved_ -= tiles_, ++first_;
+    return {first, first_};
+  }
+
+ private:
+  int64_t tiles_, least_, excess_;
+  int64_t first_, saved_;  // rows * tile = first_ * tiles_ + saved_
+};
+
 constexpr int kMaxHeadDim = 256;
 // Query rows (tokens times heads of a group) that one tile of attention takes.
 constexpr int kQueryTile = 64;

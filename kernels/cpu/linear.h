@@ -19,9 +19,9 @@ using namespace headgate;
 // Rows and vectors of the inner loop: their product of sums stays in registers.
 constexpr int kTileRows = VL == 16 ? 12 : 6;
 constexpr int kPanelVectors = kPanel / VL;
-// Inputs and weights of so many k's are used while they are in the first-level cache. A sum leaves
+// Inputs and weights of so many k's are used while they are in the second-level cache. A sum leaves
 // and enters registers between two such blocks unrounded: the chain stays one.
-constexpr int64_t kInnerBlock = 512;
+constexpr int64_t kInnerBlock = 1536;
 // How far ahead of its use a weight is asked for where one row tile takes them all, in bytes.
 constexpr int64_t kPrefetch = 4096;
 
@@ -165,6 +165,7 @@ void linear_typed(const LinearJob& job, int64_t panel_first, int64_t panel_last,
   constexpr int kShared = kStep<T> / kInputs<T>;
   const int64_t row = T == kRoundedPairs ? padded / kShared : job.inner;
   const int64_t panels = (job.columns + kPanel - 1) / kPanel, count = tiles.last - tiles.first;
+  const RowWalk from_first(job.rows, job.row_tiles, tiles.first);
   for (int64_t panel = panel_first; panel < panel_last; ++panel) {
     const char* weight = (const char*)job.weight + panel * panel_bytes;
     const int64_t next = panel_after(panel, panel_last, later, panels);
@@ -174,12 +175,13 @@ void linear_typed(const LinearJob& job, int64_t panel_first, int64_t panel_last,
     for (int64_t k = 0; k < job.inner; k += kInnerBlock) {
       const int64_t inner = job.inner - k < kInnerBlock ? job.inner - k : kInnerBlock;
       const char* weights = weight_at<T>(weight, k);
-      const int64_t size = weight_at<T>(weight, k + inner) - weights;
-      for (int64_t tile = tiles.first; tile < tiles.last; ++tile) {
-        const RowRange range = row_range(job.rows, job.row_tiles, tile);
+      const Share share = share_of(weight_at<T>(weight, k + inner) - weights,
+                                   kStep<T> * kPanel * kElement<T>, count);
+      RowWalk rows = from_first;
+      for (int64_t tile = 0; tile < count; ++tile) {
+        const RowRange range = rows.next();
         const int64_t height = range.last - range.first;
-        const Ahead ahead = ahead_of(weights, kPrefetch, weight_at<T>(soon, k), size,
-                                     kStep<T> * kPanel * kElement<T>, tile - tiles.first, count);
+        const Ahead ahead = ahead_of(weights, kPrefetch, weight_at<T>(soon, k), share, tile);
         panel_function<T>(height)(job.x + range.first * row + k / kShared * height, weights, ahead,
                                   inner, job.y + range.first * job.y_stride + column, job.y_stride,
                                   columns, k > 0);

@@ -142,15 +142,17 @@ void multiply_panels(const QuantisedLinearJob& job, int64_t first, int64_t last,
   const int64_t panels = (job.columns + kPanel - 1) / kPanel;
   const int64_t count = tiles.last - tiles.first;
   const int64_t on = job.rows == 1 ? kQuantisedPrefetch : 2 * kQuantisedPrefetch;
-  constexpr int64_t kStep = (block_bytes(Q) + kStepsOf<Q> - 1) / kStepsOf<Q>;
+  const Share share = share_of(size, (block_bytes(Q) + kStepsOf<Q> - 1) / kStepsOf<Q>, count);
+  const RowWalk from_first(job.rows, job.row_tiles, tiles.first);
   for (int64_t panel = first; panel < last; ++panel) {
     const char* weight = job.weight + panel * size;
     const int64_t column = panel * kPanel;
     const int64_t columns = job.columns - column < kPanel ? job.columns - column : kPanel;
     const char* soon = job.weight + panel_after(panel, last, later, panels) * size;
-    for (int64_t tile = tiles.first; tile < tiles.last; ++tile) {
-      const RowRange range = row_range(job.rows, job.row_tiles, tile);
-      const Ahead ahead = ahead_of(weight, on, soon, size, kStep, tile - tiles.first, count);
+    RowWalk rows = from_first;
+    for (int64_t tile = 0; tile < count; ++tile) {
+      const RowRange range = rows.next();
+      const Ahead ahead = ahead_of(weight, on, soon, share, tile);
       quantised_panel<Q>(range.last - range.first)(
           job.x + range.first * groups * row_group_bytes(Q), weight, ahead, groups,
           job.y + range.first * job.y_stride + column, job.y_stride, columns,

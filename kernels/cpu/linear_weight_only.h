@@ -93,16 +93,17 @@ void multiply_widened_panels(const QuantisedLinearJob& job, int64_t first, int64
                              int64_t later, RowRange tiles) {
   const int64_t size = panel_bytes(job.inner, job.kind);
   const int64_t panels = (job.columns + kPanel - 1) / kPanel, count = tiles.last - tiles.first;
-  constexpr int64_t kStep = block_bytes(kInt8WeightOnly) / (kWeightOnlyGroup / 2);
+  const Share share = share_of(size, block_bytes(kInt8WeightOnly) / (kWeightOnlyGroup / 2), count);
+  const RowWalk from_first(job.rows, job.row_tiles, tiles.first);
   for (int64_t panel = first; panel < last; ++panel) {
     const char* weight = job.weight + panel * size;
     const char* soon = job.weight + panel_after(panel, last, later, panels) * size;
     const int64_t column = panel * kPanel;
     const int64_t columns = job.columns - column < kPanel ? job.columns - column : kPanel;
-    for (int64_t tile = tiles.first; tile < tiles.last; ++tile) {
-      const RowRange range = row_range(job.rows, job.row_tiles, tile);
-      const Ahead ahead =
-          ahead_of(weight, kWeightOnlyPrefetch, soon, size, kStep, tile - tiles.first, count);
+    RowWalk rows = from_first;
+    for (int64_t tile = 0; tile < count; ++tile) {
+      const RowRange range = rows.next();
+      const Ahead ahead = ahead_of(weight, kWeightOnlyPrefetch, soon, share, tile);
       widened_panel(range.last - range.first)(
           (const float*)job.x + range.first * job.inner, weight, ahead, job.inner, job.y + range.first * job.y_stride + column, job.y_stride, columns,
           job.bias ? job.bias + column : nullptr);
