@@ -32,7 +32,8 @@ CORE_FLOPS = {
 }
 WIDE_VECTORS_GAIN = 2
 CPU_STEP_TOKENS = (128, 512)
-CPU_DRAFT_TOKENS = 8  # to a row; none on a GPU unless asked for
+# To a row; none on a GPU unless asked for. With its next token they fill a row tile of float32.
+CPU_DRAFT_TOKENS = 11
 CPU_MOST_STEP_TOKENS = 1024  # a budget made for a GPU would let one step hold up all others
 SMALLEST_KV_TOKENS = 512  # less is no use, so it is too little memory
 FALLBACK_POSITIONS = 4096  # for a model that does not say how long it may get

@@ -177,6 +177,6 @@ MODEL = (
         "are kept where it would have got them anyway; 0: none. See speculation.md.",
         minimum=0,
         maximum=MOST_DRAFT_TOKENS,
-        default_text="8 on a CPU, 0 on a GPU",
+        default_text="11 on a CPU, 0 on a GPU",
     ),
 )

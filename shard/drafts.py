@@ -9,14 +9,18 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+# Guesses that a step has room for, for each of its rows, from which on more of them pay.
+ROOM_TO_TRY = 6
+ROOM_TO_DARE = 16
 
-def guess(token_ids: npt.NDArray[np.int32], known: int, most: int) -> int:
+
+def guess(token_ids: npt.NDArray[np.int32], known: int, most: int, room: int) -> int:
     """Writes up to `most` guesses into `token_ids` from place `known` on; how many.
 
     Of all places where the last known tokens occurred before, those count where the most of them
-    agree, up to `most` + 1, and of these the last. If m tokens agree, the m - 1 that followed are
-    the guess: the more agree, the surer it is. What follows may be the guess itself, which so goes
-    on with a loop.
+    agree, up to `most` + 1, and of these the last. The more agree, the surer is what followed, and
+    so much of it is the guess (`worth_trying`). What follows may be the guess itself, which so goes
+    on with a loop. `room`: guesses that the step has room for, for each of its rows.
     """
     if most < 1 or known < 2:
         return 0
@@ -27,6 +31,18 @@ def guess(token_ids: npt.NDArray[np.int32], known: int, most: int) -> int:
         last = ends[-1]
         ends = ends[ends >= agreed]
         ends = ends[token_ids[ends - agreed] == token_ids[known - 1 - agreed]]
-    for place in range(known, known + agreed - 1):
+    count = min(worth_trying(agreed, room), most) if agreed else 0
+    for place in range(known, known + count):
         token_ids[place] = token_ids[last + 1 + place - known]
-    return max(agreed - 1, 0)
+    return count
+
+
+def worth_trying(agreed: int, room: int) -> int:
+    """How many guesses to make where so many tokens agree.
+
+    A wrong one costs its part of the step, a right one saves the row a step: the fewer rows share
+    steps, and the more tokens make no long one, the less likely a guess has to be.
+    """
+    if room >= ROOM_TO_DARE:
+        return 2 * agreed
+    return agreed if room >= ROOM_TO_TRY else agreed - 1

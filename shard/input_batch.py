@@ -325,10 +325,11 @@ class InputBatch:
         blocks, its length and the step have room."""
         known, blocks = self.num_tokens[slots], self.num_blocks[slots] * self.limits.block_size
         limit = np.minimum(self.most_tokens[slots] - 1, blocks) - known
+        room_each = room // max(len(slots), 1)
         for row, slot in enumerate(slots.tolist()):
             wanted = min(int(most[row]), int(limit[row]), room)
             if wanted > 0:
-                drafts[row] = guess(self.token_ids[slot], int(known[row]), wanted)
+                drafts[row] = guess(self.token_ids[slot], int(known[row]), wanted, room_each)
                 room -= int(drafts[row])
 
     def _refuse_if(self, wrong: npt.NDArray[np.bool_], slots: IntArray, problem: str) -> None:

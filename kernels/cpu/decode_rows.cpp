@@ -55,9 +55,16 @@ struct DecodeRows {
 
 constexpr uint8_t kLength = 1, kEos = 2;
 
+// As shard/drafts.py's `worth_trying`.
+constexpr int64_t kRoomToTry = 6, kRoomToDare = 16;
+int64_t worth_trying(int64_t agreed, int64_t room) {
+  if (room >= kRoomToDare) return 2 * agreed;
+  return room >= kRoomToTry ? agreed : agreed - 1;
+}
+
 // As shard/drafts.py: up to `most` guesses behind the `known` tokens, from what followed the last
 // place where the most of the last ones occurred before.
-int64_t guess(int32_t* tokens, int64_t known, int64_t most) {
+int64_t guess(int32_t* tokens, int64_t known, int64_t most, int64_t room) {
   if (most < 1 || known < 2) return 0;
   const int32_t newest = tokens[known - 1];
   int64_t agreed = 0, last = 0;
@@ -67,9 +74,9 @@ int64_t guess(int32_t* tokens, int64_t known, int64_t most) {
     while (alike <= most && alike <= end && tokens[end - alike] == tokens[known - 1 - alike]) ++alike;
     if (alike > agreed) agreed = alike, last = end;
   }
-  for (int64_t place = 0; place + 1 < agreed; ++place)
-    tokens[known + place] = tokens[last + 1 + place];
-  return agreed ? agreed - 1 : 0;
+  const int64_t count = agreed ? std::min(worth_trying(agreed, room), most) : 0;
+  for (int64_t place = 0; place < count; ++place) tokens[known + place] = tokens[last + 1 + place];
+  return count;
 }
 
 
@@ -81,13 +88,14 @@ bool ready(const DecodeRows& d, int64_t slot) {
 }
 
 // Lays out the row's last token and guesses after it, `room` of them at most, from token `first` of
-// the step on. Their number.
-int64_t place(const DecodeRows& d, int64_t row, int64_t first, int64_t room) {
+// the step on. Their number. `room_each`: what there is for each row.
+int64_t place(const DecodeRows& d, int64_t row, int64_t first, int64_t room, int64_t room_each) {
   const int64_t slot = d.slots[row], known = d.num_tokens[slot];
   int32_t* ids = d.token_ids + slot * d.most_positions;
   const int32_t* blocks = d.block_tables + slot * d.most_blocks;
   const int64_t ends = std::min(d.most_tokens[slot] - 1, d.num_blocks[slot] * d.block_size);
-  const int64_t drafts = guess(ids, known, std::min(std::min(d.most_drafts[row], ends - known), room));
+  const int64_t most = std::min(std::min(d.most_drafts[row], ends - known), room);
+  const int64_t drafts = guess(ids, known, most, room_each);
   for (int64_t ahead = 0; ahead <= drafts; ++ahead) {
     const int64_t token = first + ahead, position = known - 1 + ahead;
     d.input_ids[token] = ids[position];
@@ -133,7 +141,7 @@ HG_API int64_t hg_decode_place(const void* rows, int64_t most_drafts) {
   d.cu_query_lens[0] = 0;
   int64_t drafts = 0;
   for (int64_t row = 0; row < d.count; ++row)
-    drafts += place(d, row, row + drafts, room - drafts);
+    drafts += place(d, row, row + drafts, room - drafts, room / d.count);
   return d.count + drafts;
 }
 
@@ -163,6 +171,6 @@ HG_API int64_t hg_decode_settle(void* rows, const float* logits, int64_t vocabul
 }
 
 // As shard/drafts.py's `guess`.
-HG_API int64_t hg_guess(int32_t* tokens, int64_t known, int64_t most) {
-  return guess(tokens, known, most);
+HG_API int64_t hg_guess(int32_t* tokens, int64_t known, int64_t most, int64_t room) {
+  return guess(tokens, known, most, room);
 }

@@ -67,7 +67,7 @@ SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "hg_replay": (_I, (_P, _L, _P, _P, _P, _P)),
     "hg_decode_place": (_L, (_P, _L)),
     "hg_decode_settle": (_L, (_P, _P, _L)),
-    "hg_guess": (_L, (_P, _L, _L)),
+    "hg_guess": (_L, (_P, _L, _L, _L)),
 }
 
 

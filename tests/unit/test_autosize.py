@@ -162,8 +162,8 @@ def test_medium_precision_is_for_bfloat16_weights_on_a_cpu() -> None:
 
 def test_draft_tokens_by_the_device() -> None:
     gpu = replace(MACHINE, gpus=(L4,))
-    assert (sizes().speculate, sizes(hardware=gpu).speculate) == (8, 0)
-    assert sizes("--kernels cpu", hardware=gpu).speculate == 8
+    assert (sizes().speculate, sizes(hardware=gpu).speculate) == (11, 0)
+    assert sizes("--kernels cpu", hardware=gpu).speculate == 11
     assert sizes("--null-shard").speculate == 0  # a benchmark of one token a row and step
     assert sizes("--speculate 0").speculate == 0
     for line, hardware in (("", MACHINE), ("", gpu), ("--null-shard", MACHINE)):

@@ -60,7 +60,7 @@ def test_defaults(loaded: Any) -> None:
     assert router.num_shards == 1 and router.prefix_caching and router.model_sha == "abc"
     assert gateway.compute_type == "cpu" and gateway.router_address == router.gateway_address
     assert (router.max_total_tokens, router.block_size) == (64, shard.block_size)
-    assert router.speculate == 8
+    assert router.speculate == 11
 
 
 def test_flags_reach_the_children(loaded: Any) -> None:

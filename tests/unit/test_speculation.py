@@ -28,20 +28,20 @@ from tests.unit.fake_model import shard_config
 from tests.unit.test_model_runner import Ranks
 from tests.unit.test_steps_under_way import KINDS, by_row, one_ahead, row, runner_on
 
-Guess = Callable[[npt.NDArray[np.int32], int, int], int]
+Guess = Callable[[npt.NDArray[np.int32], int, int, int], int]
 
 
-def guess_in_cpp(token_ids: npt.NDArray[np.int32], known: int, most: int) -> int:
+def guess_in_cpp(token_ids: npt.NDArray[np.int32], known: int, most: int, room: int) -> int:
     loaded = library.load()
     if loaded is None:
         pytest.skip("the C++ kernels are not built")
-    return int(loaded.hg_guess(token_ids.ctypes.data, known, most))
+    return int(loaded.hg_guess(token_ids.ctypes.data, known, most, room))
 
 
-def guesses(tokens: Sequence[int], most: int, how: Guess = guess) -> list[int]:
+def guesses(tokens: Sequence[int], most: int, how: Guess = guess, room: int = 0) -> list[int]:
     ids = np.full(len(tokens) + most + 1, -7, np.int32)
     ids[: len(tokens)] = tokens
-    count = how(ids, len(tokens), most)
+    count = how(ids, len(tokens), most, room)
     assert (ids[len(tokens) + count :] == -7).all()
     return ids[len(tokens) : len(tokens) + count].tolist()
 
@@ -69,12 +69,35 @@ def test_guesses(tokens: list[int], most: int, expected: list[int], how: Guess) 
     assert guesses(tokens, most, how) == expected
 
 
+@pytest.mark.parametrize("how", [guess, guess_in_cpp])
+@pytest.mark.parametrize(
+    ("tokens", "room", "expected"),
+    [
+        ([5, 6, 7, 8], 99, []),  # nothing was there before
+        ([5, 6, 7, 5], 5, []),
+        ([5, 6, 7, 5], 6, [6]),  # one token agrees, and there is room to try what it says
+        ([5, 6, 7, 5], 15, [6]),
+        ([5, 6, 7, 5], 16, [6, 7]),
+        ([5, 6, 7, 8, 9, 5, 6], 5, [7]),
+        ([5, 6, 7, 8, 9, 5, 6], 6, [7, 8]),
+        ([5, 6, 7, 8, 9, 5, 6], 16, [7, 8, 9, 5]),
+        ([5, 6, 5, 6], 16, [5, 6, 5, 6]),  # it goes on with the guess
+        ([1, 2, 3, 4, 5, 6, 9, 1, 2, 3, 4], 16, [5, 6, 9, 1]),  # not beyond `most`
+    ],
+)
+def test_more_is_guessed_where_there_is_room(
+    tokens: list[int], room: int, expected: list[int], how: Guess
+) -> None:
+    assert guesses(tokens, 4, how, room) == expected
+
+
 def test_both_guess_the_same() -> None:
     draw = random.Random(3)
     for _ in range(3000):
         tokens = [draw.randrange(draw.choice([1, 2, 4])) for _ in range(draw.randrange(50))]
         most = draw.randrange(10)
-        assert guesses(tokens, most) == guesses(tokens, most, guess_in_cpp)
+        room = draw.randrange(24)
+        assert guesses(tokens, most, guess, room) == guesses(tokens, most, guess_in_cpp, room)
 
 
 # ------------------------------------------------------------------ a batch's rows
