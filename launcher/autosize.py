@@ -24,10 +24,10 @@ STEP_SECONDS = 0.150  # a CPU step should take no longer: it bounds latency betw
 # Sustained by one core over whole steps, by --quantize or else --matmul-precision; and how many
 # times as much where vectors are wide.
 CORE_FLOPS = {
-    "highest": 60e9,
+    "highest": 72e9,
     "medium": 100e9,
     "int8": 240e9,
-    "int8-weight-only": 60e9,
+    "int8-weight-only": 72e9,
     "int4": 120e9,
 }
 WIDE_VECTORS_GAIN = 2
