@@ -25,16 +25,16 @@ STEP_SECONDS = 0.150  # a CPU step should take no longer: it bounds latency betw
 # times as much where vectors are wide.
 CORE_FLOPS = {
     "highest": 72e9,
-    "medium": 100e9,
+    "medium": 160e9,
     "int8": 240e9,
     "int8-weight-only": 72e9,
-    "int4": 120e9,
+    "int4": 200e9,
 }
 WIDE_VECTORS_GAIN = 2
-CPU_STEP_TOKENS = (128, 512)
+# A budget made for a GPU would let one step hold up all others.
+CPU_STEP_TOKENS = (128, 1024)
 # To a row; none on a GPU unless asked for. With its next token they fill a row tile of float32.
 CPU_DRAFT_TOKENS = 11
-CPU_MOST_STEP_TOKENS = 1024  # a budget made for a GPU would let one step hold up all others
 SMALLEST_KV_TOKENS = 512  # less is no use, so it is too little memory
 FALLBACK_POSITIONS = 4096  # for a model that does not say how long it may get
 
@@ -163,7 +163,7 @@ def choose_shape(model: ModelFacts, config: LauncherConfig, hardware: Hardware) 
         model, device, min(hardware.cores, threads * num_shard) * core_flops
     )
     if device == "cpu":
-        step_tokens = min(step_tokens, CPU_MOST_STEP_TOKENS)
+        step_tokens = min(step_tokens, CPU_STEP_TOKENS[1])
     return Shape(
         device=device,
         num_shard=num_shard,

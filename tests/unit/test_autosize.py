@@ -95,7 +95,7 @@ def test_cores_are_divided_among_shards(cores: int, line: str, threads: int) -> 
     assert bool(found.warnings) == (threads * found.num_shard > cores)
 
 
-@pytest.mark.parametrize(("cores", "tokens"), [(1, 128), (4, 192), (8, 384), (64, 512)])
+@pytest.mark.parametrize(("cores", "tokens"), [(1, 128), (4, 192), (8, 384), (64, 1024)])
 def test_a_cpu_step_takes_about_150_ms(cores: int, tokens: int) -> None:
     found = sizes(hardware=replace(MACHINE, cores=cores))
     assert found.max_batch_prefill_tokens == pytest.approx(tokens, abs=32)
@@ -104,7 +104,7 @@ def test_a_cpu_step_takes_about_150_ms(cores: int, tokens: int) -> None:
 def test_a_cpu_step_has_more_tokens_where_vectors_are_wide() -> None:
     wide = replace(MACHINE, wide_vectors=True)
     assert sizes(hardware=wide).max_batch_prefill_tokens == pytest.approx(2 * 101, abs=16)
-    assert sizes("--quantize int8", hardware=wide).max_batch_prefill_tokens == 512
+    assert sizes("--quantize int8", hardware=wide).max_batch_prefill_tokens == 672
 
 
 @pytest.mark.parametrize(
