@@ -42,9 +42,8 @@ void weigh_tile(Tile& t, int query, int dim_at, int first, int last, int tail) {
   const int padded_dim = t.padded_dim;
   const ptrdiff_t at = t.head * t.dim + dim_at;
   float* values = t.part.values + query * padded_dim + dim_at;
-  const int heads = t.item->kv_count;
-  const bool first_tile = query == t.head * t.item->query_count && dim_at == 0;
-  const int ahead = first_tile && heads == 1 ? t.ahead : 0;
+  const int whole = t.queries * (padded_dim / VL);  // what the weighing of one value takes
+  Asked asked = t.asked_vals;
   vf sums[R][V];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
@@ -57,9 +56,7 @@ void weigh_tile(Tile& t, int query, int dim_at, int first, int last, int tail) {
   const ptrdiff_t step = FEW ? 1 : t.padded_queries;
   const float* weights = t.weights + query * query_step + first / kStep * step;
   for (int k = first; k < last; k += kStep, weights += step) {
-    for (int i = k - first; i < k - first + kStep; ++i)
-      if (i < ahead) fetch_value(t, i);
-    if (first_tile && heads > 1) fetch_evenly(t, fetch_value, t.asked_vals, kStep, heads);
+    fetch_evenly(t, fetch_value, asked, R * V * kStep, whole);
     vf x[V];
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v)
@@ -72,6 +69,7 @@ void weigh_tile(Tile& t, int query, int dim_at, int first, int last, int tail) {
       for (int v = 0; v < V; ++v) sums[r][v] = multiply_add<T>(p, x[v], sums[r][v]);
     }
   }
+  t.asked_vals = asked;
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
@@ -164,17 +162,15 @@ void attend_block(Tile& t, int32_t base, int32_t first, int32_t last, const Way&
     for (t.head = 0; t.head < t.item->kv_count; ++t.head) way.score(t, group_first, group_last);
     way.soften_few(t, base, group_first, group_last);
     for (t.head = 0; t.head < t.item->kv_count; ++t.head) way.weigh(t, a, b);
-    // What a short block left over.
-    fetch_rest(t, fetch_key, t.asked_keys, (group_last - group_first) * VL);
-    fetch_rest(t, fetch_value, t.asked_vals, b - a);
+    fetch_rest(t);
     return;
   }
-  for (int i = 0; i < t.ahead; ++i) fetch_key(t, i);
   bool edge = false;
   for (int i = 0; i < t.queries; ++i) edge |= t.low[i] > first || t.high[i] < last - 1;
   way.score(t, a, b);
   way.soften_many(t, base, a, b, edge);
   way.weigh(t, a, b);
+  fetch_rest(t);
 }
 
 // The first vector of N at `from`, so many floats apart, once halves are folded onto each other.

@@ -21,10 +21,10 @@ void score_few(Tile& t, int group_first, int group_last) {
   const ptrdiff_t at = t.head * lanes;
   const float* q = t.q + t.head * Q * lanes;
   float* weights = t.weights + t.head * Q * kKeyBlock;
-  const bool alone = t.item->kv_count == 1;
+  const int whole = lanes * t.item->kv_count;
+  Asked asked = t.asked_keys;
   for (int g = group_first; g < group_last; ++g) {
     const void* const* keys = t.keys + g * VL;
-    int fetch = (g - group_first) * VL, fetch_due = 0;
     vf folded[4][Q];
 #pragma GCC unroll 4
     for (int j = 0; j < 4; j += kTwos) {
@@ -34,12 +34,7 @@ void score_few(Tile& t, int group_first, int group_last) {
 #pragma GCC unroll 16
         for (int r = 0; r < Q; ++r) s[i][r] = set1(0.0f);
       for (ptrdiff_t d = 0; d < lanes; d += kLanes) {
-        if (alone) {
-          for (fetch_due += 2 * kTwos * VL; fetch_due >= lanes; fetch_due -= lanes, ++fetch)
-            if (fetch < t.ahead) fetch_key(t, fetch);
-        } else {
-          fetch_evenly(t, fetch_key, t.asked_keys, 2 * kTwos * VL, lanes * t.item->kv_count);
-        }
+        fetch_evenly(t, fetch_key, asked, 2 * kTwos * VL, whole);
 #pragma GCC unroll 4
         for (int i = 0; i < 2 * kTwos; ++i) {
           const vf k = load_keys<T>(keys, 2 * j + i, at + d);
@@ -67,6 +62,7 @@ void score_few(Tile& t, int group_first, int group_last) {
         store(scores, cap_scores(load(scores), cap));
       }
   }
+  t.asked_keys = asked;
 }
 
 // Leaves weights, times the values' scales where there are any; rounded, in the lower half of where scores
@@ -185,15 +181,16 @@ void score_many_columns(Tile& t, int column, int first, int last) {
   const float* q = t.q + column * VL;
   float* out = t.weights + column * VL;
   const int padded = t.padded_queries;
-  const auto score = [&](auto tile, int k) {
+  const auto score = [&](auto tile, int k, int count) {
+    fetch_evenly(t, fetch_key, t.asked_keys, count * V, padded / VL);
     const float* scales = t.job->k_scales ? t.key_scales + k : nullptr;
     tile(t.keys + k, scales, q, padded, t.lanes, out + k * padded, cap);
   };
   // As many keys as there are registers for both chains of each sum.
   constexpr int kKeys = VL == 16 ? (V == 1 ? 8 : 4) : 6 / V;
   int k = first;
-  for (; k + kKeys <= last; k += kKeys) score(score_many_tile<T, kKeys, V>, k);
-  for (; k < last; ++k) score(score_many_tile<T, 1, V>, k);
+  for (; k + kKeys <= last; k += kKeys) score(score_many_tile<T, kKeys, V>, k, kKeys);
+  for (; k < last; ++k) score(score_many_tile<T, 1, V>, k, 1);
 }
 
 // Two vectors of query rows at a time, which stay in the first-level cache beside the keys; three are

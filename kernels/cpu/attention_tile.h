@@ -25,8 +25,7 @@ struct State {
   alignas(64) float values[kQueryTile * kMaxHeadDim];  // [query][dim padded to VL]
 };
 
-// How many keys, or values, of those to come memory was asked for by an item of several heads, and the
-// work done towards the next one.
+// How many keys, or values, of those to come memory was asked for, and the work done towards the next one.
 struct Asked {
   int count, work;
 };
@@ -232,18 +231,17 @@ HG_INLINE void fetch_value(const Tile& t, int i) {
   fetch_ahead(t, t.job->v_cache, t.job->v_scales, i);
 }
 
-// For an item of several heads, after so much work on one of them: `fetch`es the next one each time
-// that `whole` has been done.
+// After so much work on a block: `fetch`es the next one each time that `whole` has been done.
 template <class Fetch>
 HG_INLINE void fetch_evenly(const Tile& t, Fetch fetch, Asked& asked, int work, int whole) {
   for (asked.work += work; asked.work >= whole; asked.work -= whole)
     if (asked.count < t.ahead) fetch(t, asked.count++);
 }
 
-// What a block left over whose last key is before `last`.
-template <class Fetch>
-HG_INLINE void fetch_rest(const Tile& t, Fetch fetch, const Asked& asked, int last) {
-  for (int i = t.item->kv_count > 1 ? asked.count : last; i < t.ahead; ++i) fetch(t, i);
+// What a short block left over.
+void fetch_rest(Tile& t) {
+  while (t.asked_keys.count < t.ahead) fetch_key(t, t.asked_keys.count++);
+  while (t.asked_vals.count < t.ahead) fetch_value(t, t.asked_vals.count++);
 }
 
 const float* widen_to(float* to, const void* from, int dtype, int dim) {
