@@ -17,7 +17,7 @@ namespace headgate {
 
 struct AttentionItems {
   std::vector<AttentionItem> attend;
-  TileGroups homes;      // of those (see homes_of)
+  TileGroups homes;      // of those
   std::vector<MergeItem> merge;
   std::vector<Sharer> sharers;
   std::vector<SharerToken> sharer_tokens;
@@ -157,9 +157,10 @@ bool comes_first(const AttentionItem& a, const AttentionItem& b) {
   return a.kv_head < b.kv_head;
 }
 
-// Cuts the items, which follow their rows, into homes that take equally long, and orders each.
-void order_items(const AttentionJob& job, AttentionItems& items) {
-  const int32_t homes = homes_of(job.cu_query_lens[job.rows]);
+// Cuts the items, which follow their rows, into homes that take equally long, one for each thread, and
+// orders each: so a thread knows which comes next, and what its core has of a row's keys it reads itself.
+void order_items(int threads, AttentionItems& items) {
+  const int32_t homes = std::min(threads, kMaxGroups);
   items.homes.count = homes;
   auto first = items.attend.begin(), last = first;
   int64_t cost = 0;
@@ -209,7 +210,7 @@ static inline void plan_attention(const AttentionJob& job, int threads, Attentio
       add_tile(job, tile, largest, items);
     }
   }
-  order_items(job, items);
+  order_items(threads, items);
 }
 
 }  // namespace headgate
