@@ -34,7 +34,7 @@ __all__ = [
 
 
 # A step with guesses has at most this part of the largest step's tokens, or one to so many rows.
-DRAFT_SHARE = 8
+DRAFT_SHARE = 10
 ROWS_PER_DRAFT = 4
 
 

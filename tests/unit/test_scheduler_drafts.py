@@ -8,7 +8,7 @@ import pytest
 
 from headgate.proto.messages import RowEnd, StepPlan, StepResult
 from headgate.router.beam_search import BeamParams
-from headgate.router.scheduler import ProtocolError
+from headgate.router.scheduler import DRAFT_SHARE, ProtocolError
 from headgate.router.step_budget import STEPS_BEFORE_GROWTH
 from tests.unit.simulation import Simulation
 
@@ -46,7 +46,7 @@ def test_guesses_come_after_the_prompts() -> None:
 def test_rows_that_need_each_token_before_the_next_have_no_guesses(
     sampling: dict[str, Any],
 ) -> None:
-    simulation = Simulation(draft_tokens=4)
+    simulation = Simulation(draft_tokens=4, max_batch_prefill_tokens=60)
     simulation.add(5, new=9, lockstep=not sampling, sampling=sampling)
     simulation.add_beams([1, 2, 3], BeamParams(width=2, max_new_tokens=9))
     simulation.add(5, new=9)
@@ -61,7 +61,7 @@ def test_rows_that_need_each_token_before_the_next_have_no_guesses(
 
 
 def test_no_row_is_guessed_for_beyond_its_length() -> None:
-    simulation = Simulation(draft_tokens=4)
+    simulation = Simulation(draft_tokens=4, max_batch_prefill_tokens=20)
     simulation.add(4, new=3)
     simulation.step()
     assert drafts(simulation.plan()) == {0: 1}
@@ -99,13 +99,13 @@ def test_plans_in_flight_have_room_for_all_their_guesses() -> None:
 
 
 def test_a_step_with_guesses_is_no_large_one() -> None:
-    simulation = Simulation(draft_tokens=4, max_batch_prefill_tokens=64)
+    simulation = Simulation(draft_tokens=4, max_batch_prefill_tokens=80)
     for _ in range(3):
         simulation.add(2, new=9)
     simulation.step()
     plan = simulation.plan()
     assert plan is not None and drafts(plan) == {0: 4, 1: 4, 2: 4}
-    assert plan.most_drafts == 64 // 8 - 3
+    assert plan.most_drafts == 80 // DRAFT_SHARE - 3 == 5
     simulation.deliver()
     for _ in range(5):  # as many rows as such a step has tokens
         simulation.add(2, new=9)
@@ -117,7 +117,7 @@ def test_a_step_with_guesses_is_no_large_one() -> None:
 
 
 def test_steps_that_were_too_large_have_no_guesses_for_a_while() -> None:
-    simulation = Simulation(draft_tokens=4)
+    simulation = Simulation(draft_tokens=4, max_batch_prefill_tokens=20)
     simulation.add(4, new=60)
     simulation.step()
     simulation.shard.refuse = True
