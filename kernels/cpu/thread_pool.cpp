@@ -1,9 +1,12 @@
 // See thread_pool.h. Workers sleep on a futex; no processor time is used while nothing runs.
 //
-// One 64-bit word holds (job number, tiles, next tile), so that a claim says by itself whether it is
-// valid: a worker that comes late, even by several jobs, either gets a tile of the job that runs now
-// or finds nothing left. A job cannot end before every claimed tile is reported done, so whoever
-// holds a valid claim may read the job's fields.
+// For each group of tiles one 64-bit word holds (job number, end, next tile), so that a claim says by
+// itself whether it is valid: a worker that comes late, even by several jobs, either gets a tile of the
+// job that runs now or finds nothing left. A job cannot end before every claimed tile is reported done,
+// so whoever holds a valid claim may read the job's fields.
+//
+// Threads of different groups touch no common word until they have no more tiles: where two cores have
+// no cache in common, to fetch such a word takes as long as hundreds of multiply-adds.
 #include "thread_pool.h"
 
 #include <linux/futex.h>
@@ -31,11 +34,11 @@ constexpr size_t kStackBytes = 4 << 20;
 
 struct Pool {
   struct alignas(64) Group {
-    std::atomic<int64_t> next;  // tile
-    int64_t end;
+    std::atomic<uint64_t> claims{0};            // job number | end | next tile
   };
-  alignas(64) std::atomic<uint64_t> claims{0};  // job number | tiles | next tile
-  alignas(64) std::atomic<int32_t> done{0};     // tiles finished
+  Group groups[kMaxGroups];
+  std::atomic<int32_t> group_count{1};
+  alignas(64) std::atomic<int32_t> done{0};     // tiles finished, as far as they are reported
   std::atomic<int32_t> caller_sleeps{0};
   alignas(64) std::atomic<int32_t> signal{0};   // bumped for each job; sleeping workers wait on it
   std::atomic<int32_t> sleepers{0};
@@ -43,8 +46,7 @@ struct Pool {
   std::atomic<int32_t> spin_microseconds{20};
   TileFunction function = nullptr;
   const void* job = nullptr;
-  Group groups[kMaxGroups];
-  int32_t group_count = 1;
+  int32_t tiles = 0;
   std::mutex turn;  // one job at a time
   int started = 0;  // workers that exist; guarded by `turn`
   pthread_t threads[kMaxThreads];
@@ -109,31 +111,31 @@ void let_others_run() {
 // Of the threads in the pool; 0 is who calls.
 thread_local int thread_index = 0;
 
-// A claim is for one tile, whichever: there are as many of both, so each finds one.
-int64_t take_tile(Pool& p, int64_t claimed) {
-  if (p.group_count == 1) return claimed;
-  const int threads = p.wanted_workers.load(std::memory_order_relaxed) + 1;
-  const int own = int(int64_t(thread_index) * p.group_count / threads);
-  for (int i = 0;; ++i) {
-    Pool::Group& group = p.groups[(own + i) % p.group_count];
-    if (group.next.load(std::memory_order_relaxed) >= group.end) continue;
-    const int64_t tile = group.next.fetch_add(1, std::memory_order_relaxed);
-    if (tile < group.end) return tile;
+// Runs the tiles of a group that nobody has taken yet: how many.
+int32_t take_tiles(Pool& p, Pool::Group& group) {
+  int32_t taken = 0;
+  for (uint64_t claim = group.claims.load(std::memory_order_acquire); has_work(claim); ++claim) {
+    let_others_run();
+    claim = group.claims.fetch_add(1, std::memory_order_acq_rel);
+    if (!has_work(claim)) break;
+    p.function(p.job, int64_t(claim & kCountMask));
+    ++taken;
   }
+  return taken;
 }
 
-// Takes tiles until none is left.
+// Takes tiles until none is left, of its own group first. `p.tiles` may be read by those who took some.
 void work(Pool& p) {
-  while (has_work(p.claims.load(std::memory_order_acquire))) {
-    let_others_run();
-    const uint64_t claim = p.claims.fetch_add(1, std::memory_order_acq_rel);
-    if (!has_work(claim)) return;
-    const int64_t tiles = (claim >> kCountBits) & kCountMask;
-    p.function(p.job, take_tile(p, int64_t(claim & kCountMask)));
-    if (p.done.fetch_add(1, std::memory_order_seq_cst) + 1 == tiles &&
-        p.caller_sleeps.load(std::memory_order_seq_cst)) {
-      futex_wake(p.done, 1);
-    }
+  const int threads = p.wanted_workers.load(std::memory_order_relaxed) + 1;
+  const int count = p.group_count.load(std::memory_order_relaxed);
+  const int own = int(int64_t(thread_index) * count / threads);
+  int32_t taken = 0;
+  for (int i = 0; i < count; ++i) taken += take_tiles(p, p.groups[(own + i) % count]);
+  if (!taken) return;
+  const int32_t tiles = p.tiles;
+  if (p.done.fetch_add(taken, std::memory_order_seq_cst) + taken == tiles &&
+      p.caller_sleeps.load(std::memory_order_seq_cst)) {
+    futex_wake(p.done, 1);
   }
 }
 
@@ -182,7 +184,7 @@ void forget_workers() {
   p.started = 0;
   p.sleepers.store(0);
   p.caller_sleeps.store(0);
-  p.claims.store(0);
+  for (Pool::Group& group : p.groups) group.claims.store(0);
   p.turn.unlock();
 }
 
@@ -224,11 +226,16 @@ void set_spin(int microseconds) {
   pool().spin_microseconds.store(microseconds < 0 ? 0 : microseconds);
 }
 
-void set_groups(Pool& p, const TileGroups& groups) {
-  p.group_count = groups.count;
+// From now on the groups' tiles may be taken.
+void offer(Pool& p, const TileGroups& groups) {
+  p.number = (p.number + 1) & ((1ull << (64 - 2 * kCountBits)) - 1);
+  p.group_count.store(groups.count, std::memory_order_relaxed);
+  uint64_t first = 0;
   for (int32_t g = 0; g < groups.count; ++g) {
-    p.groups[g].next.store(g ? groups.ends[g - 1] : 0, std::memory_order_relaxed);
-    p.groups[g].end = groups.ends[g];
+    const uint64_t end = uint64_t(groups.ends[g]);
+    p.groups[g].claims.store(p.number << (2 * kCountBits) | end << kCountBits | first,
+                             std::memory_order_seq_cst);
+    first = end;
   }
 }
 
@@ -246,13 +253,11 @@ void run_tiles(TileFunction function, const void* job, const TileGroups& groups)
   std::lock_guard<std::mutex> lock(p.turn);
   start_workers(p);
   const int64_t shared = tiles < kMaxTiles ? tiles : kMaxTiles;
-  set_groups(p, shared == tiles ? groups : TileGroups{1, {shared}});
   p.function = function;
   p.job = job;
+  p.tiles = int32_t(shared);
   p.done.store(0, std::memory_order_relaxed);
-  p.number = (p.number + 1) & ((1ull << (64 - 2 * kCountBits)) - 1);
-  p.claims.store(p.number << (2 * kCountBits) | uint64_t(shared) << kCountBits,
-                 std::memory_order_seq_cst);
+  offer(p, shared == tiles ? groups : TileGroups{1, {shared}});
   wake_workers(p);
   work(p);
   wait_until_done(p, int32_t(shared));
