@@ -37,6 +37,8 @@ OPTIONAL = frozenset(
         "token_logprobs",
         "rms_norm_linear",  # passes over the activations saved
         "gated_linear",
+        "make_shortlist",  # the likeliest tokens for less than all logits
+        "linear_largest",
     }
 )
 _DEVICE_BACKEND = {"cpu": "cpu", "cuda": "triton"}
@@ -134,6 +136,22 @@ def pack_linear(
 
 def linear(x: torch.Tensor, weight: Any, bias: torch.Tensor | None = None) -> torch.Tensor:
     return _table["linear"](x, weight, bias)
+
+
+def make_shortlist(table: torch.Tensor, weight: Any) -> Any | None:
+    """What `linear_largest` needs beside the packed form `weight` of `table`[N, K], which is kept;
+    None where that would not be faster than `linear`."""
+    offered = optional("make_shortlist")
+    return None if offered is None else offered(table, weight)
+
+
+def linear_largest(x: torch.Tensor, weight: Any, shortlist: Any, largest: int) -> torch.Tensor:
+    """`linear` of x[R, K]; where `largest` is 1, not 0, each row has that one's largest value,
+    first at the same place, and other values that are smaller.
+
+    `shortlist`: of the same weight. An operation of the back ends that make one.
+    """
+    return _table["linear_largest"](x, weight, shortlist, largest)
 
 
 def rms_norm_linear(

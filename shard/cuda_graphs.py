@@ -55,6 +55,7 @@ _NO_STEP = StepInputs(
     ),
     wanted_tokens=_NONE,
     num_samples=0,
+    plain=False,
     prompt_chunks=(),
     pooled_chunks=(),
 )
@@ -183,7 +184,7 @@ class GraphedModel:
             max_query_len=1,
             max_context_len=reach,
         )
-        return StepInputs(ids, positions, attention, ids[:0], 0, (), ())
+        return StepInputs(ids, positions, attention, ids[:0], 0, False, (), ())
 
     def _compute(self, inputs: StepInputs, wanted: torch.Tensor | None = None) -> torch.Tensor:
         assert self._cache is not None

@@ -371,7 +371,7 @@ class ModelRunner:
         began = time.perf_counter_ns()
         batch, recorded = self._batch, self.recorded
         assert batch is not None and isinstance(recorded, RecordedModel)
-        recorded.decode(rows.num_tokens, len(rows))
+        recorded.decode(rows.num_tokens, len(rows), rows.greedy)
         logprobs: list[float] = []
         top: list[TopTokens] = []
         if rows.greedy and rows.num_tokens <= recorded.most_logits and self.group.world_size == 1:

@@ -9,7 +9,7 @@ the model gives. Models that compute with torch's own operations don't pass, and
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -27,16 +27,17 @@ from headgate.shard.trial_steps import TrialSteps
 
 logger = logging.getLogger(__name__)
 
-# Tokens of each row, how many of these are wanted, and how many of those get logits in the
-# recordings: of the first, with a token more, with a row more, and so on.
+# Tokens of each row, how many of these are wanted, how many of those get logits, and whether only
+# the largest of these count, in the recordings: of the first, with a token more, and so on.
 _RECORDED_STEPS = (
-    ({0: 3, 1: 1}, 3, 2),
-    ({0: 4, 1: 1}, 3, 2),
-    ({0: 2, 1: 1, 2: 1}, 3, 2),
-    ({0: 3, 1: 1}, 4, 2),
-    ({0: 3, 1: 1}, 3, 3),
+    ({0: 3, 1: 1}, 3, 2, 0),
+    ({0: 4, 1: 1}, 3, 2, 0),
+    ({0: 2, 1: 1, 2: 1}, 3, 2, 0),
+    ({0: 3, 1: 1}, 4, 2, 0),
+    ({0: 3, 1: 1}, 3, 3, 0),
+    ({0: 3, 1: 1}, 3, 2, 1),
 )
-_RECORDED_LOGITS = (2, 3)
+_RECORDED_LOGITS = ((2, 0), (3, 0), (2, 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +62,7 @@ class RecordedModel:
         self._beats = beats
         self.most_logits = inputs.most_logits  # that come with a step
         self._num_samples = 0  # of the last step
+        self._largest = 0  # whether only the largest of its logits count
         self.first_logits = (0, 0)  # address and columns of a step's first rows, on rank 0
         if len(step.outputs) > 1:
             self.first_logits = step.outputs[1].data_ptr(), step.outputs[1].shape[1]
@@ -73,10 +75,10 @@ class RecordedModel:
         """Normed hidden states of the wanted tokens [W, hidden_size], valid until the next step."""
         self._model.check_lengths(inputs.attention)
         self._inputs.fill(inputs)
-        self._num_samples = inputs.num_samples
+        self._num_samples, self._largest = inputs.num_samples, int(inputs.plain)
         tokens, rows = len(inputs.input_ids), len(inputs.attention.context_lens)
         wanted, sampled = len(inputs.wanted_tokens), min(self._num_samples, self.most_logits)
-        self._step.run((tokens, rows, wanted, sampled), self._beats)
+        self._step.run((tokens, rows, wanted, sampled, self._largest), self._beats)
         return self._step.outputs[0][:wanted]
 
     @property
@@ -84,26 +86,29 @@ class RecordedModel:
         """Where `decode` finds its inputs."""
         return self._inputs.for_decoding
 
-    def decode(self, tokens: int, rows: int) -> None:
-        """A step whose inputs are in `decode_inputs` already; each token is one to sample after."""
-        self._num_samples = tokens
-        self._step.run((tokens, rows, tokens, min(tokens, self.most_logits)), self._beats)
+    def decode(self, tokens: int, rows: int, plain: bool) -> None:
+        """A step whose inputs are in `decode_inputs` already; each token is one to sample after.
+        plain: as in StepInputs."""
+        self._num_samples, self._largest = tokens, int(plain)
+        sampled = min(tokens, self.most_logits)
+        self._step.run((tokens, rows, tokens, sampled, self._largest), self._beats)
 
     def logits(self, first: int) -> torch.Tensor | None:
         """Of the last step's tokens before draws from place `first` on, StepLimits.logits_rows of
-        them or all that are left: like the model's; valid until the next call."""
+        them or all that are left: like the model's, or with its largest ones where the step was
+        plain; valid until the next call."""
         count = min(self._num_samples - first, self.most_logits)
         found = self._step.outputs[1:]
         if first:  # those before came with the step
             self._inputs.places[:count] = torch.arange(first, first + count)
-            self._head.run((count,), self._beats)
+            self._head.run((count, self._largest), self._beats)
             found = self._head.outputs
         return found[0][:count] if found else None  # rank 0 alone has them
 
     @property
     def programs(self) -> tuple[Program, Program]:
-        """Of a step, whose sizes are tokens, rows, tokens wanted and those of them that get logits;
-        of more tokens' logits."""
+        """Of a step, whose sizes are tokens, rows, tokens wanted, those of them that get logits,
+        and 1 where only the largest of these count; of more tokens' logits, with the last two."""
         return self._step, self._head
 
     @property
@@ -126,7 +131,7 @@ class _StepBuffers:
         self.block_tables = torch.zeros(tokens, blocks, dtype=torch.int32)
         self.most_logits = limits.logits_rows
         self.wanted_tokens = torch.zeros(tokens, dtype=torch.int64)
-        recorded = max(_RECORDED_LOGITS)  # maybe more than will ever be replayed
+        recorded = max(_RECORDED_LOGITS)[0]  # maybe more than will ever be replayed
         self.places = torch.zeros(max(self.most_logits, recorded), dtype=torch.int64)
         # NumPy's copies of a few numbers cost less than torch's.
         self.for_decoding = DecodeInputs(
@@ -214,11 +219,11 @@ class _Attempt:
         cache = self._trial().new_cache()
         buffers = _StepBuffers(self._limits, self._layout.block_size)
         recordings, results = [], []
-        for counts, wanted, sampled in _RECORDED_STEPS:
+        for counts, wanted, sampled, largest in _RECORDED_STEPS:
             step = self._trial().step(counts)
             buffers.fill(step)
             step = buffers.placed(step)
-            sizes = (sum(counts.values()), len(counts), wanted, sampled)
+            sizes = (sum(counts.values()), len(counts), wanted, sampled, largest)
             with Recording(sizes, _layer_tensors(cache)) as recording:
                 hidden = self._model.forward(
                     step.input_ids,
@@ -227,21 +232,27 @@ class _Attempt:
                     step.attention,
                     buffers.wanted_tokens[:wanted],
                 )
-                logits = self._model.logits(hidden[:sampled])
+                logits = self._logits(hidden[:sampled], largest)
             recordings.append(recording)
             results.append([hidden] if logits is None else [hidden, logits])
         limits = self._limits
-        largest = (limits.tokens, limits.tokens, limits.tokens, limits.logits_rows)
-        step_program = self._program(recordings, results, largest)
+        most = (limits.tokens, limits.tokens, limits.tokens, limits.logits_rows, 1)
+        step_program = self._program(recordings, results, most)
         recordings, results = [], []
-        for sampled in _RECORDED_LOGITS:
-            with Recording((sampled,)) as recording:
+        for sampled, largest in _RECORDED_LOGITS:
+            with Recording((sampled, largest)) as recording:
                 rows = ops.take_rows(step_program.outputs[0], buffers.places[:sampled])
-                logits = self._model.logits(rows)
+                logits = self._logits(rows, largest)
             recordings.append(recording)
             results.append([] if logits is None else [logits])
-        head = self._program(recordings, results, (limits.logits_rows,))
+        head = self._program(recordings, results, (limits.logits_rows, 1))
         return RecordedModel(self._model, buffers, step_program, head, beats)
+
+    def _logits(self, hidden: torch.Tensor, largest: int) -> torch.Tensor | None:
+        """A model that makes its logits in a way of its own has no others."""
+        if type(self._model).logits is CausalLM.logits:
+            return self._model.head(hidden, largest)
+        return self._model.logits(hidden)
 
     def compare(self, recorded: RecordedModel) -> None:
         """Raises NotRecordable, on all ranks, if the model and its replay don't agree bit by bit in
@@ -253,12 +264,10 @@ class _Attempt:
             step = trial.step(counts)
             states = model.forward(step.input_ids, step.positions, theirs, step.attention)
             expected = ops.take_rows(states, step.wanted_tokens)
-            same = _same_bits(expected, recorded.forward(step))
-            for first in range(0, step.num_samples, self._limits.logits_rows):
-                stop = min(first + self._limits.logits_rows, step.num_samples)
-                logits = model.logits(expected[first:stop]), recorded.logits(first)
-                if logits[0] is not None and logits[1] is not None:
-                    same = same and _same_bits(logits[0], logits[1])
+            same = _same_bits(expected, recorded.forward(replace(step, plain=False)))
+            same &= self._same_logits(expected, recorded, step.num_samples, _same_bits)
+            recorded.forward(replace(step, plain=True))
+            same &= self._same_logits(expected, recorded, step.num_samples, _same_largest)
             if not same and not obstacle:
                 obstacle = (
                     f"a replay of {len(step.input_ids)} tokens differs from the model's own step"
@@ -266,6 +275,22 @@ class _Attempt:
         if not obstacle and not all(map(_same_bits, ours.tensors, theirs.tensors)):
             obstacle = "a replay leaves other keys and values"
         self._vote(obstacle)
+
+    def _same_logits(
+        self,
+        hidden: torch.Tensor,
+        recorded: RecordedModel,
+        count: int,
+        alike: Callable[[torch.Tensor, torch.Tensor], bool],
+    ) -> bool:
+        """Whether the model's logits of the first states and those of the last step are alike."""
+        same = True
+        for first in range(0, count, self._limits.logits_rows):
+            stop = min(first + self._limits.logits_rows, count)
+            ours, theirs = self._model.logits(hidden[first:stop]), recorded.logits(first)
+            if ours is not None and theirs is not None:
+                same &= alike(ours, theirs)
+        return same
 
     def _program(
         self,
@@ -292,6 +317,12 @@ class _Attempt:
 
 def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
+
+
+def _same_largest(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Of each row; the first ones where that is."""
+    largest, found = one.max(dim=1), other.max(dim=1)
+    return _same_bits(largest.values, found.values) and torch.equal(largest.indices, found.indices)
 
 
 def _layer_tensors(cache: KVCache) -> list[torch.Tensor]:

@@ -45,6 +45,7 @@ class StepInputs:
     attention: AttentionMetadata
     wanted_tokens: torch.Tensor  # int64[W]: index of each whose hidden state is asked for
     num_samples: int  # a token is drawn after each of the first so many of these
+    plain: bool  # and no row asks for more than the likeliest ones
     prompt_chunks: tuple[PromptChunk, ...]
     pooled_chunks: tuple[PooledChunk, ...]
 
@@ -74,7 +75,7 @@ def build_inputs(
     slots, counts = scheduled.slots, scheduled.lengths
     computed = batch.num_computed[slots]
     ends = np.cumsum(counts)
-    plain = batch.plain[slots].all()
+    plain = bool(batch.plain[slots].all())
     # For every token of the step: its row's slot, and its position there.
     token_slots, positions = slots, computed
     if ends[-1] > len(slots):
@@ -97,6 +98,7 @@ def build_inputs(
         attention=_attention(batch, scheduled, token_slots, positions, device),
         wanted_tokens=_tensor(wanted.indices(), device),
         num_samples=len(before_draws),
+        plain=plain,
         prompt_chunks=prompt_chunks,
         pooled_chunks=pooled_chunks,
     )

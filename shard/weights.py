@@ -109,6 +109,11 @@ class Weights:
         matrix = self._pack_head(table)
         return matrix if matrix is table else self._count(matrix)
 
+    def shortlist(self, table: torch.Tensor, projection: Matrix) -> Any | None:
+        """What finds the likeliest tokens by `projection`, made of `table`, faster; or None."""
+        found = ops.make_shortlist(table, projection)
+        return None if found is None else self._count(found)
+
     def fused_rows(self, prefix: str, fused: Fused, width: int) -> Matrix:
         """This rank's rows of each part in turn, `width` wide; `prefix`: the layer's name."""
         return self._count(self._pack(self._read_fused(prefix, fused, "weight", (width,))))

@@ -180,11 +180,11 @@ class Profiler:
             seconds += self._step(rows=range(case.rows), counts=[case.count] * case.rows)
         # Of a step, and of the logits that did not come with it.
         sampled = min(case.rows, self._most_logits)
-        step = (case.rows * case.count, case.rows, case.rows, sampled)
-        sizes = (step, (case.rows - sampled,))
+        step = (case.rows * case.count, case.rows, case.rows, sampled, 1)
+        sizes = (step, (case.rows - sampled, 1))
         lines: dict[str, Line] = defaultdict(Line)
         for program, total, size in zip(programs, totals, sizes, strict=True):
-            if not size[-1]:
+            if not size[-2]:
                 continue
             for index, call in enumerate(program.calls):
                 name, floor = self._floor(call.name, program.arguments(index, size), case)
@@ -197,6 +197,10 @@ class Profiler:
     def _floor(self, name: str, arguments: list[int], case: Case) -> tuple[str, float]:
         """(kind of the call, microseconds below which it can't be)."""
         kind = name.removeprefix("hg_").replace("_", " ")
+        if name == "hg_linear_largest":  # by int8 weights, but for a few columns
+            largest = arguments[9]
+            name = "hg_linear_quantised" if largest else "hg_linear"
+            arguments[5] = 0 if largest else arguments[5]
         if name in ("hg_linear", "hg_linear_quantised"):
             rows, inner, code, columns = (arguments[i] for i in (1, 2, 5, 6))
             sizes = _BYTES if name == "hg_linear" else _QUANTISED_BYTES

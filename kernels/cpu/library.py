@@ -37,6 +37,10 @@ SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "hg_quantised_bytes": (_L, (_L, _L, _I)),
     "hg_quantise_weight": (None, (_P, _I, _L, _L, _I, _P)),
     "hg_linear_quantised": (_I, _PRODUCT),
+    "hg_multiplies_bytes": (_I, ()),
+    "hg_column_lengths_size": (_L, (_L,)),
+    "hg_column_lengths": (None, (_P, _L, _L, _P, _P)),
+    "hg_linear_largest": (_I, (_P, _L, _L, _L, _P, _I, _L, _P, _L, _I, _P, _P, _P)),
     "hg_paged_attention": (
         _I,
         (_P, _L, _L, *_CACHES, _P, _P, _P, _L, _I, _I, _I, _I, _F, _I, _F, _I, _P),

@@ -26,6 +26,7 @@ from headgate.kernels.cpu.products import (
     rms_norm_linear,
 )
 from headgate.kernels.cpu.rows import as_matrix, is_rows
+from headgate.kernels.cpu.shortlist import linear_largest, make_shortlist
 from headgate.kernels.int8_cache import Int8Cache, PagedCache
 from headgate.kernels.philox import Draw
 
@@ -343,6 +344,8 @@ OPS: dict[str, Callable[..., Any]] = {
         pack_linear,
         rms_norm_linear,
         gated_linear,
+        make_shortlist,
+        linear_largest,
         rms_norm,
         rms_norm_residual,
         silu_and_mul,

@@ -2,6 +2,7 @@
 #include "linear_int8.h"
 #include "linear_weight_only.h"
 #include "quantise_weight.h"
+#include "shortlist.h"
 
 namespace {
 
@@ -27,7 +28,7 @@ namespace headgate {
 
 extern const QuantisedKernels HG_TABLE = {
     HG_TEXT(HG_NAME), kQuantisedRows, kWeightOnlyRows,
-    quantise_weight_tile, quantised_linear_tile,
+    quantise_weight_tile, quantised_linear_tile, shortlist_tile, column_lengths_tile,
 };
 
 }  // namespace headgate

@@ -80,12 +80,39 @@ struct QuantisedLinearJob {
   int32_t sharing;        // threads that take a group's tiles, probably
 };
 
+// y[M, N], products of x[M, K] with int8 weights, to the products with the weights themselves where
+// these may be a row's largest (see shortlist.h).
+struct ShortlistJob {
+  const float* x;
+  const uint16_t* table;  // bfloat16 [N, K]: the weights
+  const float* norms;     // [N]: of each column's weights, and of what int8 makes of them wrongly
+  const float* errors;
+  const float* panel_norms;  // the largest of each panel
+  const float* panel_errors;
+  float* y;
+  int64_t x_stride, y_stride, columns, inner;
+  bool rounded;           // products take inputs rounded to bfloat16
+};
+
+// Such norms and errors of bfloat16 weights [N, K] and the int8 panels made of them.
+struct ColumnLengthsJob {
+  const uint16_t* table;
+  const char* packed;
+  float* norms;
+  float* errors;
+  float* panel_norms;
+  float* panel_errors;
+  int64_t columns, inner;
+};
+
 struct QuantisedKernels {
   const char* name;
   int tile_rows;     // tallest row tile of int8 and int4
   int widened_rows;  // and of weight-only
   void (*quantise_weight)(const void* job, int64_t tile);
   void (*linear)(const void* job, int64_t tile);
+  void (*shortlist)(const void* job, int64_t tile);
+  void (*column_lengths)(const void* job, int64_t tile);
 };
 
 extern const QuantisedKernels quantised_generic;

@@ -32,6 +32,14 @@ using namespace headgate;
 
 #define HG_API extern "C" __attribute__((visibility("default")))
 
+HG_API int32_t hg_linear(const float* x, int64_t rows, int64_t inner, int64_t x_stride,
+                         const void* weight, int32_t product, int64_t columns, const float* bias,
+                         float* y, int64_t y_stride, const float* norm, float eps,
+                         const float* residual, int64_t residual_stride, float* total,
+                         int32_t activation);
+
+constexpr int32_t kNoActivation = -1;
+
 HG_API int32_t hg_quantised_group(int32_t kind) { return group_size(kind); }
 
 HG_API int64_t hg_quantised_bytes(int64_t columns, int64_t inner, int32_t kind) {
@@ -68,5 +76,50 @@ HG_API int32_t hg_linear_quantised(const float* x, int64_t rows, int64_t inner, 
   // The weights are to be read from memory, and the products to be computed.
   const int64_t cost = columns * inner / 32 + rows * columns * inner / (widen ? 64 : 256);
   run_product(ready ? nullptr : &inputs, kernels.linear, &job, tiles, cost);
+  return 0;
+}
+
+// Whether a product of four bytes is one instruction here.
+HG_API int32_t hg_multiplies_bytes() {
+  const char* name = quantised_kernels().name;
+  return !strcmp(name, "avx512") || !strcmp(name, "neon");
+}
+
+// Floats that hg_column_lengths writes.
+HG_API int64_t hg_column_lengths_size(int64_t columns) {
+  return 2 * (columns + divide_up(columns, kPanel));
+}
+
+// Of bfloat16 weights [columns, inner], and of what is wrong with `packed`, which hg_quantise_weight
+// made of them as int8: lengths of the columns, norms then errors, and the same of panels.
+HG_API void hg_column_lengths(const void* table, int64_t columns, int64_t inner, const void* packed,
+                              float* lengths) {
+  float* panels = lengths + 2 * columns;
+  const ColumnLengthsJob job = {static_cast<const uint16_t*>(table), static_cast<const char*>(packed),
+                                lengths, lengths + columns, panels,
+                                panels + divide_up(columns, kPanel), columns, inner};
+  run(quantised_kernels().column_lengths, job, divide_up(columns, kPanel), columns * inner);
+}
+
+// hg_linear of x and bfloat16 weights, or with `largest` a product whose largest value of each row, and
+// the first place where it is, are that one's, while the others are smaller. `packed` and
+// `lengths`: of the weights' `table`, as hg_column_lengths has them.
+HG_API int32_t hg_linear_largest(const float* x, int64_t rows, int64_t inner, int64_t x_stride,
+                                 const void* weight, int32_t product, int64_t columns, float* y,
+                                 int64_t y_stride, int32_t largest, const void* table,
+                                 const void* packed, const float* lengths) {
+  if (!largest)
+    return hg_linear(x, rows, inner, x_stride, weight, product, columns, nullptr, y, y_stride, nullptr,
+                     0.0f, nullptr, 0, nullptr, kNoActivation);
+  if (rows == 0) return 0;
+  const int32_t status = hg_linear_quantised(x, rows, inner, x_stride, packed, kInt8, columns, nullptr,
+                                             y, y_stride, nullptr, 0.0f, nullptr, 0, nullptr,
+                                             kNoActivation);
+  if (status) return status;
+  const float* panels = lengths + 2 * columns;
+  const ShortlistJob job = {x, static_cast<const uint16_t*>(table), lengths, lengths + columns,
+                            panels, panels + divide_up(columns, kPanel), y, x_stride, y_stride,
+                            columns, inner, product == kRounded};
+  run(quantised_kernels().shortlist, job, rows, rows * columns / 4);
   return 0;
 }

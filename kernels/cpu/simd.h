@@ -50,6 +50,8 @@ HG_INLINE vi add_int(vi a, vi b) { return _mm512_add_epi32(a, b); }
 HG_INLINE vi and_int(vi a, vi b) { return _mm512_and_si512(a, b); }
 HG_INLINE vi xor_int(vi a, vi b) { return _mm512_xor_si512(a, b); }
 HG_INLINE vi load_int(const void* p) { return _mm512_loadu_si512(p); }
+// Whether all lanes have a < b; what is not a number is not less.
+HG_INLINE bool all_less(vf a, vf b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLT_UQ) == 0; }
 // a < b ? x : y, lane by lane.
 HG_INLINE vf if_less(vf a, vf b, vf x, vf y) {
   return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), y, x);
@@ -158,6 +160,9 @@ HG_INLINE vi add_int(vi a, vi b) { return _mm256_add_epi32(a, b); }
 HG_INLINE vi and_int(vi a, vi b) { return _mm256_and_si256(a, b); }
 HG_INLINE vi xor_int(vi a, vi b) { return _mm256_xor_si256(a, b); }
 HG_INLINE vi load_int(const void* p) { return _mm256_loadu_si256((const __m256i*)p); }
+HG_INLINE bool all_less(vf a, vf b) {
+  return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_NLT_UQ)) == 0;
+}
 HG_INLINE vf if_less(vf a, vf b, vf x, vf y) {
   return _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_LT_OQ));
 }
@@ -261,6 +266,10 @@ HG_INLINE vi and_int(vi a, vi b) { return a & b; }
 HG_INLINE vi xor_int(vi a, vi b) { return a ^ b; }
 HG_INLINE vi load_int(const void* p) { vi x; memcpy(&x, p, 16); return x; }
 HG_INLINE vf if_less(vf a, vf b, vf x, vf y) { return a < b ? x : y; }
+HG_INLINE bool all_less(vf a, vf b) {
+  const vi less = a < b;
+  return less[0] & less[1] & less[2] & less[3];
+}
 HG_INLINE vf if_within(vi at, vi low, vi high, vf x, vf y) {
   vi inside = (at >= low) & (at <= high);
   return inside ? x : y;

@@ -28,21 +28,35 @@ class VocabHead:
     """Vectors to logits, collected on rank 0."""
 
     def __init__(self, context: LoadContext, name: str, tied: VocabEmbedding | None = None) -> None:
-        config = context.config
+        config, weights = context.config, context.weights
+        self._shortlist = None
         if tied is not None:
-            context.weights.ignore(name)
-            self._weight = context.weights.tied(tied.table)
+            weights.ignore(name)
+            self._weight = weights.tied(tied.table)
+            self._shortlist = weights.shortlist(tied.table, self._weight)
         else:
             shape = (config.vocab_size, config.hidden_size)
-            self._weight = context.weights.head(name, shape, context.vocabulary)
+            self._weight = weights.head(name, shape, context.vocabulary)
         self._sizes = [len(ids) for ids in context.partition.vocabulary]
         self._group = context.group
 
-    def __call__(self, hidden: torch.Tensor) -> torch.Tensor | None:
-        """hidden[R, hidden_size] to float32[R, vocab_size] on rank 0, None elsewhere."""
+    @property
+    def has_shortlist(self) -> bool:
+        """Whether the largest logits alone can be had for less."""
+        return self._shortlist is not None
+
+    def __call__(self, hidden: torch.Tensor, largest: int = 0) -> torch.Tensor | None:
+        """hidden[R, hidden_size] to float32[R, vocab_size] on rank 0, None elsewhere.
+
+        largest: 1 where nothing but each row's largest logits counts; in the place of others there
+        may be something else that is smaller.
+        """
         if hidden.shape[0] == 0:
             empty = hidden.new_empty((0, sum(self._sizes)), dtype=torch.float32)
             return empty if self._group.rank == 0 else None
-        logits = ops.linear(hidden, self._weight)
+        if self._shortlist is None:
+            logits = ops.linear(hidden, self._weight)
+        else:
+            logits = ops.linear_largest(hidden, self._weight, self._shortlist, largest)
         gathered = self._group.gather_to_rank0(logits, 1, self._sizes)
         return None if gathered is None else gathered.float()
