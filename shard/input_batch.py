@@ -197,12 +197,13 @@ class InputBatch:
 
     def _is_plain(self, slot: int) -> bool:
         wishes = self.params[slot : slot + 1]
-        asked = ("logprobs", "top_n_tokens", "prompt_logprobs", "min_new_tokens", "temperature")
+        asked = ("logprobs", "top_n_tokens", "prompt_logprobs", "temperature")
         return not (
             self.constrained[slot]
             or self.biases[slot] is not None
             or needs_history(wishes).any()
             or any(wishes[name][0] for name in asked)
+            or (wishes["min_new_tokens"][0] and len(self._ending_tokens(slot, early=True)))
             or wishes["pooling"][0] != Pooling.NONE
         )
 
@@ -480,8 +481,9 @@ class InputBatch:
         early = positions < params["min_new_tokens"]
         endless = self.constrained[slots] & params["ignore_eos"]
         banned = {
-            row: self._ending_tokens(slots[row], early=bool(early[row]))
+            row: ids
             for row in np.flatnonzero(early | endless).tolist()
+            if len(ids := self._ending_tokens(slots[row], early=bool(early[row])))
         }
         biases: dict[int, TokenBias] = {}
         allowed: dict[int, npt.NDArray[np.bool_]] = {}
