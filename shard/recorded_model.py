@@ -21,6 +21,7 @@ from headgate.shard import trial_steps
 from headgate.shard.decode_rows import DecodeInputs
 from headgate.shard.distributed import Group
 from headgate.shard.kv_cache import KVCache, KVCacheLayout
+from headgate.shard.layers.embedding import VocabHead
 from headgate.shard.models.base import CausalLM
 from headgate.shard.step_inputs import StepInputs
 from headgate.shard.trial_steps import TrialSteps
@@ -250,9 +251,10 @@ class _Attempt:
 
     def _logits(self, hidden: torch.Tensor, largest: int) -> torch.Tensor | None:
         """A model that makes its logits in a way of its own has no others."""
-        if type(self._model).logits is CausalLM.logits:
-            return self._model.head(hidden, largest)
-        return self._model.logits(hidden)
+        model, head = self._model, self._model.head
+        if type(model).logits is CausalLM.logits and isinstance(head, VocabHead):
+            return head(hidden, largest)
+        return model.logits(hidden)
 
     def compare(self, recorded: RecordedModel) -> None:
         """Raises NotRecordable, on all ranks, if the model and its replay don't agree bit by bit in

@@ -102,7 +102,7 @@ void exact_products(const ShortlistJob& job, const float* x, const int64_t* colu
         const uint32_t bits = (uint32_t)rows[c][first + i] << 16;
         float weight;
         memcpy(&weight, &bits, sizeof weight);
-        sums[c] = __builtin_fmaf(inputs[i], weight, sums[c]);
+        sums[c] = fma_lane(inputs[i], weight, sums[c]);
       }
   }
   for (int c = 0; c < count; ++c) y[columns[c]] = sums[c];
@@ -159,6 +159,9 @@ void shortlist_tile(const void* data, int64_t row) {
   if (list.count) list.work_out();
 }
 
+// What is not a number counts as the largest.
+HG_INLINE float larger(float a, float b) { return a != a || a > b ? a : b; }
+
 // Tile: a panel. Of each column the lengths |w| and |e|, a little above what they are; and the largest
 // of each in the panel.
 void column_lengths_tile(const void* data, int64_t panel) {
@@ -184,9 +187,8 @@ void column_lengths_tile(const void* data, int64_t panel) {
     }
     job.errors[column] = (float)__builtin_sqrt(errors) * kBoundMargin + __FLT_MIN__;
     job.norms[column] = (float)__builtin_sqrt(squares) * kBoundMargin + __FLT_MIN__;
-    // What is not a number counts as the largest, and stays it.
-    if (!(job.errors[column] <= largest_error)) largest_error = job.errors[column];
-    if (!(job.norms[column] <= largest_norm)) largest_norm = job.norms[column];
+    largest_error = larger(largest_error, job.errors[column]);
+    largest_norm = larger(largest_norm, job.norms[column]);
   }
 }
 

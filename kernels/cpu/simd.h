@@ -326,6 +326,15 @@ HG_INLINE void load_columns4(const float* const* rows, ptrdiff_t at, vf out[4]) 
 
 #endif
 
+// What fma gives a lane.
+HG_INLINE float fma_lane(float a, float b, float c) {
+#if defined(__FMA__) || defined(__ARM_NEON)
+  return __builtin_fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
 // Values to be quantised whose largest is below this are zeros: the reciprocal of their scale would
 // not be finite.
 constexpr float kSmallestInput = 1e-30f;

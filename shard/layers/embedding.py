@@ -40,11 +40,6 @@ class VocabHead:
         self._sizes = [len(ids) for ids in context.partition.vocabulary]
         self._group = context.group
 
-    @property
-    def has_shortlist(self) -> bool:
-        """Whether the largest logits alone can be had for less."""
-        return self._shortlist is not None
-
     def __call__(self, hidden: torch.Tensor, largest: int = 0) -> torch.Tensor | None:
         """hidden[R, hidden_size] to float32[R, vocab_size] on rank 0, None elsewhere.
 

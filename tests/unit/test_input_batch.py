@@ -260,7 +260,16 @@ def test_min_new_tokens_bans_what_would_end_the_row() -> None:
     scheduled = target.apply(plan(new_rows=rows, rows=[1, 2, 3], counts=[5, 5, 5]))
     sampled = target.sampled_rows(target.draws(scheduled))
     assert {row: ids.tolist() for row, ids in sampled.banned.items()} == {0: [7, EOS], 1: [8]}
+    assert target.plain[scheduled.slots].tolist() == [False, False, True]
     target.advance(scheduled, np.array([1, 1, 1]))
+    assert not target.sampled_rows(target.draws(scheduled)).banned
+
+
+def test_a_minimum_of_tokens_without_an_end_forbids_nothing() -> None:
+    target = batch()
+    row = new_row(1, min_new_tokens=1, ignore_eos=True)
+    scheduled = target.apply(plan(new_rows=[row], rows=[1], counts=[5]))
+    assert target.plain[scheduled.slots].all()
     assert not target.sampled_rows(target.draws(scheduled)).banned
 
 

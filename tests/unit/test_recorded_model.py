@@ -23,6 +23,7 @@ from headgate.shard.models.base import CausalLM
 from headgate.shard.models.registry import load_model
 from headgate.shard.recorded_model import RecordedModel
 from headgate.shard.shared_memory import SharedMemory
+from tests.checkpoints import make_checkpoint
 from tests.unit.fake_model import shard_config
 
 PROMPT = list(b"a quick brown fox")
@@ -148,6 +149,24 @@ def test_rows_that_go_on_decoding_get_the_same(
             expected = decode(runner, batch)
         assert [without_times(result) for result in got] == [*map(without_times, expected)]
         assert len(fast) >= expected_fast and bool(fast) == bool(expected_fast)
+
+
+@pytest.mark.parametrize("precision", ["highest", "medium"])
+def test_plain_rows_get_the_likeliest_tokens_of_all_logits(tmp_path: Path, precision: str) -> None:
+    """By a shortlist, which a head of the embedding's weights has, in steps and beyond them."""
+    path = make_checkpoint(tmp_path / "tied", tie_word_embeddings=True)
+    model = load_model(
+        path, dtype="bfloat16", device="cpu", group=single_group(), precision=precision
+    )
+    config = shard_config(max_batch_prefill_tokens=300, max_batch_size=70)
+    runner = ModelRunner(model, single_group(), config, ShardIdentity(0, 1, epoch=1))
+    runner.record()
+    assert isinstance(runner.recorded, RecordedModel)
+    greedy = RowSampling(40, ignore_eos=True)
+    for rows in (3, 70):  # all of whose logits come with a step, or some
+        plain = decode(runner, [greedy] * rows)
+        whole = decode(runner, [replace(greedy, logprobs=True)] * rows)
+        assert [result.token_ids for result in plain] == [result.token_ids for result in whole]
 
 
 def without_times(result: StepResult) -> StepResult:
