@@ -254,6 +254,7 @@ def _model(files: ModelFiles) -> dict[str, Any]:
     return {
         "name": files.model_id,
         "parameters": facts.parameters,
+        "tied_vocabulary": vocabulary if facts.tied_embeddings else 0,
         "prompt_flops": 2 * (layers - last),
         "output_flops": 2 * (layers + vocabulary),
     }
