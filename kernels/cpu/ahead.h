@@ -23,10 +23,15 @@ struct Ahead {
 };
 static_assert(sizeof(Ahead) == 16, "two registers");
 
-// Asks for the line so many bytes `on`.
-HG_INLINE void ask_for(const Ahead& ahead, int on) {
-  if (ahead.once) __builtin_prefetch(ahead.address + on, 0, 0);
-  else __builtin_prefetch(ahead.address + on, 0, 3);
+// Asks for what a step of SIZE bytes, the columns of all passes, needs. Each pass of several asks for its share.
+template <int SIZE, int PASSES>
+HG_INLINE void ask_for(Ahead& ahead) {
+#pragma GCC unroll 8
+  for (int byte = 0; byte < SIZE; byte += 64) {
+    if (ahead.once) __builtin_prefetch(ahead.address + byte, 0, 0);
+    else if (byte * PASSES < SIZE) __builtin_prefetch(ahead.address + byte, 0, 3);
+  }
+  ahead.address += ahead.stride;
 }
 
 // What each of `count` row tiles asks for, which all take `size` bytes of weights in steps of `step` bytes.
@@ -44,6 +49,13 @@ HG_INLINE Share share_of(int64_t size, int64_t step, int64_t count) {
 HG_INLINE Ahead ahead_of(const char* weights, int64_t on, const char* soon, Share share, int64_t tile) {
   if (share.is_all) return {weights + on, share.stride, true};
   return {soon + tile * share.size, share.stride, false};
+}
+
+// What pass `pass` asks for in so many steps, where a tile takes its weights in several passes, each of some
+// columns. A tile that is alone asks for all each time: the later ones find it.
+HG_INLINE Ahead ahead_of_pass(Ahead whole, int pass, int passes, int64_t steps) {
+  if (whole.once) return whole;
+  return {whole.address + whole.stride * steps / passes * pass, (whole.stride + passes - 1) / passes, false};
 }
 
 // The panel after this one, where the thread's next tile probably begins with `later`.

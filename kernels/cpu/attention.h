@@ -56,7 +56,7 @@ void weigh_tile(Tile& t, int query, int dim_at, int first, int last, int tail) {
   const ptrdiff_t step = FEW ? 1 : t.padded_queries;
   const float* weights = t.weights + query * query_step + first / kStep * step;
   for (int k = first; k < last; k += kStep, weights += step) {
-    fetch_evenly(t, fetch_value, asked, R * V * kStep, whole);
+    fetch_evenly<fetch_value>(t, asked, R * V * kStep, whole);
     vf x[V];
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v)

@@ -13,54 +13,65 @@ HG_INLINE vf cap_scores(vf s, float cap) {
 
 // ---- few query rows: vectors over keys ----
 
+// VL keys and Q of a head's `queries`; asks for keys to come as one that does this part of a block's work.
 template <int Q, int T>
-void score_few(Tile& t, int group_first, int group_last) {
+HG_INLINE void score_group(const Tile& t, const float* q, int queries, int group, float* weights, int whole,
+                           Asked& asked) {
   constexpr int kTwos = VL == 16 && Q <= 6 ? 2 : 1;  // of vectors of keys, sums in registers
-  const float cap = t.job->soft_cap;
+  const void* const* keys = t.keys + group * VL;
   const int lanes = t.lanes;
   const ptrdiff_t at = t.head * lanes;
-  const float* q = t.q + t.head * Q * lanes;
-  float* weights = t.weights + t.head * Q * kKeyBlock;
-  const int whole = lanes * t.item->kv_count;
-  Asked asked = t.asked_keys;
-  for (int g = group_first; g < group_last; ++g) {
-    const void* const* keys = t.keys + g * VL;
-    vf folded[4][Q];
+  vf folded[4][Q];
 #pragma GCC unroll 4
-    for (int j = 0; j < 4; j += kTwos) {
-      vf s[2 * kTwos][Q];
+  for (int j = 0; j < 4; j += kTwos) {
+    vf s[2 * kTwos][Q];
 #pragma GCC unroll 4
-      for (int i = 0; i < 2 * kTwos; ++i)
+    for (int i = 0; i < 2 * kTwos; ++i)
 #pragma GCC unroll 16
-        for (int r = 0; r < Q; ++r) s[i][r] = set1(0.0f);
-      for (ptrdiff_t d = 0; d < lanes; d += kLanes) {
-        fetch_evenly(t, fetch_key, asked, 2 * kTwos * VL, whole);
+      for (int r = 0; r < Q; ++r) s[i][r] = set1(0.0f);
+    for (ptrdiff_t d = 0; d < lanes; d += kLanes) {
+      fetch_evenly<fetch_key>(t, asked, 2 * kTwos * VL * Q, whole);
 #pragma GCC unroll 4
-        for (int i = 0; i < 2 * kTwos; ++i) {
-          const vf k = load_keys<T>(keys, 2 * j + i, at + d);
-#pragma GCC unroll 16
-          for (int r = 0; r < Q; ++r)
-            s[i][r] = multiply_add<T>(repeat_lanes(q + d * Q + r * kLanes, i), k, s[i][r]);
-        }
-      }
-#pragma GCC unroll 2
-      for (int two = 0; two < kTwos; ++two)
+      for (int i = 0; i < 2 * kTwos; ++i) {
+        const vf k = load_keys<T>(keys, 2 * j + i, at + d);
 #pragma GCC unroll 16
         for (int r = 0; r < Q; ++r)
-          folded[j + two][r] = fold_halves(s[2 * two][r], s[2 * two + 1][r]);
-    }
-#pragma GCC unroll 16
-    for (int r = 0; r < Q; ++r) {
-      vf score = fold_last(fold_pairs(folded[0][r], folded[1][r]),
-                           fold_pairs(folded[2][r], folded[3][r]));
-      if constexpr (T == kScaledBytes) score = score * load(t.key_scales + g * VL);
-      store(weights + r * kKeyBlock + g * VL, score);
-    }
-    if (cap > 0)
-      for (int r = 0; r < Q; ++r) {
-        float* scores = weights + r * kKeyBlock + g * VL;
-        store(scores, cap_scores(load(scores), cap));
+          s[i][r] = multiply_add<T>(repeat_lanes(q + d * queries + r * kLanes, i), k, s[i][r]);
       }
+    }
+#pragma GCC unroll 2
+    for (int two = 0; two < kTwos; ++two)
+#pragma GCC unroll 16
+      for (int r = 0; r < Q; ++r)
+        folded[j + two][r] = fold_halves(s[2 * two][r], s[2 * two + 1][r]);
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < Q; ++r) {
+    vf score = fold_last(fold_pairs(folded[0][r], folded[1][r]),
+                         fold_pairs(folded[2][r], folded[3][r]));
+    if constexpr (T == kScaledBytes) score = score * load(t.key_scales + group * VL);
+    store(weights + r * kKeyBlock + group * VL, score);
+  }
+  const float cap = t.job->soft_cap;
+  if (cap > 0)
+    for (int r = 0; r < Q; ++r) {
+      float* scores = weights + r * kKeyBlock + group * VL;
+      store(scores, cap_scores(load(scores), cap));
+    }
+}
+
+template <int Q, int T>
+void score_few(Tile& t, int group_first, int group_last) {
+  // As many queries at once as there are registers for their sums.
+  constexpr int kFirst = VL == 16 || Q <= 6 ? Q : (Q + 1) / 2, kSecond = Q - kFirst;
+  const float* q = t.q + t.head * Q * t.lanes;
+  float* weights = t.weights + t.head * Q * kKeyBlock;
+  const int whole = t.lanes * t.queries;
+  Asked asked = t.asked_keys;
+  for (int g = group_first; g < group_last; ++g) {
+    score_group<kFirst, T>(t, q, Q, g, weights, whole, asked);
+    if constexpr (kSecond > 0)
+      score_group<kSecond, T>(t, q + kFirst * kLanes, Q, g, weights + kFirst * kKeyBlock, whole, asked);
   }
   t.asked_keys = asked;
 }
@@ -182,7 +193,7 @@ void score_many_columns(Tile& t, int column, int first, int last) {
   float* out = t.weights + column * VL;
   const int padded = t.padded_queries;
   const auto score = [&](auto tile, int k, int count) {
-    fetch_evenly(t, fetch_key, t.asked_keys, count * V, padded / VL);
+    fetch_evenly<fetch_key>(t, t.asked_keys, count * V, padded / VL);
     const float* scales = t.job->k_scales ? t.key_scales + k : nullptr;
     tile(t.keys + k, scales, q, padded, t.lanes, out + k * padded, cap);
   };

@@ -231,11 +231,11 @@ HG_INLINE void fetch_value(const Tile& t, int i) {
   fetch_ahead(t, t.job->v_cache, t.job->v_scales, i);
 }
 
-// After so much work on a block: `fetch`es the next one each time that `whole` has been done.
-template <class Fetch>
-HG_INLINE void fetch_evenly(const Tile& t, Fetch fetch, Asked& asked, int work, int whole) {
+// After so much work on a block: FETCHes the next one each time that `whole` has been done.
+template <void (*FETCH)(const Tile&, int)>
+HG_INLINE void fetch_evenly(const Tile& t, Asked& asked, int work, int whole) {
   for (asked.work += work; asked.work >= whole; asked.work -= whole)
-    if (asked.count < t.ahead) fetch(t, asked.count++);
+    if (asked.count < t.ahead) FETCH(t, asked.count++);
 }
 
 // What a short block left over.

@@ -17,7 +17,7 @@ HG_INLINE vf widen_high(vi pair) { return as_float(and_int(pair, set1i((int)0xff
 
 #if defined(__AVX512F__)
 
-// In assembly for the reasons given at dot4, and so that all but this runs without AVX512_BF16.
+// In assembly for the reasons given at Dot4, and so that all but this runs without AVX512_BF16.
 HG_INLINE vf dot2(vf sum, vi a, vi b) {
   __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
   return sum;

@@ -1,13 +1,16 @@
 // Bytes: products of four with four, summed into each 32-bit lane, and how they become floats.
 //
 // A sum of products is exact on every path. It is one instruction where there is VNNI or NEON's dot
-// product; elsewhere bytes are widened to 16 bits first, because AVX2's product of bytes
-// would saturate. Weights are bytes below 256, inputs from -127 to 127.
+// product; elsewhere bytes are widened to 16 bits first, because AVX2's product of bytes would saturate,
+// but for int4's. Weights are bytes below 256, of int4 below 16, inputs from -127 to 127.
 #pragma once
 
+#include "quantised.h"
 #include "simd.h"
 
 namespace {
+
+using namespace headgate;
 
 // ------------------------------------------------------------------ bytes
 
@@ -54,77 +57,122 @@ constexpr bool kSignedWeights = true;
 constexpr bool kSignedWeights = false;
 #endif
 
+// What inputs of int8 weights are stored as: words where bytes would have to be widened in each product.
+#if defined(__AVX2__) && !defined(__AVX512VNNI__)
+constexpr int32_t kInt8Format = kInt8Words;
+#else
+constexpr int32_t kInt8Format = kInt8Inputs;
+#endif
+
 HG_INLINE vi broadcast4(const int8_t* x) {
   int32_t four;
   memcpy(&four, x, 4);
   return set1i(four);
 }
 
+// Products with weights of kind Q: `weights` from bytes, four for each lane's column; `inputs` of one row of
+// `rows` from where its first ones are stored; `add`, which adds four products to each lane of a group's
+// sum; and what the sum of a whole group is, in 32 bits.
+
 #if defined(__AVX512VNNI__)
 
-struct Weights {
-  vi all;
+template <int Q>
+struct Dot4 {
+  typedef vi Weights;
+  typedef vi Inputs;
+  HG_INLINE vi weights(vi bytes) { return bytes; }
+  HG_INLINE vi inputs(const int8_t* x, int) { return broadcast4(x); }
+  // In assembly, because compilers (GCC 12) copy the sums around the intrinsic and store them at each
+  // step, which takes twice the time.
+  HG_INLINE vi add(vi sum, vi w, vi x) {
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x));
+    return sum;
+  }
+  HG_INLINE vi whole(vi sum) { return sum; }
 };
-typedef Weights Inputs;
-HG_INLINE Weights weights_of(vi bytes) { return {bytes}; }
-HG_INLINE Inputs inputs_at(const int8_t* x) { return {broadcast4(x)}; }
-// In assembly, because compilers (GCC 12) copy the sums around the intrinsic and store them at each
-// step, which takes twice the time.
-HG_INLINE vi dot4(vi sum, Weights w, Inputs x) {
-  __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(w.all), "v"(x.all));
-  return sum;
-}
 
 #elif defined(__ARM_FEATURE_DOTPROD)
 
-struct Weights {
-  vi all;
+template <int Q>
+struct Dot4 {
+  typedef vi Weights;
+  typedef vi Inputs;
+  HG_INLINE vi weights(vi bytes) { return bytes; }
+  HG_INLINE vi inputs(const int8_t* x, int) { return broadcast4(x); }
+  HG_INLINE vi add(vi sum, vi w, vi x) {
+    return (vi)vdotq_s32((int32x4_t)sum, (int8x16_t)w, (int8x16_t)x);
+  }
+  HG_INLINE vi whole(vi sum) { return sum; }
 };
-typedef Weights Inputs;
-HG_INLINE Weights weights_of(vi bytes) { return {bytes}; }
-HG_INLINE Inputs inputs_at(const int8_t* x) { return {broadcast4(x)}; }
-HG_INLINE vi dot4(vi sum, Weights w, Inputs x) {
-  return (vi)vdotq_s32((int32x4_t)sum, (int8x16_t)w.all, (int8x16_t)x.all);
-}
 
-#else
+#elif defined(__AVX2__)
 
-// The bytes 0 and 2, and the bytes 1 and 3, of each lane as 16-bit numbers.
-struct Weights {
-  vi even, odd;
+// Two bytes of each lane as 16-bit numbers, and the two others.
+struct Words {
+  vi low, high;
 };
-typedef Weights Inputs;
 
-#if defined(__AVX2__)
+template <int Q>
+struct Dot4 {
+  typedef Words Weights;
+  typedef Words Inputs;
+  HG_INLINE Words weights(vi bytes) {
+    const vi low = _mm256_setr_epi8(0, -1, 1, -1, 4, -1, 5, -1, 8, -1, 9, -1, 12, -1, 13, -1,
+                                    0, -1, 1, -1, 4, -1, 5, -1, 8, -1, 9, -1, 12, -1, 13, -1);
+    const vi high = _mm256_setr_epi8(2, -1, 3, -1, 6, -1, 7, -1, 10, -1, 11, -1, 14, -1, 15, -1,
+                                     2, -1, 3, -1, 6, -1, 7, -1, 10, -1, 11, -1, 14, -1, 15, -1);
+    return {_mm256_shuffle_epi8(bytes, low), _mm256_shuffle_epi8(bytes, high)};
+  }
+  HG_INLINE Words inputs(const int8_t* x, int rows) { return {broadcast4(x), broadcast4(x + rows * 4)}; }
+  HG_INLINE vi add(vi sum, Words w, Words x) {
+    const vi low = _mm256_madd_epi16(w.low, x.low), high = _mm256_madd_epi16(w.high, x.high);
+    // In assembly for the reasons given at add_product.
+    __asm__("vpaddd %1, %0, %0" : "+x"(sum) : "x"(add_int(low, high)));
+    return sum;
+  }
+  HG_INLINE vi whole(vi sum) { return sum; }
+};
 
-HG_INLINE Weights weights_of(vi bytes) {
-  return {_mm256_and_si256(bytes, _mm256_set1_epi16(255)), _mm256_srli_epi16(bytes, 8)};
-}
-HG_INLINE Inputs inputs_at(const int8_t* x) {
-  const vi all = broadcast4(x);
-  return {_mm256_srai_epi16(_mm256_slli_epi16(all, 8), 8), _mm256_srai_epi16(all, 8)};
-}
-HG_INLINE vi dot4(vi sum, Weights w, Inputs x) {
-  return add_int(sum, add_int(_mm256_madd_epi16(w.even, x.even), _mm256_madd_epi16(w.odd, x.odd)));
-}
+// Sums of a group's products with weights below 16 stay below 2^15.
+static_assert(kInt4Group / 2 * 15 * 127 < 1 << 15, "sums of a half group in 16 bits");
+
+template <>
+struct Dot4<kInt4> {
+  typedef vi Weights;
+  typedef vi Inputs;
+  HG_INLINE vi weights(vi bytes) { return bytes; }
+  HG_INLINE vi inputs(const int8_t* x, int) { return broadcast4(x); }
+  HG_INLINE vi add(vi sum, vi w, vi x) { return _mm256_add_epi16(sum, _mm256_maddubs_epi16(w, x)); }
+  HG_INLINE vi whole(vi sum) { return _mm256_madd_epi16(sum, _mm256_set1_epi16(1)); }
+};
 
 #else
 
 typedef int16_t vs __attribute__((vector_size(16)));
 typedef uint16_t vu __attribute__((vector_size(16)));
 
-HG_INLINE Weights weights_of(vi bytes) { return {(vi)((vu)bytes & 255), (vi)((vu)bytes >> 8)}; }
-HG_INLINE Inputs inputs_at(const int8_t* x) {
-  const vi all = broadcast4(x);
-  return {(vi)((vs)((vu)all << 8) >> 8), (vi)((vs)all >> 8)};
-}
-// Each product fits 16 bits: 255 * 127 < 2^15.
-HG_INLINE vi dot4(vi sum, Weights w, Inputs x) {
-  const vi even = (vi)((vs)w.even * (vs)x.even), odd = (vi)((vs)w.odd * (vs)x.odd);
-  return sum + ((even << 16 >> 16) + (even >> 16)) + ((odd << 16 >> 16) + (odd >> 16));
-}
+// The bytes 0 and 2, and the bytes 1 and 3, of each lane as 16-bit numbers.
+struct Words {
+  vs even, odd;
+};
 
-#endif
+template <int Q>
+struct Dot4 {
+  typedef Words Weights;
+  typedef Words Inputs;
+  HG_INLINE Words weights(vi bytes) { return {(vs)((vu)bytes & 255), (vs)((vu)bytes >> 8)}; }
+  HG_INLINE Words inputs(const int8_t* x, int) {
+    const vi all = broadcast4(x);
+    return {(vs)((vu)all << 8) >> 8, (vs)all >> 8};
+  }
+  // Each product fits 16 bits: 255 * 127 < 2^15.
+  HG_INLINE vi add(vi sum, Words w, Words x) {
+    const vi even = (vi)(w.even * x.even), odd = (vi)(w.odd * x.odd);
+    return sum + ((even << 16 >> 16) + (even >> 16)) + ((odd << 16 >> 16) + (odd >> 16));
+  }
+  HG_INLINE vi whole(vi sum) { return sum; }
+};
+
 #endif
 
 }  // namespace

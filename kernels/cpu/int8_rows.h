@@ -29,9 +29,10 @@ HG_INLINE vf load_i8(const int8_t* p) {
   return to_float(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
 }
 HG_INLINE void store_i8(int8_t* p, vi a) {
-  int32_t lane[VL];
-  memcpy(lane, &a, sizeof lane);
-  for (int i = 0; i < VL; ++i) p[i] = (int8_t)lane[i];
+  const __m128i lowest = _mm_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
+  const __m128i low = _mm_shuffle_epi8(_mm256_castsi256_si128(a), lowest);
+  const __m128i high = _mm_shuffle_epi8(_mm256_extracti128_si256(a, 1), lowest);
+  _mm_storel_epi64((__m128i*)p, _mm_unpacklo_epi32(low, high));
 }
 HG_INLINE vf load_lanes_i8(const int8_t* const* rows, int i, ptrdiff_t at) {
   return load_i8(rows[i / 2 + i % 2 * 4] + at);

@@ -63,9 +63,10 @@ struct RowSource {
 };
 
 // How they are laid out for it: in row tiles of [K][m] floats, as they are or rounded to bfloat16; of
-// [K / 2][m] pairs of such (see kRoundedPairs); or of groups of bytes (see quantised.h).
+// [K / 2][m] pairs of such (see kRoundedPairs); or of groups of bytes, or of such in 16 bits (see
+// quantised.h).
 enum InputFormat : int32_t {
-  kFloats = 0, kRoundedFloats = 1, kPairs = 2, kInt8Inputs = 3, kInt4Inputs = 4
+  kFloats = 0, kRoundedFloats = 1, kPairs = 2, kInt8Inputs = 3, kInt8Words = 4, kInt4Inputs = 5
 };
 constexpr int kInputColumns = 64;  // columns worked on at once
 

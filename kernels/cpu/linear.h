@@ -21,7 +21,7 @@ constexpr int kTileRows = VL == 16 ? 12 : 6;
 constexpr int kPanelVectors = kPanel / VL;
 // Inputs and weights of so many k's are used while they are in the second-level cache. A sum leaves
 // and enters registers between two such blocks unrounded: the chain stays one.
-constexpr int64_t kInnerBlock = 1536;
+constexpr int64_t kInnerBlock = VL == 16 ? 1536 : 288;
 // How far ahead of its use a weight is asked for where one row tile takes them all, in bytes.
 constexpr int64_t kPrefetch = 4096;
 
@@ -55,32 +55,30 @@ HG_INLINE void step(const float* x, const char* w, bool both, vf (&sums)[R][V]) 
     return;
   }
 #endif
-  vf first[V], second[V];
+  vf values[V];
 #pragma GCC unroll 8
   for (int v = 0; v < V; ++v) {
-    if constexpr (T == kFloat32) {
-      first[v] = load((const float*)w + v * VL);
-    } else if constexpr (T == kFloat16) {
-      first[v] = load_f16((const uint16_t*)w + v * VL);
-    } else {
-      vi pair = load_int(w + v * VL * 4);
-      first[v] = widen_high(pair);
-      second[v] = widen_low(pair);
-    }
+    if constexpr (T == kFloat32) values[v] = load((const float*)w + v * VL);
+    else if constexpr (T == kFloat16) values[v] = load_f16((const uint16_t*)w + v * VL);
+    else values[v] = widen_high(load_int(w + v * VL * 4));
   }
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
     vf a = set1(x[r]);
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) sums[r][v] = fma(a, first[v], sums[r][v]);
+    for (int v = 0; v < V; ++v) add_product(sums[r][v], a, values[v]);
   }
   if constexpr (T == kBFloat16) {
     if (!both) return;
+    // Loaded once more: there are no registers for both halves.
+    __asm__("" : "+r"(w));
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) values[v] = widen_low(load_int(w + v * VL * 4));
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
       vf a = set1(x[R + r]);
 #pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) sums[r][v] = fma(a, second[v], sums[r][v]);
+      for (int v = 0; v < V; ++v) add_product(sums[r][v], a, values[v]);
     }
   }
 }
@@ -100,15 +98,13 @@ void multiply(const float* x, const char* w, Ahead ahead, int64_t inner, float* 
       else sums[r][v] = load_n(y + r * y_stride + v * VL, (int)left);
     }
   }
-  constexpr int kBytes = kStep<T> * kPanel * kElement<T>;
+  constexpr int kLane = kStep<T> * kElement<T>;
   int64_t k = 0;
   for (; k + kStep<T> <= inner; k += kStep<T>) {
-    ask_for(ahead, 0);
-    if constexpr (kBytes > 64) ask_for(ahead, 64);
-    ahead.address += ahead.stride;
+    ask_for<kPanel * kLane, kPanelVectors / V>(ahead);
     step<T, R, V>(x, w, true, sums);
     x += kInputs<T> * R;
-    w += kBytes;
+    w += kPanel * kLane;
   }
   if (k < inner) step<T, R, V>(x, w, false, sums);
 #pragma GCC unroll 16
@@ -130,8 +126,10 @@ void multiply_panel(const float* x, const char* w, Ahead ahead, int64_t inner, f
   constexpr int kMost = VL == 16 ? 2 : (R <= 3 ? 4 : 2);
   constexpr int V = kMost < kPanelVectors ? kMost : kPanelVectors;
   constexpr int kLane = kStep<T> * kElement<T>;
-  for (int v = 0; v < kPanelVectors && v * VL < columns; v += V)
-    multiply<T, R, V>(x, w + v * VL * kLane, ahead, inner, y + v * VL, y_stride, columns - v * VL, resume);
+  for (int v = 0; v < kPanelVectors && v * VL < columns; v += V) {
+    const Ahead part = ahead_of_pass(ahead, v / V, kPanelVectors / V, inner / kStep<T>);
+    multiply<T, R, V>(x, w + v * VL * kLane, part, inner, y + v * VL, y_stride, columns - v * VL, resume);
+  }
 }
 
 using PanelFunction = void (*)(const float*, const char*, Ahead, int64_t, float*, int64_t, int64_t,

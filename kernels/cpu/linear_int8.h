@@ -23,6 +23,9 @@ constexpr int kQuantisedPrefetch = 2048;
 template <int Q>
 constexpr int kStepsOf = Q == kInt4 ? kInt4Group / 8 : kInt8Group / 4;
 
+template <int Q>
+constexpr int kFormatOf = Q == kInt4 ? kInt4Inputs : kInt8Format;
+
 // Stored weights as the products take them; int4: the low halves (part 0) or the high ones.
 template <int Q>
 HG_INLINE vi bytes_of(vi stored, int part) {
@@ -30,27 +33,39 @@ HG_INLINE vi bytes_of(vi stored, int part) {
   return kSignedWeights ? xor_int(stored, set1i((int)0x80808080u)) : stored;
 }
 
-// sums[r][v] += the products of one group. x[k / 4][R][4]; w at the first of V vectors of columns.
+// sums[r][v] += the products of one group. x as InputFormat says; w at the first of V vectors of columns.
 template <int Q, int R, int V>
 HG_INLINE void add_group(const int8_t* x, const char* w, Ahead& ahead, vi (&sums)[R][V]) {
+  typedef Dot4<Q> Dot;
   constexpr int kParts = Q == kInt4 ? 2 : 1;
+  constexpr int kInputBytes = (row_group_bytes(kFormatOf<Q>) - 8) / (kStepsOf<Q> * kParts);  // of a row's four
   for (int step = 0; step < kStepsOf<Q>; ++step, w += kPanel * 4) {
-    ask_for(ahead, 0);
-    ask_for(ahead, 64);
-    ahead.address += ahead.stride;
+    ask_for<kPanel * 4, kPanel / (V * VL)>(ahead);
     vi loaded[V];
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) loaded[v] = load_int(w + v * VL * 4);
 #pragma GCC unroll 2
-    for (int part = 0; part < kParts; ++part, x += R * 4) {
-      Weights values[V];
+    for (int part = 0; part < kParts; ++part, x += R * kInputBytes) {
+      if constexpr (V > R) {  // the inputs stay in registers, not the weights
+        typename Dot::Inputs a[R];
 #pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) values[v] = weights_of(bytes_of<Q>(loaded[v], part));
+        for (int r = 0; r < R; ++r) a[r] = Dot::inputs(x + r * 4, R);
+#pragma GCC unroll 8
+        for (int v = 0; v < V; ++v) {
+          const typename Dot::Weights values = Dot::weights(bytes_of<Q>(loaded[v], part));
+#pragma GCC unroll 8
+          for (int r = 0; r < R; ++r) sums[r][v] = Dot::add(sums[r][v], values, a[r]);
+        }
+        continue;
+      }
+      typename Dot::Weights values[V];
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) values[v] = Dot::weights(bytes_of<Q>(loaded[v], part));
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
-        const Inputs a = inputs_at(x + r * 4);
+        const typename Dot::Inputs a = Dot::inputs(x + r * 4, R);
 #pragma GCC unroll 8
-        for (int v = 0; v < V; ++v) sums[r][v] = dot4(sums[r][v], values[v], a);
+        for (int v = 0; v < V; ++v) sums[r][v] = Dot::add(sums[r][v], values[v], a);
       }
     }
   }
@@ -68,7 +83,7 @@ void multiply_quantised(const char* x, const char* panel, Ahead ahead, int first
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) totals[r][v] = set1(0.0f);
-  for (int64_t g = 0; g < groups; ++g, block += block_bytes(Q), x += R * row_group_bytes(Q)) {
+  for (int64_t g = 0; g < groups; ++g, block += block_bytes(Q), x += R * row_group_bytes(kFormatOf<Q>)) {
     const float* scale = (const float*)x;
     const int32_t* correction = (const int32_t*)(x + R * 4);
     vi sums[R][V];
@@ -92,7 +107,7 @@ void multiply_quantised(const char* x, const char* panel, Ahead ahead, int first
 #pragma GCC unroll 8
       for (int v = 0; v < V; ++v) {
         const vf by = Q == kInt4 ? scales[v] * s : s;
-        totals[r][v] = fma(to_float(sums[r][v]), by, totals[r][v]);
+        totals[r][v] = fma(to_float(Dot4<Q>::whole(sums[r][v])), by, totals[r][v]);
         if (Q == kInt4) totals[r][v] = fma(minima[v], c, totals[r][v]);
       }
     }
@@ -111,10 +126,14 @@ void multiply_quantised(const char* x, const char* panel, Ahead ahead, int first
 template <int Q, int R>
 void multiply_quantised_panel(const char* x, const char* panel, Ahead ahead, int64_t groups,
                               float* y, int64_t y_stride, int64_t columns, const float* bias) {
-  constexpr int V = kQuantisedVectors;
-  for (int first = 0; first < kPanel && first < columns; first += V * VL)
-    multiply_quantised<Q, R, V>(x, panel, ahead, first, groups, y + first, y_stride,
+  constexpr int kMost = R <= 2 ? 2 * kQuantisedVectors : kQuantisedVectors;
+  constexpr int V = kMost < kPanel / VL ? kMost : kPanel / VL;
+  for (int first = 0; first < kPanel && first < columns; first += V * VL) {
+    const Ahead part =
+        ahead_of_pass(ahead, first / (V * VL), kPanel / (V * VL), groups * kStepsOf<Q>);
+    multiply_quantised<Q, R, V>(x, panel, part, first, groups, y + first, y_stride,
                                 columns - first, bias ? bias + first : nullptr);
+  }
 }
 
 using QuantisedPanel = void (*)(const char*, const char*, Ahead, int64_t, float*, int64_t, int64_t,
@@ -154,7 +173,7 @@ void multiply_panels(const QuantisedLinearJob& job, int64_t first, int64_t last,
       const RowRange range = rows.next();
       const Ahead ahead = ahead_of(weight, on, soon, share, tile);
       quantised_panel<Q>(range.last - range.first)(
-          job.x + range.first * groups * row_group_bytes(Q), weight, ahead, groups,
+          job.x + range.first * groups * row_group_bytes(kFormatOf<Q>), weight, ahead, groups,
           job.y + range.first * job.y_stride + column, job.y_stride, columns,
           job.bias ? job.bias + column : nullptr);
     }

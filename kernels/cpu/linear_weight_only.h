@@ -37,11 +37,7 @@ void multiply_widened(const float* x, const char* block, Ahead ahead, int first,
     const int8_t* w = (const int8_t*)block + kHeader + first;
     const int size = inner < kWeightOnlyGroup ? (int)inner : kWeightOnlyGroup;
     for (int k = 0; k < size; ++k, w += kPanel, x += R) {
-      if (k % 2 == 0) {  // a line has two k's
-        ask_for(ahead, 0);
-        ask_for(ahead, 64);
-        ahead.address += ahead.stride;
-      }
+      if (k % 2 == 0) ask_for<128, 1>(ahead);
       vf values[V];
 #pragma GCC unroll 8
       for (int v = 0; v < V; ++v) values[v] = load_i8(w + v * VL);

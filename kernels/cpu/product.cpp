@@ -19,7 +19,7 @@ constexpr int64_t kPieceCost = 1000;
 constexpr int kTries = 10000;
 
 int64_t input_cost(const InputRowsJob& job) {
-  const bool bytes = job.format == kInt8Inputs || job.format == kInt4Inputs;
+  const bool bytes = job.format == kInt8Inputs || job.format == kInt8Words || job.format == kInt4Inputs;
   const int64_t of16 = kLayOutCost + (job.source.norm ? kNormCost : 0) +
                        (job.source.activation >= 0 ? kGateCost : 0) + (bytes ? kBytesCost : 0);
   return job.rows * job.inner * of16 / 16;

@@ -38,6 +38,21 @@ HG_INLINE vf join_lanes(const vf (&rows)[kQuantisedRows], Join join) {
   return _mm512_permutexvar_ps(order, d);
 }
 
+#elif defined(__AVX2__)
+
+template <class Join>
+HG_INLINE vf join_lanes(const vf (&rows)[kQuantisedRows], Join join) {
+  vf a[2];
+  for (int p = 0; p < 2; ++p) {
+    const vf x = rows[2 * p], y = rows[2 * p + 1];
+    a[p] = join(_mm256_permute2f128_ps(x, y, 0x20), _mm256_permute2f128_ps(x, y, 0x31));
+  }
+  const vf b = join(_mm256_shuffle_ps(a[0], a[1], 0x44), _mm256_shuffle_ps(a[0], a[1], 0xee));
+  // Rows 0 and 2 in the lower half, 1 and 3 in the upper one.
+  const vf c = join(_mm256_shuffle_ps(b, b, 0x88), _mm256_shuffle_ps(b, b, 0xdd));
+  return _mm256_permutevar8x32_ps(c, _mm256_setr_epi32(0, 4, 1, 5, 0, 4, 1, 5));
+}
+
 #else
 
 template <class Join>
@@ -74,6 +89,13 @@ HG_INLINE void store_bytes(const vi (&x)[kInputColumns / VL], int8_t* to) {
   // Each 128 bits hold their part of all four.
   const vi order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   _mm512_storeu_si512(to, _mm512_permutexvar_epi32(order, packed));
+#elif defined(__AVX2__)
+  const vi order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  for (int v = 0; v < kInputColumns / VL; v += 4) {
+    const vi low = _mm256_packs_epi32(x[v], x[v + 1]), high = _mm256_packs_epi32(x[v + 2], x[v + 3]);
+    const vi packed = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order);
+    _mm256_storeu_si256((__m256i*)(to + v * VL), packed);
+  }
 #else
   for (int v = 0; v < kInputColumns / VL; ++v) {
     int32_t lane[VL];
@@ -81,6 +103,10 @@ HG_INLINE void store_bytes(const vi (&x)[kInputColumns / VL], int8_t* to) {
     for (int i = 0; i < VL; ++i) to[v * VL + i] = (int8_t)lane[i];
   }
 #endif
+}
+
+HG_INLINE void store_words(const vi (&x)[kInputColumns / VL], uint16_t* to) {
+  for (int v = 0; v < kInputColumns / VL; ++v) store_low_halves(to + v * VL, x[v]);
 }
 
 // What a group of each row is divided by.
@@ -99,9 +125,9 @@ HG_INLINE vf find_scales(const float* rows, int64_t stride, int64_t height, vf* 
 }
 
 // The groups of the first n of kInputColumns columns; what follows in them must be zeros.
-template <int Q>
+template <int F>
 void quantise_rows(const float* rows, int64_t stride, int64_t height, int n, char* out) {
-  constexpr int G = Q == kInt8 ? kInt8Group : kInt4Group, kGroups = kInputColumns / G;
+  constexpr int G = group_size(kind_of(F)), kGroups = kInputColumns / G, kBytes = F == kInt8Words ? 2 : 1;
   vf scales[kGroups];
   float inverses[kGroups][VL];
   for (int g = 0; g < kGroups; ++g) {
@@ -109,7 +135,7 @@ void quantise_rows(const float* rows, int64_t stride, int64_t height, int n, cha
     scales[g] = find_scales<G>(rows + g * G, stride, height, &inverse);
     store(inverses[g], inverse);
   }
-  int8_t bytes[kQuantisedRows][kInputColumns] __attribute__((aligned(64)));
+  int8_t stored[kQuantisedRows][kInputColumns * kBytes] __attribute__((aligned(64)));
   vf sums[kGroups][kQuantisedRows] = {};
   for (int64_t r = 0; r < height; ++r) {
     vi values[kInputColumns / VL];
@@ -122,16 +148,18 @@ void quantise_rows(const float* rows, int64_t stride, int64_t height, int n, cha
       }
       sums[g][r] = as_float(sum);
     }
-    store_bytes(values, bytes[r]);
+    if constexpr (F == kInt8Words) store_words(values, (uint16_t*)stored[r]);
+    else store_bytes(values, stored[r]);
   }
   const auto add = [](vf a, vf b) { return as_float(add_int(as_int(a), as_int(b))); };
-  for (int g = 0; g * G < n; ++g, out += height * row_group_bytes(Q)) {
+  for (int g = 0; g * G < n; ++g, out += height * row_group_bytes(F)) {
     const vi sum = as_int(join_lanes(sums[g], add));
     const vi minus_sum = add_int(xor_int(sum, set1i(-1)), set1i(1));
-    const vf correction = Q == kInt8 ? as_float(shift_left(minus_sum, 7)) : scales[g] * to_float(sum);
+    const vf correction = F != kInt4Inputs ? as_float(shift_left(minus_sum, 7)) : scales[g] * to_float(sum);
     store_n((float*)out, scales[g], (int)height);
     store_n((float*)out + height, correction, (int)height);
-    interleave((const float*)(bytes[0] + g * G), kInputColumns / 4, height, G / 4,
+    constexpr int kWords = G * kBytes / 4;  // of 32 bits
+    interleave((const float*)stored[0] + g * kWords, kInputColumns * kBytes / 4, height, kWords,
                (float*)(out + height * 8));
   }
 }

@@ -27,7 +27,7 @@ namespace headgate {
 #define HG_TEXT(x) HG_TEXT_OF(x)
 
 extern const QuantisedKernels HG_TABLE = {
-    HG_TEXT(HG_NAME), kQuantisedRows, kWeightOnlyRows,
+    HG_TEXT(HG_NAME), kQuantisedRows, kWeightOnlyRows, kInt8Format,
     quantise_weight_tile, quantised_linear_tile, shortlist_tile, column_lengths_tile,
 };
 

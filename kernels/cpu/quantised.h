@@ -47,10 +47,13 @@ static inline int64_t panel_bytes(int64_t inner, int32_t kind) {
 
 // Inputs are quantised to signed bytes, x = scale * value, before they meet int8 or int4 weights.
 // A row tile of m rows is stored group by group: m scales (float), m corrections (4 bytes), then
-// [group / 4][m][4] values. The correction undoes what the bytes of weights have too much: for int8
+// [group / 4][m][4] values, or for kInt8Words [group / 2][m][2] in 16 bits. The correction undoes what the bytes of weights have too much: for int8
 // it is an integer, -128 * sum of values; for int4 a float, scale * sum of values, to be
 // multiplied with the minimum.
-static inline int64_t row_group_bytes(int32_t kind) { return 8 + group_size(kind); }
+static constexpr int32_t kind_of(int32_t format) { return format == kInt4Inputs ? kInt4 : kInt8; }
+static constexpr int64_t row_group_bytes(int32_t format) {
+  return 8 + group_size(kind_of(format)) * (format == kInt8Words ? 2 : 1);
+}
 
 // weight[N, K] without gaps, to panels of blocks.
 struct QuantiseWeightJob {
@@ -64,8 +67,7 @@ struct QuantiseWeightJob {
 static inline int64_t input_row_bytes(int64_t columns, int32_t format) {
   if (format == kFloats || format == kRoundedFloats) return columns * int64_t(sizeof(float));
   if (format == kPairs) return (columns + 1) / 2 * int64_t(sizeof(float));
-  const int32_t kind = format == kInt8Inputs ? kInt8 : kInt4;
-  return group_count(columns, kind) * row_group_bytes(kind);
+  return group_count(columns, kind_of(format)) * row_group_bytes(format);
 }
 
 // y[M, N] = x[M, K] w[N, K]^T + bias[N]
@@ -109,6 +111,7 @@ struct QuantisedKernels {
   const char* name;
   int tile_rows;     // tallest row tile of int8 and int4
   int widened_rows;  // and of weight-only
+  int32_t int8_inputs;  // the format of what int8 weights are multiplied with
   void (*quantise_weight)(const void* job, int64_t tile);
   void (*linear)(const void* job, int64_t tile);
   void (*shortlist)(const void* job, int64_t tile);

@@ -63,7 +63,7 @@ HG_API int32_t hg_linear_quantised(const float* x, int64_t rows, int64_t inner, 
   const RowSource source = {x, x_stride, norm, residual, residual_stride, total, eps, activation};
   const QuantisedKernels& kernels = quantised_kernels();
   const bool widen = kind == kInt8WeightOnly;
-  const int32_t format = widen ? kFloats : kind == kInt8 ? kInt8Inputs : kInt4Inputs;
+  const int32_t format = widen ? kFloats : kind == kInt8 ? kernels.int8_inputs : kInt4Inputs;
   const int32_t row_tiles = row_tiles_of(rows, widen ? kernels.widened_rows : kernels.tile_rows);
   const bool ready = is_ready(source, rows, format);
   InputRowsJob inputs = {source, nullptr, rows, inner, row_tiles, format, 1};
@@ -79,10 +79,11 @@ HG_API int32_t hg_linear_quantised(const float* x, int64_t rows, int64_t inner, 
   return 0;
 }
 
-// Whether a product of four bytes is one instruction here.
+// Whether products with bytes are faster here than those with floats: where four are one instruction, or
+// vectors of floats are as wide as AVX2's.
 HG_API int32_t hg_multiplies_bytes() {
   const char* name = quantised_kernels().name;
-  return !strcmp(name, "avx512") || !strcmp(name, "neon");
+  return !strcmp(name, "neon") || (strcmp(name, "generic") && !strcmp(name, active_kernels().name));
 }
 
 // Floats that hg_column_lengths writes.

@@ -142,7 +142,21 @@ HG_INLINE vi first_lanes(int n) { return _mm256_cmpgt_epi32(_mm256_set1_epi32(n)
 HG_INLINE vf load(const float* p) { return _mm256_loadu_ps(p); }
 HG_INLINE void store(float* p, vf x) { _mm256_storeu_ps(p, x); }
 HG_INLINE vf load_n(const float* p, int n) { return _mm256_maskload_ps(p, first_lanes(n)); }
-HG_INLINE void store_n(float* p, vf x, int n) { _mm256_maskstore_ps(p, first_lanes(n), x); }
+// By parts: many processors take tens of cycles for a masked store.
+HG_INLINE void store_n(float* p, vf x, int n) {
+  if (n == VL) return store(p, x);
+  __m128 part = _mm256_castps256_ps128(x);
+  if (n & 4) {
+    _mm_storeu_ps(p, part);
+    part = _mm256_extractf128_ps(x, 1);
+  }
+  p += n & 4;
+  if (n & 2) {
+    _mm_storel_pi((__m64*)p, part);
+    part = _mm_movehl_ps(part, part);
+  }
+  if (n & 1) _mm_store_ss(p + (n & 2), part);
+}
 HG_INLINE vf set1(float x) { return _mm256_set1_ps(x); }
 HG_INLINE vi set1i(int x) { return _mm256_set1_epi32(x); }
 HG_INLINE vf fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
@@ -326,6 +340,16 @@ HG_INLINE void load_columns4(const float* const* rows, ptrdiff_t at, vf out[4]) 
 
 #endif
 
+// sum += a * b where so many sums are kept that no register is left for copies of them, which compilers
+// (GCC 12) make around the intrinsic.
+HG_INLINE void add_product(vf& sum, vf a, vf b) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  __asm__("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
+#else
+  sum = fma(a, b, sum);
+#endif
+}
+
 // What fma gives a lane.
 HG_INLINE float fma_lane(float a, float b, float c) {
 #if defined(__FMA__) || defined(__ARM_NEON)
@@ -400,6 +424,10 @@ HG_INLINE float sum_lanes(vf x) {
 HG_INLINE float max_lanes(vf x) {
 #if defined(__AVX512F__)
   return _mm512_reduce_max_ps(x);
+#elif defined(__AVX2__)
+  __m128 most = _mm_max_ps(_mm256_extractf128_ps(x, 1), _mm256_castps256_ps128(x));
+  most = _mm_max_ps(_mm_movehl_ps(most, most), most);
+  return _mm_cvtss_f32(_mm_max_ss(_mm_movehdup_ps(most), most));
 #else
   float lane[VL];
   store(lane, x);
