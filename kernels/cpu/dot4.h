@@ -50,6 +50,12 @@ HG_INLINE vf load_i8(const int8_t* p) {
 
 // ------------------------------------------------------------------ products
 
+// The even bytes as words, and the odd ones.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+HG_INLINE vi even_bytes(vi a) { return _mm256_and_si256(a, _mm256_set1_epi16(255)); }
+HG_INLINE vi odd_bytes(vi a) { return _mm256_srli_epi16(a, 8); }
+#endif
+
 // NEON multiplies signed bytes with signed ones: there int8 weights lose the 128 they are stored with.
 #if defined(__ARM_FEATURE_DOTPROD)
 constexpr bool kSignedWeights = true;
@@ -70,8 +76,8 @@ HG_INLINE vi broadcast4(const int8_t* x) {
   return set1i(four);
 }
 
-// Products with weights of kind Q: `weights` from bytes, four for each lane's column; `inputs` of one row of
-// `rows` from where its first ones are stored; `add`, which adds four products to each lane of a group's
+// Products with weights of kind Q, four for each lane's column, or two where inputs are words: `weights`, and
+// `inputs` from where they are stored, as `add` takes them, which adds the products to each lane of a group's
 // sum; and what the sum of a whole group is, in 32 bits.
 
 #if defined(__AVX512VNNI__)
@@ -81,7 +87,7 @@ struct Dot4 {
   typedef vi Weights;
   typedef vi Inputs;
   HG_INLINE vi weights(vi bytes) { return bytes; }
-  HG_INLINE vi inputs(const int8_t* x, int) { return broadcast4(x); }
+  HG_INLINE vi inputs(const int8_t* x) { return broadcast4(x); }
   // In assembly, because compilers (GCC 12) copy the sums around the intrinsic and store them at each
   // step, which takes twice the time.
   HG_INLINE vi add(vi sum, vi w, vi x) {
@@ -98,7 +104,7 @@ struct Dot4 {
   typedef vi Weights;
   typedef vi Inputs;
   HG_INLINE vi weights(vi bytes) { return bytes; }
-  HG_INLINE vi inputs(const int8_t* x, int) { return broadcast4(x); }
+  HG_INLINE vi inputs(const int8_t* x) { return broadcast4(x); }
   HG_INLINE vi add(vi sum, vi w, vi x) {
     return (vi)vdotq_s32((int32x4_t)sum, (int8x16_t)w, (int8x16_t)x);
   }
@@ -107,27 +113,15 @@ struct Dot4 {
 
 #elif defined(__AVX2__)
 
-// Two bytes of each lane as 16-bit numbers, and the two others.
-struct Words {
-  vi low, high;
-};
-
 template <int Q>
 struct Dot4 {
-  typedef Words Weights;
-  typedef Words Inputs;
-  HG_INLINE Words weights(vi bytes) {
-    const vi low = _mm256_setr_epi8(0, -1, 1, -1, 4, -1, 5, -1, 8, -1, 9, -1, 12, -1, 13, -1,
-                                    0, -1, 1, -1, 4, -1, 5, -1, 8, -1, 9, -1, 12, -1, 13, -1);
-    const vi high = _mm256_setr_epi8(2, -1, 3, -1, 6, -1, 7, -1, 10, -1, 11, -1, 14, -1, 15, -1,
-                                     2, -1, 3, -1, 6, -1, 7, -1, 10, -1, 11, -1, 14, -1, 15, -1);
-    return {_mm256_shuffle_epi8(bytes, low), _mm256_shuffle_epi8(bytes, high)};
-  }
-  HG_INLINE Words inputs(const int8_t* x, int rows) { return {broadcast4(x), broadcast4(x + rows * 4)}; }
-  HG_INLINE vi add(vi sum, Words w, Words x) {
-    const vi low = _mm256_madd_epi16(w.low, x.low), high = _mm256_madd_epi16(w.high, x.high);
-    // In assembly for the reasons given at add_product.
-    __asm__("vpaddd %1, %0, %0" : "+x"(sum) : "x"(add_int(low, high)));
+  typedef vi Weights;
+  typedef vi Inputs;
+  HG_INLINE vi weights(vi words) { return words; }
+  HG_INLINE vi inputs(const int8_t* x) { return broadcast4(x); }
+  // In assembly for the reasons given at add_product.
+  HG_INLINE vi add(vi sum, vi w, vi x) {
+    __asm__("vpaddd %1, %0, %0" : "+x"(sum) : "x"(_mm256_madd_epi16(w, x)));
     return sum;
   }
   HG_INLINE vi whole(vi sum) { return sum; }
@@ -141,7 +135,7 @@ struct Dot4<kInt4> {
   typedef vi Weights;
   typedef vi Inputs;
   HG_INLINE vi weights(vi bytes) { return bytes; }
-  HG_INLINE vi inputs(const int8_t* x, int) { return broadcast4(x); }
+  HG_INLINE vi inputs(const int8_t* x) { return broadcast4(x); }
   HG_INLINE vi add(vi sum, vi w, vi x) { return _mm256_add_epi16(sum, _mm256_maddubs_epi16(w, x)); }
   HG_INLINE vi whole(vi sum) { return _mm256_madd_epi16(sum, _mm256_set1_epi16(1)); }
 };
@@ -161,7 +155,7 @@ struct Dot4 {
   typedef Words Weights;
   typedef Words Inputs;
   HG_INLINE Words weights(vi bytes) { return {(vs)((vu)bytes & 255), (vs)((vu)bytes >> 8)}; }
-  HG_INLINE Words inputs(const int8_t* x, int) {
+  HG_INLINE Words inputs(const int8_t* x) {
     const vi all = broadcast4(x);
     return {(vs)((vu)all << 8) >> 8, (vs)all >> 8};
   }

@@ -26,10 +26,18 @@ constexpr int kStepsOf = Q == kInt4 ? kInt4Group / 8 : kInt8Group / 4;
 template <int Q>
 constexpr int kFormatOf = Q == kInt4 ? kInt4Inputs : kInt8Format;
 
-// Stored weights as the products take them; int4: the low halves (part 0) or the high ones.
+// Parts that what is stored side by side is multiplied in.
+template <int Q>
+constexpr int kPartsOf = kFormatOf<Q> == kInt8Inputs ? 1 : 2;
+
+// Stored weights as the products take them; int4: the low halves (part 0) or the high ones; words: the even
+// bytes or the odd ones.
 template <int Q>
 HG_INLINE vi bytes_of(vi stored, int part) {
   if (Q == kInt4) return part == 0 ? low_nibbles(stored) : high_nibbles(stored);
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  return part == 0 ? even_bytes(stored) : odd_bytes(stored);
+#endif
   return kSignedWeights ? xor_int(stored, set1i((int)0x80808080u)) : stored;
 }
 
@@ -37,19 +45,17 @@ HG_INLINE vi bytes_of(vi stored, int part) {
 template <int Q, int R, int V>
 HG_INLINE void add_group(const int8_t* x, const char* w, Ahead& ahead, vi (&sums)[R][V]) {
   typedef Dot4<Q> Dot;
-  constexpr int kParts = Q == kInt4 ? 2 : 1;
-  constexpr int kInputBytes = (row_group_bytes(kFormatOf<Q>) - 8) / (kStepsOf<Q> * kParts);  // of a row's four
   for (int step = 0; step < kStepsOf<Q>; ++step, w += kPanel * 4) {
     ask_for<kPanel * 4, kPanel / (V * VL)>(ahead);
     vi loaded[V];
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) loaded[v] = load_int(w + v * VL * 4);
 #pragma GCC unroll 2
-    for (int part = 0; part < kParts; ++part, x += R * kInputBytes) {
+    for (int part = 0; part < kPartsOf<Q>; ++part, x += R * 4) {
       if constexpr (V > R) {  // the inputs stay in registers, not the weights
         typename Dot::Inputs a[R];
 #pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) a[r] = Dot::inputs(x + r * 4, R);
+        for (int r = 0; r < R; ++r) a[r] = Dot::inputs(x + r * 4);
 #pragma GCC unroll 8
         for (int v = 0; v < V; ++v) {
           const typename Dot::Weights values = Dot::weights(bytes_of<Q>(loaded[v], part));
@@ -63,7 +69,7 @@ HG_INLINE void add_group(const int8_t* x, const char* w, Ahead& ahead, vi (&sums
       for (int v = 0; v < V; ++v) values[v] = Dot::weights(bytes_of<Q>(loaded[v], part));
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
-        const typename Dot::Inputs a = Dot::inputs(x + r * 4, R);
+        const typename Dot::Inputs a = Dot::inputs(x + r * 4);
 #pragma GCC unroll 8
         for (int v = 0; v < V; ++v) sums[r][v] = Dot::add(sums[r][v], values[v], a);
       }
