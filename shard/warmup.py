@@ -10,7 +10,7 @@ from headgate.proto.messages import NewRow, RowSampling, StepPlan
 from headgate.shard.cuda_graphs import GraphedModel
 from headgate.shard.device import DeviceMemory
 from headgate.shard.errors import ModelError
-from headgate.shard.memory import is_out_of_memory
+from headgate.shard.memory import give_back, is_out_of_memory
 
 if TYPE_CHECKING:
     from headgate.shard.model_runner import ModelRunner
@@ -53,7 +53,10 @@ def warm_up(runner: ModelRunner, max_tokens: int, max_rows: int) -> int:
         raise ModelError(_no_room(runner, max_tokens)) from error
     finally:
         runner.release()
-    if config.num_blocks or device is None:
+    if device is None:
+        give_back()  # a sampled step of many rows takes several copies of all their logits
+        return config.num_blocks
+    if config.num_blocks:
         return config.num_blocks
     step = _LargestStep(max_tokens, num_blocks * runner.kv_layout.bytes_per_block, graphs)
     return _blocks_that_fit(runner, device.memory(), step)

@@ -32,6 +32,9 @@ HG_INLINE vi low_nibbles(vi a) { return _mm256_and_si256(a, _mm256_set1_epi8(15)
 HG_INLINE vi high_nibbles(vi a) {
   return _mm256_and_si256(_mm256_srli_epi16(a, 4), _mm256_set1_epi8(15));
 }
+// As numbers of 16 bits.
+HG_INLINE vi even_bytes(vi a) { return _mm256_and_si256(a, _mm256_set1_epi16(255)); }
+HG_INLINE vi odd_bytes(vi a) { return _mm256_srli_epi16(a, 8); }
 HG_INLINE vf load_i8(const int8_t* p) {
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
 }
@@ -49,12 +52,6 @@ HG_INLINE vf load_i8(const int8_t* p) {
 #endif
 
 // ------------------------------------------------------------------ products
-
-// The even bytes as words, and the odd ones.
-#if defined(__AVX2__) && !defined(__AVX512F__)
-HG_INLINE vi even_bytes(vi a) { return _mm256_and_si256(a, _mm256_set1_epi16(255)); }
-HG_INLINE vi odd_bytes(vi a) { return _mm256_srli_epi16(a, 8); }
-#endif
 
 // NEON multiplies signed bytes with signed ones: there int8 weights lose the 128 they are stored with.
 #if defined(__ARM_FEATURE_DOTPROD)

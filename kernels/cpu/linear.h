@@ -19,7 +19,8 @@ using namespace headgate;
 // Rows and vectors of the inner loop: their product of sums stays in registers.
 constexpr int kTileRows = VL == 16 ? 12 : 6;
 constexpr int kPanelVectors = kPanel / VL;
-// Inputs and weights of so many k's are used while they are in the second-level cache. A sum leaves
+// Inputs and weights of so many k's are used while they are in the second-level cache, and the inputs of a
+// tile in the first-level one, which is smaller where there is no AVX-512. A sum leaves
 // and enters registers between two such blocks unrounded: the chain stays one.
 constexpr int64_t kInnerBlock = VL == 16 ? 1536 : 288;
 // How far ahead of its use a weight is asked for where one row tile takes them all, in bytes.

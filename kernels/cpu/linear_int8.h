@@ -26,7 +26,7 @@ constexpr int kStepsOf = Q == kInt4 ? kInt4Group / 8 : kInt8Group / 4;
 template <int Q>
 constexpr int kFormatOf = Q == kInt4 ? kInt4Inputs : kInt8Format;
 
-// Parts that what is stored side by side is multiplied in.
+// How many parts of what is stored in a lane are multiplied one after the other.
 template <int Q>
 constexpr int kPartsOf = kFormatOf<Q> == kInt8Inputs ? 1 : 2;
 
@@ -35,7 +35,7 @@ constexpr int kPartsOf = kFormatOf<Q> == kInt8Inputs ? 1 : 2;
 template <int Q>
 HG_INLINE vi bytes_of(vi stored, int part) {
   if (Q == kInt4) return part == 0 ? low_nibbles(stored) : high_nibbles(stored);
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if defined(__AVX2__) && !defined(__AVX512VNNI__)
   return part == 0 ? even_bytes(stored) : odd_bytes(stored);
 #endif
   return kSignedWeights ? xor_int(stored, set1i((int)0x80808080u)) : stored;
