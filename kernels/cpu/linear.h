@@ -71,8 +71,7 @@ HG_INLINE void step(const float* x, const char* w, bool both, vf (&sums)[R][V]) 
   }
   if constexpr (T == kBFloat16) {
     if (!both) return;
-    // Loaded once more: there are no registers for both halves.
-    __asm__("" : "+r"(w));
+    if constexpr (VL != 16) __asm__("" : "+r"(w));  // to be loaded anew: there are no registers for both halves
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) values[v] = widen_low(load_int(w + v * VL * 4));
 #pragma GCC unroll 16
