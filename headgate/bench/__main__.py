@@ -216,7 +216,7 @@ def _say(run: Run) -> None:
 
 def _write(session: Session, output: Path) -> None:
     session.save(output.with_suffix(".jsonl"))
-    output.with_suffix(".md").write_text(render(session))
+    output.with_suffix(".md").write_text(render(session, output.name))
     output.with_suffix(".svg").write_text(throughput_chart(session))
 
 

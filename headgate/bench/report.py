@@ -20,7 +20,7 @@ _GIB = 1 << 30
 
 _HEAD = """# Benchmarks
 
-Written by `{command}` on {when}. The raw figures are in [benchmarks.jsonl](benchmarks.jsonl).
+Written by `{command}` on {when}. The raw figures are in [{name}.jsonl]({name}.jsonl).
 
 `make bench` starts the server once per kind of weights and round, sends the workloads below over
 HTTP and measures what the machine can do at best before and after each. `make bench-peers` does the
@@ -42,12 +42,12 @@ Lengths are the same in every run; words are a round's own. Latencies are median
 |---|---|
 {facts}
 
-![Output tokens per second](benchmarks.svg)
+![Output tokens per second]({name}.svg)
 """
 
 
-def render(session: Session) -> str:
-    """The page."""
+def render(session: Session, name: str) -> str:
+    """The page that lies beside `name`.jsonl and `name`.svg."""
     machine, model = session.machine, session.model
     facts = {
         "machine": f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB",
@@ -63,6 +63,7 @@ def render(session: Session) -> str:
     }
     parts = [
         _HEAD.format(
+            name=name,
             command=machine["command"],
             when=machine["when"],
             facts="\n".join(f"| {name} | {text} |" for name, text in facts.items()),

@@ -153,7 +153,8 @@ def test_the_page_has_medians_shares_and_ratios(tmp_path: Path) -> None:
         session.runs.append(run("Other <1>", "bf16", 32, number, rate / 2))
     session.save(tmp_path / "runs.jsonl")
     assert Session.load(tmp_path / "runs.jsonl") == session
-    page = render(session)
+    page = render(session, "here")
+    assert "(here.jsonl)" in page and "(here.svg)" in page
     assert "| default | 1 | Headgate | 100.0 | 30.0% | 50.0 / 90.0 | 20.0 / 30.0 |" in page
     assert "| default | 32 | bf16 | Other <1> bf16 | 2.00 | 1.00 |" in page
     assert "| default | 32 | bf16-medium | Other <1> bf16 | 4.00 | 1.00 |" in page
