@@ -47,10 +47,9 @@ static inline int64_t panel_bytes(int64_t inner, int32_t kind) {
 
 // Inputs are quantised to signed bytes, x = scale * value, before they meet int8 or int4 weights.
 // A row tile of m rows is stored group by group: m scales (float), m corrections (4 bytes), then
-// [group / 4][m][4] values, or for kInt8Words [group / 4][2][m][2]
-// in 16 bits, of each four the even ones, then the odd ones. The correction undoes what the bytes of weights have too much: for int8
-// it is an integer, -128 * sum of values; for int4 a float, scale * sum of values, to be
-// multiplied with the minimum.
+// [group / 4][m][4] values, or for kInt8Words [group / 4][2][m][2] in 16 bits, of each four the even ones,
+// then the odd ones. The correction undoes what the bytes of weights have too much: for int8 it is an
+// integer, -128 * sum of values; for int4 a float, scale * sum of values, to be multiplied with the minimum.
 static constexpr int32_t kind_of(int32_t format) { return format == kInt4Inputs ? kInt4 : kInt8; }
 static constexpr int64_t row_group_bytes(int32_t format) {
   return 8 + group_size(kind_of(format)) * (format == kInt8Words ? 2 : 1);

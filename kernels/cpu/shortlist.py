@@ -3,7 +3,7 @@
 Where nothing but a row's likeliest token is asked for, int8 weights say roughly what its logits
 are, and a bound on how wrong they are leaves a few columns whose exact logits decide
 (kernels/cpu/shortlist.h has the arithmetic). That reads half of the bytes, and multiplies at
-two to four times the rate, for the same token.
+up to four times the rate, for the same token.
 """
 
 from __future__ import annotations
