@@ -53,7 +53,7 @@ from headgate.shard.warmup import warm_up
 logger = logging.getLogger(__name__)
 
 # For the KV cache's memory (KVCache.take_memory): of a start; then, at a time, while nothing runs.
-TAKE_MEMORY_SECONDS = 0.75
+TAKE_MEMORY_SECONDS = 0.25
 REST_SECONDS = 0.005
 
 

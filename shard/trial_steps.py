@@ -14,7 +14,7 @@ from headgate.shard.kv_cache import KVCache, KVCacheLayout
 from headgate.shard.step_inputs import StepInputs, build_inputs
 
 CONTEXT = 32  # positions that a row may have
-MOST_TOKENS = 128  # of a step
+MOST_TOKENS = 64  # of a step
 _ROW_TOKENS = 24  # of a row in the largest step
 _ROWS = 4 + -(-MOST_TOKENS // _ROW_TOKENS)
 _SEED = 20

@@ -11,7 +11,6 @@ from headgate.shard.cuda_graphs import GraphedModel
 from headgate.shard.device import DeviceMemory
 from headgate.shard.errors import ModelError
 from headgate.shard.memory import give_back, is_out_of_memory
-from headgate.shard.samplers import LOGITS_ROWS
 
 if TYPE_CHECKING:
     from headgate.shard.model_runner import ModelRunner
@@ -20,23 +19,21 @@ if TYPE_CHECKING:
 _USABLE = 0.95
 _LEAST_GRAPH_BYTES = 1 << 20  # that a CUDA graph is counted with
 # A CPU's memory was divided by the launcher: there it is enough to touch every kernel once.
-_CPU_TOKENS = 128
+_CPU_TOKENS = 32
 _SMALLEST_CHUNK = 16  # tokens
 
 
 def warm_up(runner: ModelRunner, max_tokens: int, max_rows: int) -> int:
     """Runs a step of `max_tokens` tokens and one of `max_rows` rows (0: as many as can be).
 
-    On a CPU both are cut, to 128 tokens and the rows that get logits at once, since memory is not
-    what is found out there. On a GPU smaller steps follow, so that kernels are compiled before they
-    are waited for.
+    On a CPU both are cut to 32 tokens, since memory is not what is found out there. On a GPU
+    smaller steps follow, so that kernels are compiled before they are waited for.
     Returns the KV blocks that fit. All ranks must call it together. Drops the KV cache there was.
     Raises ModelError where these steps don't fit, or no row of the largest size does.
     """
     config, device = runner.config, runner.device
     if device is None:
         max_tokens = min(max_tokens, _CPU_TOKENS)
-        max_rows = min(max_rows or max_tokens, LOGITS_ROWS)
     plans = _plans(runner, max_tokens, min(max_rows or max_tokens, max_tokens))
     num_blocks = max(sum(len(row.block_ids) for row in plan.new_rows) for plan in plans)
     if device is not None:

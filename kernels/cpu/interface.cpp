@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "attention_plan.h"
+#include "pack_weight.h"
 #include "product.h"
 #include "quantised.h"
 #include "scratch.h"
@@ -88,23 +89,8 @@ HG_API int64_t hg_packed_bytes(int64_t columns, int64_t inner, int32_t dtype) {
 // weight[columns, inner] in `dtype` to the panels that hg_linear reads (see linear.h).
 HG_API void hg_pack_weight(const void* weight, int64_t columns, int64_t inner, int32_t dtype,
                            void* packed) {
-  memset(packed, 0, size_t(hg_packed_bytes(columns, inner, dtype)));
-  const int64_t padded = dtype == kBFloat16 ? (inner + 1) / 2 * 2 : inner;
-  for (int64_t n = 0; n < columns; ++n) {
-    const int64_t panel = n / kPanel * padded * kPanel, lane = n % kPanel;
-    if (dtype == kFloat32) {
-      const float* from = static_cast<const float*>(weight) + n * inner;
-      float* to = static_cast<float*>(packed) + panel + lane;
-      for (int64_t k = 0; k < inner; ++k) to[k * kPanel] = from[k];
-      continue;
-    }
-    const uint16_t* from = static_cast<const uint16_t*>(weight) + n * inner;
-    uint16_t* to = static_cast<uint16_t*>(packed) + panel;
-    if (dtype == kFloat16)
-      for (int64_t k = 0; k < inner; ++k) to[k * kPanel + lane] = from[k];
-    else
-      for (int64_t k = 0; k < inner; ++k) to[k / 2 * 2 * kPanel + lane * 2 + (k + 1) % 2] = from[k];
-  }
+  const PackWeightJob job = {weight, packed, columns, inner, dtype};
+  run(pack_weight_tile, job, divide_up(columns, kPanel), columns * inner);
 }
 
 // product: the weight's DType, or kRounded for bfloat16 weights and inputs to be rounded. What comes

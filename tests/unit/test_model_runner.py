@@ -373,10 +373,10 @@ def test_heartbeat_counts_and_knows_when_a_step_runs(step: Driver) -> None:
     assert heartbeat.beats > before
 
 
-def test_warm_up_runs_the_largest_steps_and_leaves_nothing() -> None:
+def test_warm_up_runs_steps_of_tokens_and_rows_and_leaves_nothing() -> None:
     runner = make_runner(max_total_tokens=30, max_batch_prefill_tokens=64)
     assert warmup.warm_up(runner, 64, 0) == runner.config.num_blocks
-    assert runner.model.batches[-2:] == [64, 64]  # type: ignore[attr-defined]
+    assert runner.model.batches[-2:] == [32, 32]  # type: ignore[attr-defined]
     assert "before Allocate" in runner.step(StepPlan(1, 1)).refused
     runner.allocate(BLOCKS)
     entry = row(0, PROMPT, [0, 1], max_new_tokens=3)

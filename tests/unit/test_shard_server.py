@@ -104,7 +104,7 @@ def test_info_tells_who_the_shard_is(shard: Shard) -> None:
 def test_warm_up_and_allocate(shard: Shard) -> None:
     request = shard_pb2.WarmupRequest(max_batch_prefill_tokens=64, max_batch_size=8)
     assert shard.stub.Warmup(request).num_blocks == 40
-    assert shard.model.batches == [64, 8]
+    assert shard.model.batches == [32, 8]  # a CPU's
     shard.allocate()
 
 
