@@ -38,7 +38,7 @@ class Pooling(IntEnum):
     LAST = 2  # of the last one
 
 
-_ROW_ENDS = tuple(RowEnd)  # a look-up costs a tenth of a call of the class
+ROW_ENDS = tuple(RowEnd)  # a look-up costs a tenth of a call of the class
 
 
 @dataclass(frozen=True, slots=True)
@@ -423,7 +423,7 @@ def decode_result(message: shard_pb2.StepResult) -> StepResult:
     epoch, sequence = message.epoch, message.sequence
     rows, token_ids = unpack_ids(message.rows), unpack_ids(message.token_ids)
     logprobs = unpack_floats(message.logprobs)
-    ends = [_ROW_ENDS[end] for end in message.ends]
+    ends = [ROW_ENDS[end] for end in message.ends]
     forward_ns, total_ns = message.forward_ns, message.total_ns
     more = (
         message.refused

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from headgate.kernels.cpu import library
-from headgate.proto.messages import RowEnd, StepPlan
+from headgate.proto.messages import ROW_ENDS, RowEnd, StepPlan
 from headgate.shard.input_batch import InputBatch
 from headgate.shard.sampling.params import IntArray
 from headgate.shard.scheduled_rows import Draws, ScheduledRows
@@ -165,7 +165,7 @@ class DecodeRows:
         count = self._library.hg_decode_settle(self._address, logits, vocab_size)
         ends = [RowEnd.NONE] * count
         if self._table[-1]:
-            ends = [RowEnd(end) for end in self._ends[:count].tolist()]
+            ends = [ROW_ENDS[end] for end in self._ends[:count].tolist()]
         return DecodedTokens(
             self._result_rows[:count].tolist(),
             self.tokens[:count].tolist(),

@@ -20,9 +20,9 @@ import torch
 
 from headgate.kernels import ops
 from headgate.proto.messages import (
+    ROW_ENDS,
     PooledStates,
     PromptLogprobs,
-    RowEnd,
     StepPlan,
     StepResult,
     TopTokens,
@@ -448,7 +448,7 @@ class ModelRunner:
                 rows=row_ids[places].tolist(),
                 token_ids=np.maximum(found.tokens[places], 0).tolist(),
                 logprobs=[found.logprobs[place] for place in places.tolist()],
-                ends=[RowEnd(end) for end in ends.tolist()],
+                ends=[ROW_ENDS[end] for end in ends.tolist()],
                 top=[found.top[place] for place in places.tolist()] if found.top else [],
                 failures=failures,
                 num_drafts=int(expected.drafts.sum()),
