@@ -5,6 +5,7 @@
 #   make test-api [SECONDS=900]     requests made up from the server's own OpenAPI document
 #   make test-kernels               all tests of the kernels, those that `make test` leaves out too
 #   make test-neon                  the C++ kernels on 64-bit Arm by an emulator, against those here
+#   make test-avx512                the kernels for AVX-512 on a machine with AVX2, emulated by SIMDe
 #   make kernels-report             compiles the GPU kernels; docs/kernels.md and docs/roofline.md
 #   make test-gpu                   the kernels on this machine's GPU against the reference; graphs, streams, NCCL
 #   make bench-gpu                  their times beside PyTorch's, decode steps beside their floor: docs/gpu.json, docs/gpu.md
@@ -27,7 +28,7 @@ VENV ?= .venv
 GPU_PYTHON ?= $(or $(wildcard $(VENV)/bin/python),python3)
 export VENV TORCH_INDEX PYTHON
 
-.PHONY: help serve test test-api test-kernels test-neon kernels-report test-gpu bench-gpu tune-gpu setup setup-dev proto lint format wheel \
+.PHONY: help serve test test-api test-kernels test-neon test-avx512 kernels-report test-gpu bench-gpu tune-gpu setup setup-dev proto lint format wheel \
 	bench bench-peers bench-host bench-steps bench-quality test-fresh clean
 .DEFAULT_GOAL := help
 
@@ -62,6 +63,10 @@ test-kernels: setup-dev
 
 test-neon: setup-dev
 	@HEADGATE_TEST_NEON=1 $(VENV)/bin/python -m pytest -m exhaustive tests/kernels/test_cpu_neon.py $(PYTEST_ARGS)
+
+test-avx512: setup-dev
+	@directory=$$(mktemp -d) && trap 'rm -rf "$$directory"' EXIT && \
+		HEADGATE_EMULATED_AVX512=$$directory $(VENV)/bin/python -m pytest tests/kernels -k avx512 $(PYTEST_ARGS)
 
 kernels-report: setup-dev
 	@TRITON_INTERPRET=0 $(VENV)/bin/python -m headgate.kernels.triton.report

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,14 @@ import torch
 
 from headgate.kernels import cpu
 from headgate.kernels.cpu import library
+from tests.kernels import emulated_avx512
 from tests.kernels.randoms import Randoms
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """`make test-avx512` says where the emulated kernels are to be; before tests are collected."""
+    if directory := os.environ.get("HEADGATE_EMULATED_AVX512"):
+        emulated_avx512.use(Path(directory))
 
 
 @pytest.fixture(params=["avx512", "avx2", "generic"])
