@@ -23,8 +23,9 @@ from headgate.router.gateway.parsers.deltas import (
     Parser,
     Reasoning,
 )
+from headgate.router.gateway.token import Token
 
-TokenLogprobs = Callable[[Sequence[router_pb2.Token]], bytes]
+TokenLogprobs = Callable[[Sequence[Token]], bytes]
 
 
 def truncated(finished: router_pb2.Finished) -> bool:
@@ -73,18 +74,16 @@ class ParsedDeltas:
         self._role: dict[str, Any] = {"role": "assistant"}
         self._calls = 0
 
-    def token(self, token: router_pb2.Token, text: str) -> bytes:
+    def token(self, token: Token, text: str) -> bytes:
         return self._chunks(self._parser.feed(text), token)
 
-    def last(
-        self, token: router_pb2.Token | None, text: str, finished: router_pb2.Finished
-    ) -> bytes:
+    def last(self, token: Token | None, text: str, finished: router_pb2.Finished) -> bytes:
         deltas = self._parser.feed(text) + self._parser.finish(truncated(finished))
         chunks = self._chunks(deltas, token)
         reason = parsed_reason(finished, called=self._calls > 0)
         return chunks + self._chunk({}, b"null", reason)
 
-    def _chunks(self, deltas: Sequence[Delta], token: router_pb2.Token | None) -> bytes:
+    def _chunks(self, deltas: Sequence[Delta], token: Token | None) -> bytes:
         """The token's logprobs go with its first chunk, which is empty where it brought nothing."""
         bodies = [body for delta in deltas if (body := self._body(delta)) is not None]
         logprobs = b"null"

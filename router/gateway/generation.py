@@ -18,6 +18,7 @@ from headgate.router.gateway.exchange import Exchange, Headers
 from headgate.router.gateway.router_client import Call
 from headgate.router.gateway.services import Services
 from headgate.router.gateway.sse import COMMENT, EVENT_STREAM_HEADERS, EventWriter
+from headgate.router.gateway.token import Token, token_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,20 +26,18 @@ class Answer:
     """A whole answer."""
 
     accepted: router_pb2.Accepted
-    tokens: Sequence[router_pb2.Token]
+    tokens: Sequence[Token]
     finished: router_pb2.Finished
-    prefill: Sequence[router_pb2.Token] = ()  # the prompt's tokens, where they were asked for
+    prefill: Sequence[Token] = ()  # the prompt's tokens, where they were asked for
 
 
 class Formatter(Protocol):
     """The events of one answer, in one API's shape."""
 
-    def token(self, token: router_pb2.Token, text: str) -> bytes:
+    def token(self, token: Token, text: str) -> bytes:
         """A token and the text it released (which may be that of earlier ones)."""
 
-    def last(
-        self, token: router_pb2.Token | None, text: str, finished: router_pb2.Finished
-    ) -> bytes:
+    def last(self, token: Token | None, text: str, finished: router_pb2.Finished) -> bytes:
         """The end, with the last token unless that has been sent already."""
 
 
@@ -55,7 +54,7 @@ class _Collector:
         self._num_answers = num_answers
         self._ends: list[router_pb2.Finished] = []
 
-    def tokens(self, index: int, tokens: Sequence[router_pb2.Token], text: str) -> None:
+    def tokens(self, index: int, tokens: Sequence[Token], text: str) -> None:
         """The call itself keeps what was delivered."""
 
     def finished(self, finished: router_pb2.Finished) -> None:
@@ -87,11 +86,14 @@ async def collect(
         exchange.submitted = True
         accepted = await exchange.until(asyncio.gather(*(call.accepted for call, _ in calls)))
         finished = await exchange.until(asyncio.gather(*(sink.result for _, sink in calls)))
-        return [
-            Answer(begin, answer.tokens, end, ends[0].prefill)
-            for begin, (call, _), ends in zip(accepted, calls, finished, strict=True)
-            for answer, end in zip(call.answers, ends, strict=True)
-        ]
+        answers: list[Answer] = []
+        for begin, (call, _), ends in zip(accepted, calls, finished, strict=True):
+            prefill = tuple(map(token_of, ends[0].prefill))
+            answers += [
+                Answer(begin, answer.tokens, end, prefill)
+                for answer, end in zip(call.answers, ends, strict=True)
+            ]
+        return answers
     finally:
         for call, _ in calls:
             services.client.cancel(call)
@@ -220,10 +222,10 @@ class _StreamedAnswer:
     def __init__(self, write: Callable[[bytes], None], formatter: Formatter) -> None:
         self._write = write
         self._formatter = formatter
-        self._token: router_pb2.Token | None = None
+        self._token: Token | None = None
         self._text = ""
 
-    def tokens(self, tokens: Sequence[router_pb2.Token], text: str) -> None:
+    def tokens(self, tokens: Sequence[Token], text: str) -> None:
         for token in tokens:
             self.write_token()
             self._token = token
@@ -252,7 +254,7 @@ class _StreamSink:
         self._answers = [_StreamedAnswer(writer.write, formatter) for formatter in formatters]
         self.ends: list[router_pb2.Finished] = []
 
-    def tokens(self, index: int, tokens: Sequence[router_pb2.Token], text: str) -> None:
+    def tokens(self, index: int, tokens: Sequence[Token], text: str) -> None:
         self._answers[index].tokens(tokens, text)
 
     def finished(self, finished: router_pb2.Finished) -> None:

@@ -32,6 +32,7 @@ from headgate.router.gateway.parsers.deltas import Parser
 from headgate.router.gateway.served_chat import ServedChat, ServedChats
 from headgate.router.gateway.services import Services
 from headgate.router.gateway.sse import json_string
+from headgate.router.gateway.token import Token
 from headgate.router.gateway.tools import ToolUse, tools_of
 
 CHAT_FIELD_NAMES = {
@@ -205,7 +206,7 @@ def _choice(index: int, answer: Answer, parser: Parser | None, *, logprobs: bool
     )
 
 
-def _logprobs(tokens: Sequence[router_pb2.Token]) -> bytes:
+def _logprobs(tokens: Sequence[Token]) -> bytes:
     return b'{"content":[%s]}' % b",".join(map(token_logprobs, tokens))
 
 
@@ -230,17 +231,15 @@ class _Chunks:
     def usage_event(self) -> tuple[bytes, bytes]:
         return self._head + b'],"usage":', b"}\n\n"
 
-    def token(self, token: router_pb2.Token, text: str) -> bytes:
+    def token(self, token: Token, text: str) -> bytes:
         return self._before + json_string(text) + self._middle(token) + self._after
 
-    def last(
-        self, token: router_pb2.Token | None, text: str, finished: router_pb2.Finished
-    ) -> bytes:
+    def last(self, token: Token | None, text: str, finished: router_pb2.Finished) -> bytes:
         reason = finish_reason(finished)
         after = b',"finish_reason":%s}],"usage":null}\n\n' % reason
         return self._before + json_string(text) + self._middle(token) + after
 
-    def _middle(self, token: router_pb2.Token | None) -> bytes:
+    def _middle(self, token: Token | None) -> bytes:
         if not self._logprobs or token is None:
             return b'},"logprobs":null'
         return b'},"logprobs":' + _logprobs((token,))

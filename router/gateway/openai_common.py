@@ -19,6 +19,7 @@ from headgate.router.gateway.served_chat import ServedChat
 from headgate.router.gateway.services import Services
 from headgate.router.gateway.sse import DONE, event, json_number, json_string
 from headgate.router.gateway.tgi_schemas import MAX_UINT32, MAX_UINT64
+from headgate.router.gateway.token import Token
 
 FINISH_REASONS = {
     router_pb2.FINISH_REASON_LENGTH: b"length",
@@ -262,11 +263,11 @@ def finish_reason(finished: router_pb2.Finished) -> bytes:
     return b'"%s"' % FINISH_REASONS.get(finished.reason, b"length")
 
 
-def logprob_of(token: router_pb2.Token) -> bytes:
-    return json_number(token.logprob) if token.HasField("logprob") else b"null"
+def logprob_of(token: Token) -> bytes:
+    return json_number(token.logprob) if token.logprob is not None else b"null"
 
 
-def token_logprobs(token: router_pb2.Token) -> bytes:
+def token_logprobs(token: Token) -> bytes:
     """OpenAI's object for one token of a chat."""
     return b'{%s,"top_logprobs":[%s]}' % (
         _token_logprob(token),
@@ -274,7 +275,7 @@ def token_logprobs(token: router_pb2.Token) -> bytes:
     )
 
 
-def _token_logprob(token: router_pb2.Token) -> bytes:
+def _token_logprob(token: Token) -> bytes:
     return b'"token":%s,"logprob":%s,"bytes":[%s]' % (
         json_string(token.text),
         logprob_of(token),
@@ -282,7 +283,7 @@ def _token_logprob(token: router_pb2.Token) -> bytes:
     )
 
 
-def prompt_logprobs(prefill: Sequence[router_pb2.Token], top_n: int | None) -> bytes:
+def prompt_logprobs(prefill: Sequence[Token], top_n: int | None) -> bytes:
     """vLLM's list: for each prompt token its logprob and those of `top_n` others, by token id.
 
     As a member with its comma; empty where `top_n` is None.
@@ -292,8 +293,8 @@ def prompt_logprobs(prefill: Sequence[router_pb2.Token], top_n: int | None) -> b
     return b',"prompt_logprobs":[%s]' % b",".join(_prompt_token(token, top_n) for token in prefill)
 
 
-def _prompt_token(token: router_pb2.Token, top_n: int) -> bytes:
-    if not token.HasField("logprob"):
+def _prompt_token(token: Token, top_n: int) -> bytes:
+    if token.logprob is None:
         return b"null"
     ranks = {other.id: rank for rank, other in enumerate(token.top, start=1)}
     shown = {token.id: token} | {other.id: other for other in token.top[:top_n]}

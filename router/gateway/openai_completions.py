@@ -28,6 +28,7 @@ from headgate.router.gateway.openai_schemas import CompletionRequest
 from headgate.router.gateway.services import Services
 from headgate.router.gateway.sse import json_string
 from headgate.router.gateway.tgi_schemas import MAX_UINT32
+from headgate.router.gateway.token import Token
 
 _FIELD_NAMES = {**FIELD_NAMES, "inputs": "prompt", "top_n_tokens": "logprobs"}
 
@@ -190,7 +191,7 @@ def _choice(
     )
 
 
-def _logprobs(tokens: Sequence[router_pb2.Token], offset: int) -> bytes:
+def _logprobs(tokens: Sequence[Token], offset: int) -> bytes:
     """OpenAI's four lists side by side. `offset`: characters before the first token."""
     offsets = []
     for token in tokens:
@@ -204,9 +205,9 @@ def _logprobs(tokens: Sequence[router_pb2.Token], offset: int) -> bytes:
     )
 
 
-def _top_logprobs(token: router_pb2.Token) -> bytes:
+def _top_logprobs(token: Token) -> bytes:
     """Text to logprob, best first, with the token itself; null where it has no logprob."""
-    if not token.HasField("logprob"):
+    if token.logprob is None:
         return b"null"
     pairs: dict[str, bytes] = {}
     for other in token.top:
@@ -247,12 +248,10 @@ class _Chunks:
         null_usage = b"" if own_usage else b',"usage":null'
         self._after = b',"finish_reason":null' + self._names + null_usage + b"}\n\n"
 
-    def token(self, token: router_pb2.Token, text: str) -> bytes:
+    def token(self, token: Token, text: str) -> bytes:
         return self._start(token, text) + self._after
 
-    def last(
-        self, token: router_pb2.Token | None, text: str, finished: router_pb2.Finished
-    ) -> bytes:
+    def last(self, token: Token | None, text: str, finished: router_pb2.Finished) -> bytes:
         counts = usage((finished,)) if self._own_usage else b"null"
         end = b',"finish_reason":%s%s,"usage":%s}\n\n' % (
             finish_reason(finished),
@@ -261,7 +260,7 @@ class _Chunks:
         )
         return self._start(token, text) + end
 
-    def _start(self, token: router_pb2.Token | None, text: str) -> bytes:
+    def _start(self, token: Token | None, text: str) -> bytes:
         if self._echo:
             text, self._echo = self._echo + text, ""
         start = self._before + json_string(text) + b',"logprobs":'

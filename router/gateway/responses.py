@@ -33,6 +33,7 @@ from headgate.router.gateway.responses_schemas import (
 )
 from headgate.router.gateway.served_chat import ServedChat, ServedChats
 from headgate.router.gateway.services import Services
+from headgate.router.gateway.token import Token
 from headgate.router.gateway.tools import tools_of
 
 _FIELD_NAMES = {
@@ -186,12 +187,10 @@ class _GrowingResponse:
             [{"type": f"response.{kind}", "response": begun} for kind in ("created", "in_progress")]
         )
 
-    def token(self, token: router_pb2.Token, text: str) -> bytes:
+    def token(self, token: Token, text: str) -> bytes:
         return self._written(self._take(token, text))
 
-    def last(
-        self, token: router_pb2.Token | None, text: str, finished: router_pb2.Finished
-    ) -> bytes:
+    def last(self, token: Token | None, text: str, finished: router_pb2.Finished) -> bytes:
         events = self._take(token, text)
         cut = truncated(finished)
         events += self._items.add(self._parser.finish(cut), self._take_held())
@@ -217,7 +216,7 @@ class _GrowingResponse:
         self.last(None, rest, answer.finished)
         return self._document(answer.finished)
 
-    def _take(self, token: router_pb2.Token | None, text: str) -> list[Event]:
+    def _take(self, token: Token | None, text: str) -> list[Event]:
         deltas = self._parser.feed(text)
         if token is not None:
             self._tokens += 1

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import grpc
 
 from headgate.proto import router_pb2, router_pb2_grpc
-from headgate.proto.token_columns import decode_columns, token_of
+from headgate.proto.token_columns import decode_columns
 from headgate.router.errors import (
     InternalError,
     OverloadedError,
@@ -32,6 +32,7 @@ from headgate.router.errors import (
 from headgate.router.framing import MAX_MESSAGE_BYTES, frame, read_message, stream_path
 from headgate.router.gateway.config import GatewayConfig
 from headgate.router.gateway.server_state import ServerState, State
+from headgate.router.gateway.token import Token, token_of
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ class Sink(Protocol):
     last answer to end. `index`: of the answer among the call's.
     """
 
-    def tokens(self, index: int, tokens: Sequence[router_pb2.Token], text: str) -> None: ...
+    def tokens(self, index: int, tokens: Sequence[Token], text: str) -> None: ...
 
     def finished(self, finished: router_pb2.Finished) -> None: ...
 
@@ -69,13 +70,13 @@ class Sink(Protocol):
 class CallAnswer:
     """What was delivered of one of a call's answers."""
 
-    tokens: list[router_pb2.Token] = field(default_factory=list)
+    tokens: list[Token] = field(default_factory=list)
     text_offset: int = 0  # characters
     finished: bool = False
 
     def take(
-        self, position: int, tokens: Sequence[router_pb2.Token], text: str, offset: int
-    ) -> tuple[Sequence[router_pb2.Token], str]:
+        self, position: int, tokens: Sequence[Token], text: str, offset: int
+    ) -> tuple[Sequence[Token], str]:
         """Keeps what its client does not have yet, and gives it.
 
         `position` and `offset`: tokens and characters of the answer before these.
@@ -333,7 +334,8 @@ class RouterClient:
             if call is None or attempt != call.attempt:
                 continue
             try:
-                token = token_of(id_, logprob, text)
+                # NaN, which no number equals, where there is none.
+                token = Token(id_, text, logprob if logprob == logprob else None)
                 new, text = call.answers[index].take(position, (token,), text, offset)
                 if new:
                     call.sink.tokens(index, new, text)
@@ -362,7 +364,8 @@ class RouterClient:
         if kind == "tokens":
             came = event.tokens
             answer = call.answers[came.index]
-            tokens, text = answer.take(came.first_index, came.tokens, came.text, came.text_offset)
+            new = [token_of(token) for token in came.tokens]
+            tokens, text = answer.take(came.first_index, new, came.text, came.text_offset)
             if tokens or text:
                 call.sink.tokens(came.index, tokens, text)
         elif kind == "accepted":
@@ -416,7 +419,7 @@ def _delivered(call: Call) -> router_pb2.Delivered:
         answers=[
             router_pb2.DeliveredAnswer(
                 index=index,
-                tokens=answer.tokens,
+                tokens=[router_pb2.Token(id=token.id) for token in answer.tokens],
                 text_offset=answer.text_offset,
                 finished=answer.finished,
             )

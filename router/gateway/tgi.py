@@ -18,6 +18,7 @@ from headgate.router.gateway.tgi_schemas import (
     GenerateParameters,
     GenerateRequest,
 )
+from headgate.router.gateway.token import Token
 
 FINISH_REASONS = {
     router_pb2.FINISH_REASON_LENGTH: b"length",
@@ -162,11 +163,11 @@ def _seed(finished: router_pb2.Finished) -> bytes:
     return b"%d" % finished.seed if finished.HasField("seed") else b"null"
 
 
-def _logprob(token: router_pb2.Token) -> bytes:
-    return json_number(token.logprob) if token.HasField("logprob") else b"null"
+def _logprob(token: Token) -> bytes:
+    return json_number(token.logprob) if token.logprob is not None else b"null"
 
 
-def _token(token: router_pb2.Token, text: str | None = None) -> bytes:
+def _token(token: Token, text: str | None = None) -> bytes:
     """`text`: what to show as the token's text, where it is not the whole."""
     return b'{"id":%d,"text":%s,"logprob":%s,"special":%s}' % (
         token.id,
@@ -176,7 +177,7 @@ def _token(token: router_pb2.Token, text: str | None = None) -> bytes:
     )
 
 
-def _prefill_token(token: router_pb2.Token) -> bytes:
+def _prefill_token(token: Token) -> bytes:
     return b'{"id":%d,"text":%s,"logprob":%s}' % (
         token.id,
         json_string(token.text),
@@ -184,11 +185,11 @@ def _prefill_token(token: router_pb2.Token) -> bytes:
     )
 
 
-def _token_list(tokens: Sequence[router_pb2.Token]) -> bytes:
+def _token_list(tokens: Sequence[Token]) -> bytes:
     return b"[%s]" % b",".join(map(_token, tokens))
 
 
-def _answer_tokens(tokens: Sequence[router_pb2.Token], finished: router_pb2.Finished) -> bytes:
+def _answer_tokens(tokens: Sequence[Token], finished: router_pb2.Finished) -> bytes:
     shown = [_token(token) for token in tokens]
     if tokens:
         before = sum(map(_visible_length, tokens[:-1]))
@@ -196,11 +197,11 @@ def _answer_tokens(tokens: Sequence[router_pb2.Token], finished: router_pb2.Fini
     return b"[%s]" % b",".join(shown)
 
 
-def _visible_length(token: router_pb2.Token) -> int:
+def _visible_length(token: Token) -> int:
     return 0 if token.special else len(token.text)
 
 
-def _last_text(token: router_pb2.Token, before: int, finished: router_pb2.Finished) -> str:
+def _last_text(token: Token, before: int, finished: router_pb2.Finished) -> str:
     """The last token's text, cut where a stop text ended inside it.
 
     With that the texts of an answer's tokens are its text, as where tokens and stop texts end
@@ -228,13 +229,11 @@ class _Events:
         self._index = 0
         self._length = 0  # characters of the tokens so far
 
-    def token(self, token: router_pb2.Token, text: str) -> bytes:
+    def token(self, token: Token, text: str) -> bytes:
         self._length += _visible_length(token)
         return self._event(token, token.text, b"null", b"null")
 
-    def last(
-        self, token: router_pb2.Token | None, text: str, finished: router_pb2.Finished
-    ) -> bytes:
+    def last(self, token: Token | None, text: str, finished: router_pb2.Finished) -> bytes:
         details = b"null"
         if self._details:
             details = (
@@ -249,11 +248,11 @@ class _Events:
         whole = json_string(self._prompt + finished.generated_text)
         if token is None:  # sent already: TGI's shape has no end without a token
             self._index -= 1
-            token = router_pb2.Token(special=True, logprob=0.0)
+            token = Token(0, "", 0.0, special=True)
         shown = _last_text(token, self._length, finished)
         return self._event(token, shown, whole, details)
 
-    def _event(self, token: router_pb2.Token, text: str, whole: bytes, details: bytes) -> bytes:
+    def _event(self, token: Token, text: str, whole: bytes, details: bytes) -> bytes:
         self._index += 1
         top = b',"top_tokens":' + _token_list(token.top) if token.top else b""
         return b'data: {"index":%d,"token":%s%s,"generated_text":%s,"details":%s}\n\n' % (

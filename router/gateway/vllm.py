@@ -24,6 +24,7 @@ from headgate.router.gateway.generation import (
 from headgate.router.gateway.openai_common import FIELD_NAMES
 from headgate.router.gateway.services import Services
 from headgate.router.gateway.sse import json_string
+from headgate.router.gateway.token import Token
 from headgate.router.gateway.vllm_schemas import VllmGenerateRequest
 from headgate.sampling_params import SamplingParams
 
@@ -125,11 +126,9 @@ class _Texts:
         self._index = index
         self._delimiter = delimiter
 
-    def token(self, token: router_pb2.Token, text: str) -> bytes:
+    def token(self, token: Token, text: str) -> bytes:
         self._texts[self._index] += json_string(text)[1:-1]
         return b'{"text":[%s"]}%s' % (b'",'.join(self._texts), self._delimiter)
 
-    def last(
-        self, token: router_pb2.Token | None, text: str, finished: router_pb2.Finished
-    ) -> bytes:
-        return self.token(router_pb2.Token(), text)
+    def last(self, token: Token | None, text: str, finished: router_pb2.Finished) -> bytes:
+        return self.token(Token(0, "", None), text)
