@@ -152,16 +152,32 @@ Way choose_way(const Tile& t) {
   return few_of<kFloat32>(queries);
 }
 
+// Of few query rows, keys [a, b) of a block: kTurn of one head, then those of the next.
+void score_by_turns(Tile& t, int a, int b, const Way& way) {
+  for (int k = a / VL * VL; k < b; k += kTurn) {
+    const int end = k + kTurn < b ? k + kTurn : b;
+    for (t.head = 0; t.head < t.item->kv_count; ++t.head) way.score(t, k / VL, (end + VL - 1) / VL);
+  }
+}
+
+void weigh_by_turns(Tile& t, int a, int b, const Way& way) {
+  for (int k = a; k < b; k = k / kTurn * kTurn + kTurn) {
+    const int end = k / kTurn * kTurn + kTurn;
+    for (t.head = 0; t.head < t.item->kv_count; ++t.head) way.weigh(t, k, end < b ? end : b);
+    if (end >= b) return;
+    for (int i = 0; i < t.padded_queries; ++i) t.decay[i] = 1.0f;  // the values have decayed
+  }
+}
+
 // Keys [first, last) of the block at `base`, whose places are known; asks for those to come.
 void attend_block(Tile& t, int32_t base, int32_t first, int32_t last, const Way& way) {
   look_ahead(t, first, last);
   open_block(t, base, first, last, !t.few && !in_pairs(t.job->product));
   const int a = first - base, b = last - base;
   if (t.few) {
-    const int group_first = a / VL, group_last = (b + VL - 1) / VL;
-    for (t.head = 0; t.head < t.item->kv_count; ++t.head) way.score(t, group_first, group_last);
-    way.soften_few(t, base, group_first, group_last);
-    for (t.head = 0; t.head < t.item->kv_count; ++t.head) way.weigh(t, a, b);
+    score_by_turns(t, a, b, way);
+    way.soften_few(t, base, a / VL, (b + VL - 1) / VL);
+    weigh_by_turns(t, a, b, way);
     fetch_rest(t);
     return;
   }

@@ -17,7 +17,7 @@ HG_INLINE vf cap_scores(vf s, float cap) {
 template <int Q, int T>
 HG_INLINE void score_group(const Tile& t, const float* q, int queries, int group, float* weights, int whole,
                            Asked& asked) {
-  constexpr int kTwos = VL == 16 && Q <= 6 ? 2 : 1;  // of vectors of keys, sums in registers
+  constexpr int kTwos = Q <= (VL == 16 ? 6 : 3) ? 2 : 1;  // of vectors of keys, sums in registers
   const void* const* keys = t.keys + group * VL;
   const int lanes = t.lanes;
   const ptrdiff_t at = t.head * lanes;

@@ -15,6 +15,13 @@ constexpr float kNoScore = -1e38f;  // below every score, yet far from overflow 
 constexpr int kSums = 16;           // partial sums of weights, whatever VL
 constexpr int kRows = 6;            // rows and vectors of the inner products: sums in registers
 constexpr int kVectors = VL == 16 ? 4 : 2;
+// Of few query rows: how many keys of one head are worked on before the next head's turn, and how far in advance
+// of its use memory is asked for a key. Where both are small, what was asked for is still in the first-level
+// cache when it is used, and takes none of the core's few slots for misses a second time. (Measured with AVX2
+// alone.)
+constexpr int kTurn = VL == 16 ? kKeyBlock : 16;
+constexpr int kFewLead = VL == 16 ? kKeyBlock : 16;
+constexpr int kManyLead = kKeyBlock;
 
 HG_INLINE int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
 
@@ -35,21 +42,22 @@ struct Keys {
   int32_t first, last;
 };
 
-// Where the cache has the keys and values of a block, in elements, and their scales if there are any.
+// Where the cache has the keys and values of a block, or those to be asked for beside it, in elements, and their
+// scales if there are any.
 struct Places {
-  int64_t numbers[kKeyBlock];
-  int64_t scales[kKeyBlock];
+  int64_t numbers[kKeyBlock + kManyLead];
+  int64_t scales[kKeyBlock + kManyLead];
 };
 
 // The keys that a thread comes to, item by item, and how far it has asked memory for them. It asks for
-// as many as it works on at the time, kKeyBlock in advance: also where rows end with a short block, on
+// as many as it works on at the time, some in advance: also where rows end with a short block, on
 // which there is too little work to hide the next one's way from memory.
 struct Stream {
   int64_t job;                   // whose items these are: another's may not be looked at
   const AttentionItem* item;     // what is to be asked for next: of an item's keys those from `key` on
   int32_t key, last;
   const AttentionItem* awaited;  // the thread's next item, if it comes as expected
-  int32_t lead;                  // keys asked for, from those of the block at hand on
+  int32_t lead;                  // keys asked for, from those of the block at hand on; -1: it is new
 };
 thread_local Stream stream;
 
@@ -178,22 +186,23 @@ HG_INLINE int32_t block_end(int32_t base, const Keys& keys) {
 // The stream is at an item that the thread begins; it starts anew if that is not the one awaited.
 void enter_stream(const AttentionJob& job, const AttentionItem& item, const Keys& seen) {
   if (stream.job != job.number || stream.awaited != &item)
-    stream = {job.number, &item, seen.first, seen.last, nullptr, 0};
+    stream = {job.number, &item, seen.first, seen.last, nullptr, -1};
   stream.awaited = &item + job.item_stride;
 }
 
 // Finds the places of what memory is to be asked for during the work on keys [first, last).
 void look_ahead(Tile& t, int32_t first, int32_t last) {
   const AttentionJob& job = *t.job;
-  t.asked_keys = t.asked_vals = {0, 0};
   t.ahead = 0;
   t.ahead_bytes = t.item->kv_count * t.dim * item_size(job.cache_dtype);
   const int count = last - first;
-  if (stream.lead < count) {  // a new one: it does not ask for what is worked on already
-    stream.lead = count;
-    stream.key = last;
+  const int lead = t.few ? kFewLead : kManyLead;
+  t.asked_keys = t.asked_vals = {0, 0};
+  if (stream.lead < 0) {  // a new one: it does not ask for what is worked on first
+    stream.lead = 0;
+    t.asked_keys.count = t.asked_vals.count = count < lead ? count : lead;
   }
-  const int wanted = kKeyBlock + count - stream.lead;
+  const int wanted = lead + count - stream.lead;
   const AttentionItem* end = job.items + job.item_count;
   while (t.ahead < wanted && stream.item < end) {
     if (stream.key >= stream.last) {
