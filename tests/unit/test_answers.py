@@ -16,8 +16,8 @@ from headgate.router import errors
 from headgate.router.beam_search import BeamParams, EarlyStopping
 from tests.unit.fake_shard import expected_answer, expected_beams, expected_prompt_logprobs
 from tests.unit.fake_shard_server import EOS, Behaviour, RunningRouter, running_router, until
+from tests.unit.stream_gateway import Gateway
 from tests.unit.test_engine import request
-from tests.unit.test_service import Gateway
 
 SAMPLED = {"do_sample": True, "seed": 11}
 
