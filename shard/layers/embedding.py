@@ -29,11 +29,14 @@ class VocabHead:
 
     def __init__(self, context: LoadContext, name: str, tied: VocabEmbedding | None = None) -> None:
         config, weights = context.config, context.weights
-        self._shortlist = None
+        self.shortlist = None
         if tied is not None:
             weights.ignore(name)
             self._weight = weights.tied(tied.table)
-            self._shortlist = weights.shortlist(tied.table, self._weight)
+            # The largest logits of another rank's tokens would be as far above this one's as the
+            # likeliest tokens are above rare ones, and a shortlist of those is long.
+            if context.group.world_size == 1:
+                self.shortlist = weights.shortlist(tied.table, self._weight)
         else:
             shape = (config.vocab_size, config.hidden_size)
             self._weight = weights.head(name, shape, context.vocabulary)
@@ -49,9 +52,9 @@ class VocabHead:
         if hidden.shape[0] == 0:
             empty = hidden.new_empty((0, sum(self._sizes)), dtype=torch.float32)
             return empty if self._group.rank == 0 else None
-        if self._shortlist is None:
+        if self.shortlist is None:
             logits = ops.linear(hidden, self._weight)
         else:
-            logits = ops.linear_largest(hidden, self._weight, self._shortlist, largest)
+            logits = ops.linear_largest(hidden, self._weight, self.shortlist, largest)
         gathered = self._group.gather_to_rank0(logits, 1, self._sizes)
         return None if gathered is None else gathered.float()

@@ -14,10 +14,12 @@ import pytest
 import torch
 
 from headgate.kernels import ops
+from headgate.kernels.cpu import library
 from headgate.proto.messages import NewRow, RowEnd, RowSampling, StepPlan, StepResult
 from headgate.shard.config import ShardIdentity
 from headgate.shard.decode_rows import DecodeRows
-from headgate.shard.distributed import SharedMemoryGroup, single_group
+from headgate.shard.distributed import Group, SharedMemoryGroup, single_group
+from headgate.shard.layers.embedding import VocabHead
 from headgate.shard.model_runner import ModelRunner
 from headgate.shard.models.base import CausalLM
 from headgate.shard.models.registry import load_model
@@ -167,6 +169,17 @@ def test_plain_rows_get_the_likeliest_tokens_of_all_logits(tmp_path: Path, preci
         plain = decode(runner, [greedy] * rows)
         whole = decode(runner, [replace(greedy, logprobs=True)] * rows)
         assert [result.token_ids for result in plain] == [result.token_ids for result in whole]
+
+
+def test_ranks_of_several_compute_all_logits(tmp_path: Path) -> None:
+    """The likeliest tokens of a rank are close together where the row's is another rank's."""
+    path = make_checkpoint(tmp_path / "tied", tie_word_embeddings=True)
+    loaded = library.load()
+    multiplies_bytes = loaded is not None and bool(loaded.hg_multiplies_bytes())
+    for group in (single_group(), Group(0, 2)):
+        model = load_model(path, dtype="bfloat16", device="cpu", group=group)
+        assert isinstance(model.head, VocabHead)
+        assert (model.head.shortlist is not None) == (multiplies_bytes and group.world_size == 1)
 
 
 def without_times(result: StepResult) -> StepResult:
