@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -208,8 +209,13 @@ async def test_api_key_on_both_addresses(tmp_path: Path) -> None:
                 assert router_pb2.DESCRIPTOR.services_by_name["Router"].full_name in (
                     await _reflected(channel)
                 )
-        hello = iter([router_pb2.ClientMessage(hello=router_pb2.Hello(gateway_id="x"))])
-        assert (await refused(drained(router.stub.Multiplex(hello)))).http_status == 401
+        assert (await refused(drained(router.stub.Multiplex(_silence())))).http_status == 401
+
+
+async def _silence() -> AsyncIterator[router_pb2.ClientMessage]:
+    """To gRPC's client a message that meets the end of its call is an internal error."""
+    await asyncio.Event().wait()
+    yield router_pb2.ClientMessage()
 
 
 async def test_the_socket_for_gateways_wants_a_hello_with_the_key(tmp_path: Path) -> None:
