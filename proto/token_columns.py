@@ -51,29 +51,6 @@ def decode_columns(message: router_pb2.TokenColumns) -> Iterator[Row]:
     )
 
 
-def token_of(id_: int, logprob: float, text: str) -> router_pb2.Token:
-    """A row's token as a message."""
-    if logprob != logprob:  # NaN
-        return router_pb2.Token(id=id_, text=text)
-    return router_pb2.Token(id=id_, text=text, logprob=logprob)
-
-
-def all_events(message: router_pb2.ServerMessage) -> Iterator[router_pb2.KeyedEvent]:
-    """All events of a message in their order, those that travelled as columns included."""
-    for row in decode_columns(message.tokens):
-        key, attempt, index, position, offset, id_, logprob, text = row
-        tokens = router_pb2.Tokens(
-            index=index,
-            first_index=position,
-            tokens=[token_of(id_, logprob, text)],
-            text=text,
-            text_offset=offset,
-        )
-        event = router_pb2.GenerateEvent(tokens=tokens)
-        yield router_pb2.KeyedEvent(key=key, attempt=attempt, event=event)
-    yield from message.events
-
-
 def _pack_keys(keys: Iterable[int]) -> bytes:
     values = array("Q", keys)
     if sys.byteorder == "big":

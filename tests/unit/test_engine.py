@@ -13,12 +13,12 @@ import pytest
 
 from headgate.proto import router_pb2
 from headgate.proto.messages import Pooling, RowEnd, RowSampling
-from headgate.proto.token_columns import all_events
 from headgate.router import engine, errors, output_processor
 from headgate.router.group_keeper import NotEnoughMemory
 from tests.checkpoints import write_tokenizer
 from tests.unit.fake_shard import expected_answer, expected_pooled, expected_prompt_logprobs
 from tests.unit.fake_shard_server import EOS, Behaviour, RunningRouter, running_router, until
+from tests.unit.stream_events import all_events
 
 
 def request(prompt: list[int], **parameters: Any) -> router_pb2.GenerateRequest:

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from headgate.proto import router_pb2
-from headgate.proto.token_columns import all_events
 from headgate.router import errors
 from headgate.router.multiplex import MAX_HELD_EVENTS, KeyedRequest, MultiplexStream
 from headgate.router.output_processor import Outcome
 from headgate.router.status import ServerStatus
 from headgate.router.tokenizer import ChatFiles
 from tests.unit.fake_shard_server import Behaviour, running_router, until
+from tests.unit.stream_events import all_events
 from tests.unit.stream_gateway import Gateway, drained, of_both_kinds, refused
 from tests.unit.test_engine import answer_of, request
 from tests.unit.test_validation import CONFIG
