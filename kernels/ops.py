@@ -15,7 +15,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -42,6 +42,20 @@ OPTIONAL = frozenset(
     }
 )
 _DEVICE_BACKEND = {"cpu": "cpu", "cuda": "triton"}
+
+
+class Ranks(Protocol):
+    """Processes that make the same calls in the same order."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def world_size(self) -> int: ...
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The ranks' float32 tensors, summed in place."""
+
 
 _table: dict[str, Callable[..., Any]] = dict(reference.OPS)
 _active = "reference"
@@ -145,13 +159,16 @@ def make_shortlist(table: torch.Tensor, weight: Any) -> Any | None:
     return None if offered is None else offered(table, weight)
 
 
-def linear_largest(x: torch.Tensor, weight: Any, shortlist: Any, largest: int) -> torch.Tensor:
-    """`linear` of x[R, K]; where `largest` is 1, not 0, each row has that one's largest value,
-    first at the same place, and other values that are smaller.
+def linear_largest(
+    x: torch.Tensor, weight: Any, shortlist: Any, largest: int, ranks: Ranks
+) -> torch.Tensor:
+    """`linear` of x[R, K]; where `largest` is 1, not 0, all ranks' columns side by side have that
+    one's largest value of each row, first at the same place, and other values that are smaller.
 
-    `shortlist`: of the same weight. An operation of the back ends that make one.
+    `shortlist`: of the same weight. `ranks`: those that have a part of the columns each, and the
+    same rows. An operation of the back ends that make a shortlist.
     """
-    return _table["linear_largest"](x, weight, shortlist, largest)
+    return _table["linear_largest"](x, weight, shortlist, largest, ranks)
 
 
 def rms_norm_linear(

@@ -197,7 +197,7 @@ class Profiler:
     def _floor(self, name: str, arguments: list[int], case: Case) -> tuple[str, float]:
         """(kind of the call, microseconds below which it can't be)."""
         kind = name.removeprefix("hg_").replace("_", " ")
-        if name == "hg_linear_largest":  # by int8 weights, but for a few columns
+        if name == "hg_linear_likely":  # by int8 weights, but for a few columns
             largest = arguments[9]
             name = "hg_linear_quantised" if largest else "hg_linear"
             arguments[5] = 0 if largest else arguments[5]

@@ -40,7 +40,8 @@ SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "hg_multiplies_bytes": (_I, ()),
     "hg_column_lengths_size": (_L, (_L,)),
     "hg_column_lengths": (None, (_P, _L, _L, _P, _P)),
-    "hg_linear_largest": (_I, (_P, _L, _L, _L, _P, _I, _L, _P, _L, _I, _P, _P, _P)),
+    "hg_linear_likely": (_I, (_P, _L, _L, _L, _P, _I, _L, _P, _L, _I, _P, _P, _P, _I, _I)),
+    "hg_linear_largest": (None, (_P, _L, _L, _L, _I, _L, _P, _L, _I, _P, _P, _P, _I)),
     "hg_paged_attention": (
         _I,
         (_P, _L, _L, *_CACHES, _P, _P, _P, _L, _I, _I, _I, _I, _F, _I, _F, _I, _P),

@@ -28,7 +28,7 @@ namespace headgate {
 
 extern const QuantisedKernels HG_TABLE = {
     HG_TEXT(HG_NAME), kQuantisedRows, kWeightOnlyRows, kInt8Format,
-    quantise_weight_tile, quantised_linear_tile, shortlist_tile, column_lengths_tile,
+    quantise_weight_tile, quantised_linear_tile, likeliest_tile, shortlist_tile, column_lengths_tile,
 };
 
 }  // namespace headgate

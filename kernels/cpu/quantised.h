@@ -92,8 +92,10 @@ struct ShortlistJob {
   const float* panel_norms;  // the largest of each panel
   const float* panel_errors;
   float* y;
+  float* known;  // [M, ranks]: of each rank's columns the exact product of the likeliest
   int64_t x_stride, y_stride, columns, inner;
-  bool rounded;           // products take inputs rounded to bfloat16
+  int32_t rank, ranks;
+  bool rounded;  // products take inputs rounded to bfloat16
 };
 
 // Such norms and errors of bfloat16 weights [N, K] and the int8 panels made of them.
@@ -114,6 +116,7 @@ struct QuantisedKernels {
   int32_t int8_inputs;  // the format of what int8 weights are multiplied with
   void (*quantise_weight)(const void* job, int64_t tile);
   void (*linear)(const void* job, int64_t tile);
+  void (*likeliest)(const void* job, int64_t tile);
   void (*shortlist)(const void* job, int64_t tile);
   void (*column_lengths)(const void* job, int64_t tile);
 };

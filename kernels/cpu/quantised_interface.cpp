@@ -102,13 +102,13 @@ HG_API void hg_column_lengths(const void* table, int64_t columns, int64_t inner,
   run(quantised_kernels().column_lengths, job, divide_up(columns, kPanel), columns * inner);
 }
 
-// hg_linear of x and bfloat16 weights, or with `largest` a product whose largest value of each row, and
-// the first place where it is, are that one's, while the others are smaller. `packed` and
-// `lengths`: of the weights' `table`, as hg_column_lengths has them.
-HG_API int32_t hg_linear_largest(const float* x, int64_t rows, int64_t inner, int64_t x_stride,
-                                 const void* weight, int32_t product, int64_t columns, float* y,
-                                 int64_t y_stride, int32_t largest, const void* table,
-                                 const void* packed, const float* lengths) {
+// hg_linear of x and bfloat16 weights; or with `largest` roughly that, by `packed`, which
+// hg_quantise_weight made of the weights' `table`, and known[rows, ranks]: the exact product of the
+// column that is likely to have the row's largest at this rank's place, zeros at others'.
+HG_API int32_t hg_linear_likely(const float* x, int64_t rows, int64_t inner, int64_t x_stride,
+                                const void* weight, int32_t product, int64_t columns, float* y,
+                                int64_t y_stride, int32_t largest, const void* table,
+                                const void* packed, float* known, int32_t rank, int32_t ranks) {
   if (!largest)
     return hg_linear(x, rows, inner, x_stride, weight, product, columns, nullptr, y, y_stride, nullptr,
                      0.0f, nullptr, 0, nullptr, kNoActivation);
@@ -117,10 +117,24 @@ HG_API int32_t hg_linear_largest(const float* x, int64_t rows, int64_t inner, in
                                              y, y_stride, nullptr, 0.0f, nullptr, 0, nullptr,
                                              kNoActivation);
   if (status) return status;
+  const ShortlistJob job = {x, static_cast<const uint16_t*>(table), nullptr, nullptr, nullptr, nullptr,
+                            y, known, x_stride, y_stride, columns, inner, rank, ranks,
+                            product == kRounded};
+  run(quantised_kernels().likeliest, job, rows, rows * columns / 8);
+  return 0;
+}
+
+// After hg_linear_likely and the sum of all ranks' `known`: with `largest` the largest value of each row
+// of all ranks' y, and the first place where it is, become those of exact products, while the others
+// are smaller. `lengths`: as hg_column_lengths has them.
+HG_API void hg_linear_largest(const float* x, int64_t rows, int64_t inner, int64_t x_stride,
+                              int32_t product, int64_t columns, float* y, int64_t y_stride,
+                              int32_t largest, const void* table, const float* lengths,
+                              float* known, int32_t ranks) {
+  if (!largest || rows == 0) return;
   const float* panels = lengths + 2 * columns;
   const ShortlistJob job = {x, static_cast<const uint16_t*>(table), lengths, lengths + columns,
-                            panels, panels + divide_up(columns, kPanel), y, x_stride, y_stride,
-                            columns, inner, product == kRounded};
+                            panels, panels + divide_up(columns, kPanel), y, known, x_stride, y_stride,
+                            columns, inner, 0, ranks, product == kRounded};
   run(quantised_kernels().shortlist, job, rows, rows * columns / 4);
-  return 0;
 }

@@ -4,7 +4,8 @@
 // With w = v + e, where v is what int8 stores of a column w, and likewise x = u + d for a row,
 //   w.x = v.u + e.u + w.d, so |w.x - v.u| <= |e| |u| + |w| |d|  (Cauchy and Schwarz).
 // One column whose approximate product v.u is the largest gets the exact one, with the bits that
-// linear.h gives it. Where another's approximate product and its bound together stay below that, it is
+// linear.h gives it. Ranks that have a part of the columns each tell each other theirs. Where another's
+// approximate product and its bound together stay below the largest of those, it is
 // not the largest. The few that are left, the shortlist, get theirs exactly too; all others stay
 // approximate, and smaller than the largest. So the largest is exact, the first of equals too, and an
 // input or weight that is not a number makes its bounds so, and puts what it touches on the shortlist.
@@ -138,16 +139,28 @@ HG_INLINE bool is_open(const ShortlistJob& job, const BoundFactors& factors, int
 }
 
 // Tile: a row.
+void likeliest_tile(const void* data, int64_t row) {
+  const ShortlistJob& job = *(const ShortlistJob*)data;
+  float* y = job.y + row * job.y_stride;
+  float* known = job.known + row * job.ranks;
+  for (int rank = 0; rank < job.ranks; ++rank) known[rank] = 0.0f;
+  known[job.rank] = -__builtin_inff();
+  const int64_t likeliest = first_largest(y, job.columns);
+  if (likeliest < 0) return;
+  exact_products(job, job.x + row * job.x_stride, &likeliest, 1, y);
+  known[job.rank] = y[likeliest];
+}
+
+// Tile: a row.
 void shortlist_tile(const void* data, int64_t row) {
   const ShortlistJob& job = *(const ShortlistJob*)data;
   float* y = job.y + row * job.y_stride;
-  Shortlist list = {job, job.x + row * job.x_stride, y, -__builtin_inff(), 0, {}};
+  const float* known = job.known + row * job.ranks;
+  float largest = -__builtin_inff();
+  for (int rank = 0; rank < job.ranks; ++rank)
+    largest = known[rank] > largest ? known[rank] : largest;
+  Shortlist list = {job, job.x + row * job.x_stride, y, largest, 0, {}};
   const BoundFactors factors = bound_factors(job, list.x);
-  const int64_t first = first_largest(y, job.columns);
-  if (first >= 0) {
-    list.add(first);
-    list.work_out();
-  }
   for (int64_t start = 0; start < job.columns; start += kPanel) {
     const int64_t end = start + kPanel < job.columns ? start + kPanel : job.columns;
     if (end - start == kPanel && !is_open(job, factors, start / kPanel, list.largest, y + start))

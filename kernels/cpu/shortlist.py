@@ -8,6 +8,8 @@ up to four times the rate, for the same token.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from headgate.kernels.cpu import library
@@ -15,6 +17,9 @@ from headgate.kernels.cpu.calls import allocate, call
 from headgate.kernels.cpu.packed import PackedWeight
 from headgate.kernels.cpu.quantised import QuantisedWeight
 from headgate.kernels.cpu.rows import is_rows
+
+if TYPE_CHECKING:
+    from headgate.kernels.ops import Ranks
 
 
 class Shortlist:
@@ -35,9 +40,13 @@ class Shortlist:
         loaded.hg_column_lengths(table.data_ptr(), columns, inner, approximate, lengths)
 
     @property
-    def addresses(self) -> tuple[int, int, int]:
-        """As hg_linear_largest takes them."""
-        return self._table.data_ptr(), self.approximate.address, self._lengths.data_ptr()
+    def table_address(self) -> int:
+        return self._table.data_ptr()
+
+    @property
+    def lengths_address(self) -> int:
+        """Of what hg_column_lengths wrote."""
+        return self._lengths.data_ptr()
 
 
 def make_shortlist(table: torch.Tensor, weight: object) -> Shortlist | None:
@@ -51,26 +60,35 @@ def make_shortlist(table: torch.Tensor, weight: object) -> Shortlist | None:
 
 
 def linear_largest(
-    x: torch.Tensor, weight: PackedWeight, shortlist: Shortlist, largest: int
+    x: torch.Tensor, weight: PackedWeight, shortlist: Shortlist, largest: int, ranks: Ranks
 ) -> torch.Tensor:
     """As in ops. Raises ValueError."""
     if not is_rows(x) or x.dim() != 2 or x.shape[1] != weight.inner:
         raise ValueError(
             f"linear_largest takes float32 [R, {weight.inner}], not {x.dtype} {tuple(x.shape)}"
         )
-    out = allocate((x.shape[0], weight.columns))
+    rows = x.data_ptr(), x.shape[0], weight.inner, x.stride(0)
+    out, known = allocate((x.shape[0], weight.columns)), allocate((x.shape[0], ranks.world_size))
+    products = weight.columns, out.data_ptr(), weight.columns, largest, shortlist.table_address
     call(
-        "hg_linear_largest",
-        x.data_ptr(),
-        x.shape[0],
-        weight.inner,
-        x.stride(0),
+        "hg_linear_likely",
+        *rows,
         weight.address,
         weight.code,
-        weight.columns,
-        out.data_ptr(),
-        weight.columns,
-        largest,
-        *shortlist.addresses,
+        *products,
+        shortlist.approximate.address,
+        known.data_ptr(),
+        ranks.rank,
+        ranks.world_size,
+    )
+    known = ranks.all_reduce(known)
+    call(
+        "hg_linear_largest",
+        *rows,
+        weight.code,
+        *products,
+        shortlist.lengths_address,
+        known.data_ptr(),
+        ranks.world_size,
     )
     return out

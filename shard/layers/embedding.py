@@ -33,10 +33,10 @@ class VocabHead:
         if tied is not None:
             weights.ignore(name)
             self._weight = weights.tied(tied.table)
-            # The largest logits of another rank's tokens would be as far above this one's as the
-            # likeliest tokens are above rare ones, and a shortlist of those is long.
-            if context.group.world_size == 1:
-                self.shortlist = weights.shortlist(tied.table, self._weight)
+            shortlist = weights.shortlist(tied.table, self._weight)
+            # Ranks on different machines need not all have one, and it takes all of them.
+            if context.group.min(int(shortlist is not None)):
+                self.shortlist = shortlist
         else:
             shape = (config.vocab_size, config.hidden_size)
             self._weight = weights.head(name, shape, context.vocabulary)
@@ -55,6 +55,6 @@ class VocabHead:
         if self.shortlist is None:
             logits = ops.linear(hidden, self._weight)
         else:
-            logits = ops.linear_largest(hidden, self._weight, self.shortlist, largest)
+            logits = ops.linear_largest(hidden, self._weight, self.shortlist, largest, self._group)
         gathered = self._group.gather_to_rank0(logits, 1, self._sizes)
         return None if gathered is None else gathered.float()

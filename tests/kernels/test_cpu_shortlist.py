@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 
+from headgate.kernels import ops
 from headgate.kernels.cpu import operations, set_num_threads
 from headgate.kernels.cpu.packed import PackedWeight
 from headgate.kernels.cpu.shortlist import Shortlist, linear_largest
@@ -16,6 +19,19 @@ SIZES = [(1000, 100), (33, 577), (64, 64), (5, 3), (1, 1), (4100, 640)]
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+class OneOfSeveral:
+    """A rank whose peers say what they are told to."""
+
+    def __init__(self, rank: int, world_size: int, others: torch.Tensor | float = 0.0) -> None:
+        self.rank, self.world_size, self.others = rank, world_size, others
+        self.own = torch.empty(0)
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.own = tensor.clone()
+        tensor += self.others
+        return tensor
 
 
 class Head:
@@ -30,19 +46,37 @@ class Head:
     def exact(self, x: torch.Tensor) -> torch.Tensor:
         return operations.linear(x, self.packed, None)
 
-    def largest(self, x: torch.Tensor, largest: int = 1) -> torch.Tensor:
-        return linear_largest(x, self.packed, self.shortlist, largest)
+    def largest(
+        self, x: torch.Tensor, largest: int = 1, ranks: ops.Ranks | None = None
+    ) -> torch.Tensor:
+        ranks = OneOfSeveral(0, 1) if ranks is None else ranks
+        return linear_largest(x, self.packed, self.shortlist, largest, ranks)
 
     def check(self, x: torch.Tensor) -> float:
         """The share of the products that came out exactly."""
-        exact, found = self.exact(x), self.largest(x)
-        tokens = operations.argmax(exact)
-        assert (operations.argmax(found) == tokens).all()
-        top = exact[torch.arange(len(x)), torch.from_numpy(tokens)]
-        same = found.view(torch.int32) == exact.view(torch.int32)
-        assert same[torch.arange(len(x)), torch.from_numpy(tokens)].all()
-        assert (same | (found < top[:, None])).all()
-        return float(same.float().mean())
+        return check(self.exact(x), self.largest(x))
+
+
+def check(exact: torch.Tensor, found: torch.Tensor) -> float:
+    tokens = operations.argmax(exact)
+    assert (operations.argmax(found) == tokens).all()
+    rows = torch.arange(len(exact))
+    top = exact[rows, torch.from_numpy(tokens)]
+    same = found.view(torch.int32) == exact.view(torch.int32)
+    assert same[rows, torch.from_numpy(tokens)].all()
+    assert (same | (found < top[:, None])).all()
+    return float(same.float().mean())
+
+
+def of_ranks(heads: Sequence[Head], x: torch.Tensor) -> list[torch.Tensor]:
+    """What each finds that has a part of the columns: once all have said what they know."""
+    ranks = [OneOfSeveral(rank, len(heads)) for rank in range(len(heads))]
+    for head, rank in zip(heads, ranks, strict=True):
+        head.largest(x, ranks=rank)
+    known = sum(rank.own for rank in ranks)
+    for rank in ranks:
+        rank.others = known - rank.own
+    return [head.largest(x, ranks=rank) for head, rank in zip(heads, ranks, strict=True)]
 
 
 @pytest.mark.parametrize("precision", ["highest", "medium"])
@@ -101,3 +135,37 @@ def test_inputs_of_another_shape_are_refused() -> None:
     for x in (random(2, 33), random(2, 32).bfloat16(), random(2, 2, 32)):
         with pytest.raises(ValueError, match=r"linear_largest takes float32 \[R, 32\]"):
             head.largest(x)
+
+
+@pytest.mark.parametrize("cuts", [(500,), (32, 900), (1, 2, 999)])
+def test_ranks_with_a_part_of_the_columns_each(cuts: tuple[int, ...]) -> None:
+    weight, x = random(1000, 100), random(9, 100, seed=1)
+    weight[700] = weight[40]  # of two ranks' equals the first
+    x[3] = weight[40]
+    heads = [Head(part) for part in weight.tensor_split(cuts)]
+    exact = torch.cat([head.exact(x) for head in heads], 1)
+    assert check(exact, torch.cat(of_ranks(heads, x), 1)) < 0.05
+    assert int(operations.argmax(exact)[3]) == 40
+
+
+def test_what_stays_below_another_rank_is_left_out() -> None:
+    """Columns close together, all of which one rank alone would have to work out."""
+    likely, x = random(64, 96), random(1, 96, seed=1)
+    likely[20] = x[0]
+    rare = random(1, 96, seed=2).expand(500, 96) * (1 + random(500, 1, seed=3) / 1000)
+    heads = Head(likely), Head(rare)
+    alone, beside = heads[1].largest(x), of_ranks(heads, x)[1]
+    exact = heads[1].exact(x)
+    assert (alone == exact).float().mean() > 0.5
+    assert (beside == exact).sum() == 1  # the one that it had to tell
+    assert (beside < heads[0].exact(x).max()).all()
+
+
+def test_ranks_one_of_which_has_nothing_but_what_is_not_a_number() -> None:
+    for value in (float("inf"), float("-inf"), float("nan")):
+        weight, x = random(300, 70), random(6, 70, seed=1)
+        weight[150:] = value
+        heads = [Head(part) for part in weight.tensor_split((150,))]
+        exact = torch.cat([head.exact(x) for head in heads], 1)
+        found = torch.cat(of_ranks(heads, x), 1)
+        assert (operations.argmax(found) == operations.argmax(exact)).all()

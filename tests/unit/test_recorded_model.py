@@ -171,15 +171,32 @@ def test_plain_rows_get_the_likeliest_tokens_of_all_logits(tmp_path: Path, preci
         assert [result.token_ids for result in plain] == [result.token_ids for result in whole]
 
 
-def test_ranks_of_several_compute_all_logits(tmp_path: Path) -> None:
-    """The likeliest tokens of a rank are close together where the row's is another rank's."""
+def test_shards_find_the_likeliest_tokens_together(tmp_path: Path) -> None:
     path = make_checkpoint(tmp_path / "tied", tie_word_embeddings=True)
     loaded = library.load()
-    multiplies_bytes = loaded is not None and bool(loaded.hg_multiplies_bytes())
-    for group in (single_group(), Group(0, 2)):
+    assert loaded is not None
+    greedy = RowSampling(40, ignore_eos=True)
+
+    def tokens(group: Group) -> list[list[int]]:
         model = load_model(path, dtype="bfloat16", device="cpu", group=group)
         assert isinstance(model.head, VocabHead)
-        assert (model.head.shortlist is not None) == (multiplies_bytes and group.world_size == 1)
+        assert (model.head.shortlist is not None) == bool(loaded.hg_multiplies_bytes())
+        identity = ShardIdentity(group.rank, group.world_size, epoch=1)
+        config = shard_config(max_batch_prefill_tokens=300, max_batch_size=70)
+        runner = ModelRunner(model, group, config, identity)
+        runner.record()
+        assert isinstance(runner.recorded, RecordedModel)
+        batches = [[row] * count for count in (3, 70) for row in (greedy, with_logprobs)]
+        return [list(step.token_ids) for batch in batches for step in decode(runner, batch)]
+
+    with_logprobs = replace(greedy, logprobs=True)
+    with ThreadPoolExecutor(2) as pool:
+        of_two, nothing = pool.map(tokens, shards_of_two_threads())
+    assert any(of_two) and not any(nothing)
+    few, many = of_two[: len(of_two) // 2], of_two[len(of_two) // 2 :]
+    for steps in (few, many):
+        plain, whole = steps[: len(steps) // 2], steps[len(steps) // 2 :]
+        assert plain == whole
 
 
 def without_times(result: StepResult) -> StepResult:
