@@ -39,6 +39,7 @@ OPTIONAL = frozenset(
         "gated_linear",
         "make_shortlist",  # the likeliest tokens for less than all logits
         "linear_largest",
+        "likeliest_tokens",  # chosen by all ranks together
     }
 )
 _DEVICE_BACKEND = {"cpu": "cpu", "cuda": "triton"}
@@ -54,7 +55,7 @@ class Ranks(Protocol):
     def world_size(self) -> int: ...
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The ranks' float32 tensors, summed in place."""
+        """The ranks' float32 or int64 tensors, summed in place."""
 
 
 _table: dict[str, Callable[..., Any]] = dict(reference.OPS)
@@ -306,6 +307,14 @@ def write_kv(
 
 def argmax(scores: torch.Tensor) -> npt.NDArray[np.int64]:
     return _table["argmax"](scores)
+
+
+def likeliest_tokens(
+    logits: torch.Tensor, first_id: int, wanted: int, ranks: Ranks
+) -> torch.Tensor:
+    """Where `wanted` is 1, not 0, int64[R] on all ranks: what `argmax` finds of all their logits
+    side by side. logits: float32[R, V] of this rank's tokens, from `first_id` on."""
+    return _table["likeliest_tokens"](logits, first_id, wanted, ranks)
 
 
 def gumbel_argmax(

@@ -69,7 +69,7 @@ class DecodeRows:
         self.greedy = bool(batch.plain[slots].all())
         self.num_tokens = 0  # of the step laid out
         most = batch.limits.max_step_tokens
-        self.tokens = np.zeros(most, np.int64)  # after each of these, for `settle`
+        self._tokens = np.zeros(most, np.int64)
         self._slots = slots
         self._row_ids, self._counts = plan.rows, plan.counts
         self._ids = np.array(plan.rows, np.int64)
@@ -110,7 +110,7 @@ class DecodeRows:
             len(self._eos),
             self._ids,
             self._most_drafts,
-            len(self.tokens),
+            len(self._tokens),
             inputs.input_ids,
             inputs.positions,
             inputs.slot_mapping,
@@ -121,7 +121,7 @@ class DecodeRows:
             inputs.block_tables,
             inputs.block_tables.shape[1],
             inputs.wanted_tokens,
-            self.tokens,
+            self._tokens,
             self._places,
             self._result_rows,
             self._ends,
@@ -159,16 +159,16 @@ class DecodeRows:
         """A token after each that is computed."""
         return self._draws.take(slice(self.num_tokens))
 
-    def settle(self, logits: int = 0, vocab_size: int = 0) -> DecodedTokens:
-        """Takes `tokens`, as InputBatch.settle; with `logits`, the address of
-        float32[num_tokens, vocab_size], the likeliest ones."""
-        count = self._library.hg_decode_settle(self._address, logits, vocab_size)
+    def settle(self, tokens: IntArray) -> DecodedTokens:
+        """Takes these, one after each token of the step, as InputBatch.settle."""
+        self._tokens[: len(tokens)] = tokens
+        count = self._library.hg_decode_settle(self._address)
         ends = [RowEnd.NONE] * count
         if self._table[-1]:
             ends = [ROW_ENDS[end] for end in self._ends[:count].tolist()]
         return DecodedTokens(
             self._result_rows[:count].tolist(),
-            self.tokens[:count].tolist(),
+            self._tokens[:count].tolist(),
             ends,
             self._places[:count],
         )

@@ -44,9 +44,12 @@ class Group:
         return self.all_reduce(tensor)
 
     def gather_to_rank0(
-        self, tensor: torch.Tensor, dim: int, sizes: Sequence[int]
+        self, tensor: torch.Tensor, dim: int, sizes: Sequence[int], needless: int = 0
     ) -> torch.Tensor | None:
-        """Joins the ranks' tensors, `sizes[rank]` long in `dim`, along it; None beyond rank 0."""
+        """Joins the ranks' tensors, `sizes[rank]` long in `dim`, along it; None beyond rank 0.
+
+        needless: 1, on all ranks, where what comes may be anything.
+        """
         return tensor
 
     def broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -132,7 +135,7 @@ class ProcessGroup(Group):
         return gathered
 
     def gather_to_rank0(
-        self, tensor: torch.Tensor, dim: int, sizes: Sequence[int]
+        self, tensor: torch.Tensor, dim: int, sizes: Sequence[int], needless: int = 0
     ) -> torch.Tensor | None:
         dim %= tensor.dim()
         longest = max(sizes)
@@ -197,9 +200,9 @@ class SharedMemoryGroup(ProcessGroup):
         return tensor if self._memory.sum(tensor) else super().all_reduce(tensor)
 
     def gather_to_rank0(
-        self, tensor: torch.Tensor, dim: int, sizes: Sequence[int]
+        self, tensor: torch.Tensor, dim: int, sizes: Sequence[int], needless: int = 0
     ) -> torch.Tensor | None:
-        return self._memory.gather(tensor, dim % tensor.dim(), sizes)
+        return self._memory.gather(tensor, dim % tensor.dim(), sizes, needless)
 
     def broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
         self._memory.broadcast(tensor)

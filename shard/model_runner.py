@@ -355,7 +355,10 @@ class ModelRunner:
             self.heartbeat.beat()
             return self._logits(hidden[: inputs.num_samples], first)
 
-        logits = Logits(logits_of, self._logits_rows)
+        likeliest = None
+        if isinstance(self.recorded, RecordedModel):
+            likeliest = self.recorded.likeliest()
+        logits = Logits(logits_of, self._logits_rows, likeliest)
         sampler, watermarked = self._device_sampler, self._batch.is_watermarked(draws.slots)
         if sampler is not None and not masks.failures and not watermarked:
             wait, sampled = sampler.sample(self._batch, draws, masks, logits)
@@ -374,13 +377,13 @@ class ModelRunner:
         recorded.decode(rows.num_tokens, len(rows), rows.greedy)
         logprobs: list[float] = []
         top: list[TopTokens] = []
-        if rows.greedy and rows.num_tokens <= recorded.most_logits and self.group.world_size == 1:
-            taken = rows.settle(*recorded.first_logits)
+        tokens = recorded.likeliest()
+        if tokens is not None:
+            taken = rows.settle(tokens)
         else:
             logits = Logits(recorded.logits, recorded.most_logits)
             found = self._host_sampler.sample(batch, rows.draws, NO_MASKS, logits)
-            rows.tokens[: rows.num_tokens] = found.tokens
-            taken = rows.settle()
+            taken = rows.settle(found.tokens)
             logprobs = [found.logprobs[place] for place in taken.places.tolist()]
             top = [found.top[place] for place in taken.places.tolist()] if found.top else []
         self._last_done = done = time.perf_counter_ns()

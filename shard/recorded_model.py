@@ -9,9 +9,10 @@ the model gives. Models that compute with torch's own operations don't pass, and
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 from headgate.kernels import ops
@@ -23,13 +24,15 @@ from headgate.shard.distributed import Group
 from headgate.shard.kv_cache import KVCache, KVCacheLayout
 from headgate.shard.layers.embedding import VocabHead
 from headgate.shard.models.base import CausalLM
+from headgate.shard.sampling.params import IntArray
 from headgate.shard.step_inputs import StepInputs
 from headgate.shard.trial_steps import TrialSteps
 
 logger = logging.getLogger(__name__)
 
-# Tokens of each row, how many of these are wanted, how many of those get logits, and whether only
-# the largest of these count, in the recordings: of the first, with a token more, and so on.
+# Tokens of each row, how many of these are wanted, how many of those get logits, and whether these
+# are asked for no more than the likeliest tokens, in the recordings: of the first, with a token
+# more, and so on.
 _RECORDED_STEPS = (
     ({0: 3, 1: 1}, 3, 2, 0),
     ({0: 4, 1: 1}, 3, 2, 0),
@@ -54,8 +57,16 @@ class RecordedModel:
     """Computes what the model's `forward` and `logits` do. Made by `record_model`."""
 
     def __init__(
-        self, model: CausalLM, inputs: _StepBuffers, step: Program, head: Program, beats: int
+        self,
+        model: CausalLM,
+        inputs: _StepBuffers,
+        step: Program,
+        head: Program,
+        beats: int,
+        *,
+        chooses: bool,
     ) -> None:
+        """chooses: whether the programs give the tokens of `VocabHead.choose` before logits."""
         self._model = model
         self._inputs = inputs
         self._step = step
@@ -63,10 +74,8 @@ class RecordedModel:
         self._beats = beats
         self.most_logits = inputs.most_logits  # that come with a step
         self._num_samples = 0  # of the last step
-        self._largest = 0  # whether only the largest of its logits count
-        self.first_logits = (0, 0)  # address and columns of a step's first rows, on rank 0
-        if len(step.outputs) > 1:
-            self.first_logits = step.outputs[1].data_ptr(), step.outputs[1].shape[1]
+        self._plain = 0  # whether it was
+        self._chooses = chooses
 
     def bind(self, kv_cache: KVCache) -> None:
         """From now on steps use this cache, of the layout it was recorded with."""
@@ -76,10 +85,10 @@ class RecordedModel:
         """Normed hidden states of the wanted tokens [W, hidden_size], valid until the next step."""
         self._model.check_lengths(inputs.attention)
         self._inputs.fill(inputs)
-        self._num_samples, self._largest = inputs.num_samples, int(inputs.plain)
+        self._num_samples, self._plain = inputs.num_samples, int(inputs.plain)
         tokens, rows = len(inputs.input_ids), len(inputs.attention.context_lens)
         wanted, sampled = len(inputs.wanted_tokens), min(self._num_samples, self.most_logits)
-        self._step.run((tokens, rows, wanted, sampled, self._largest), self._beats)
+        self._step.run((tokens, rows, wanted, sampled, self._plain), self._beats)
         return self._step.outputs[0][:wanted]
 
     @property
@@ -90,26 +99,41 @@ class RecordedModel:
     def decode(self, tokens: int, rows: int, plain: bool) -> None:
         """A step whose inputs are in `decode_inputs` already; each token is one to sample after.
         plain: as in StepInputs."""
-        self._num_samples, self._largest = tokens, int(plain)
+        self._num_samples, self._plain = tokens, int(plain)
         sampled = min(tokens, self.most_logits)
-        self._step.run((tokens, rows, tokens, sampled, self._largest), self._beats)
+        self._step.run((tokens, rows, tokens, sampled, self._plain), self._beats)
 
     def logits(self, first: int) -> torch.Tensor | None:
         """Of the last step's tokens before draws from place `first` on, StepLimits.logits_rows of
-        them or all that are left: like the model's, or with its largest ones where the step was
-        plain; valid until the next call."""
+        them or all that are left; valid until the next call. Not where it has the `likeliest`."""
+        outputs, count = self._found(first)
+        logits = outputs[1:] if self._chooses else outputs
+        return logits[0][:count] if logits else None  # rank 0 alone has them
+
+    def likeliest(self) -> IntArray | None:
+        """int64[S] on all ranks: the likeliest tokens of the last step's places, if it was plain;
+        None where it was not, or the model makes its logits in a way of its own."""
+        if not self._plain or not self._chooses:
+            return None
+        tokens = np.empty(self._num_samples, np.int64)
+        for first in range(0, self._num_samples, self.most_logits):
+            outputs, count = self._found(first)
+            tokens[first : first + count] = outputs[0][:count].numpy()
+        return tokens
+
+    def _found(self, first: int) -> tuple[Sequence[torch.Tensor], int]:
+        """(what the head came to for the places from `first` on, of how many it is)."""
         count = min(self._num_samples - first, self.most_logits)
-        found = self._step.outputs[1:]
-        if first:  # those before came with the step
-            self._inputs.places[:count] = torch.arange(first, first + count)
-            self._head.run((count, self._largest), self._beats)
-            found = self._head.outputs
-        return found[0][:count] if found else None  # rank 0 alone has them
+        if not first:  # it came with the step
+            return self._step.outputs[1:], count
+        self._inputs.places[:count] = torch.arange(first, first + count)
+        self._head.run((count, self._plain), self._beats)
+        return self._head.outputs, count
 
     @property
     def programs(self) -> tuple[Program, Program]:
         """Of a step, whose sizes are tokens, rows, tokens wanted, those of them that get logits,
-        and 1 where only the largest of these count; of more tokens' logits, with the last two."""
+        and 1 where no more is asked for than the likeliest; of more logits, with the last two."""
         return self._step, self._head
 
     @property
@@ -214,17 +238,20 @@ class _Attempt:
         self._group = group
         self._layout = layout
         self._limits = limits
+        # A model that makes its logits in a way of its own has these alone.
+        chooses = type(model).logits is CausalLM.logits and isinstance(model.head, VocabHead)
+        self._chooses = bool(group.min(int(chooses)))
 
     def record(self, beats: int) -> RecordedModel:
         """Raises NotRecordable, on all ranks."""
         cache = self._trial().new_cache()
         buffers = _StepBuffers(self._limits, self._layout.block_size)
         recordings, results = [], []
-        for counts, wanted, sampled, largest in _RECORDED_STEPS:
+        for counts, wanted, sampled, plain in _RECORDED_STEPS:
             step = self._trial().step(counts)
             buffers.fill(step)
             step = buffers.placed(step)
-            sizes = (sum(counts.values()), len(counts), wanted, sampled, largest)
+            sizes = (sum(counts.values()), len(counts), wanted, sampled, plain)
             with Recording(sizes, _layer_tensors(cache)) as recording:
                 hidden = self._model.forward(
                     step.input_ids,
@@ -233,28 +260,30 @@ class _Attempt:
                     step.attention,
                     buffers.wanted_tokens[:wanted],
                 )
-                logits = self._logits(hidden[:sampled], largest)
+                found = self._head(hidden[:sampled], plain)
             recordings.append(recording)
-            results.append([hidden] if logits is None else [hidden, logits])
+            results.append([hidden, *found])
         limits = self._limits
         most = (limits.tokens, limits.tokens, limits.tokens, limits.logits_rows, 1)
         step_program = self._program(recordings, results, most)
         recordings, results = [], []
-        for sampled, largest in _RECORDED_LOGITS:
-            with Recording((sampled, largest)) as recording:
+        for sampled, plain in _RECORDED_LOGITS:
+            with Recording((sampled, plain)) as recording:
                 rows = ops.take_rows(step_program.outputs[0], buffers.places[:sampled])
-                logits = self._logits(rows, largest)
+                found = self._head(rows, plain)
             recordings.append(recording)
-            results.append([] if logits is None else [logits])
+            results.append(found)
         head = self._program(recordings, results, (limits.logits_rows, 1))
-        return RecordedModel(self._model, buffers, step_program, head, beats)
+        return RecordedModel(self._model, buffers, step_program, head, beats, chooses=self._chooses)
 
-    def _logits(self, hidden: torch.Tensor, largest: int) -> torch.Tensor | None:
-        """A model that makes its logits in a way of its own has no others."""
-        model, head = self._model, self._model.head
-        if type(model).logits is CausalLM.logits and isinstance(head, VocabHead):
-            return head(hidden, largest)
-        return model.logits(hidden)
+    def _head(self, hidden: torch.Tensor, plain: int) -> list[torch.Tensor]:
+        """[the likeliest tokens, ][logits, on rank 0]"""
+        found: list[torch.Tensor | None]
+        if self._chooses:
+            found = [*self._model.head.choose(hidden, plain)]
+        else:
+            found = [self._model.logits(hidden)]
+        return [part for part in found if part is not None]
 
     def compare(self, recorded: RecordedModel) -> None:
         """Raises NotRecordable, on all ranks, if the model and its replay don't agree bit by bit in
@@ -267,9 +296,11 @@ class _Attempt:
             states = model.forward(step.input_ids, step.positions, theirs, step.attention)
             expected = ops.take_rows(states, step.wanted_tokens)
             same = _same_bits(expected, recorded.forward(replace(step, plain=False)))
-            same &= self._same_logits(expected, recorded, step.num_samples, _same_bits)
+            likeliest, equal = self._compare_logits(expected, recorded, step.num_samples)
+            same &= equal
             recorded.forward(replace(step, plain=True))
-            same &= self._same_logits(expected, recorded, step.num_samples, _same_largest)
+            tokens = recorded.likeliest()
+            same &= tokens is None or np.array_equal(tokens, likeliest)
             if not same and not obstacle:
                 obstacle = (
                     f"a replay of {len(step.input_ids)} tokens differs from the model's own step"
@@ -278,21 +309,19 @@ class _Attempt:
             obstacle = "a replay leaves other keys and values"
         self._vote(obstacle)
 
-    def _same_logits(
-        self,
-        hidden: torch.Tensor,
-        recorded: RecordedModel,
-        count: int,
-        alike: Callable[[torch.Tensor, torch.Tensor], bool],
-    ) -> bool:
-        """Whether the model's logits of the first states and those of the last step are alike."""
-        same = True
+    def _compare_logits(
+        self, hidden: torch.Tensor, recorded: RecordedModel, count: int
+    ) -> tuple[IntArray, bool]:
+        """(the likeliest tokens by the model's logits of the first states, on all ranks; whether
+        those of the last step are the same)."""
+        likeliest, same = torch.zeros(count, dtype=torch.int64), True
         for first in range(0, count, self._limits.logits_rows):
             stop = min(first + self._limits.logits_rows, count)
             ours, theirs = self._model.logits(hidden[first:stop]), recorded.logits(first)
             if ours is not None and theirs is not None:
-                same &= alike(ours, theirs)
-        return same
+                same &= _same_bits(ours, theirs)
+                likeliest[first:stop] = torch.from_numpy(ops.argmax(ours))
+        return self._group.broadcast(likeliest).numpy(), same
 
     def _program(
         self,
@@ -319,12 +348,6 @@ class _Attempt:
 
 def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
-
-
-def _same_largest(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Of each row; the first ones where that is."""
-    largest, found = one.max(dim=1), other.max(dim=1)
-    return _same_bits(largest.values, found.values) and torch.equal(largest.indices, found.indices)
 
 
 def _layer_tensors(cache: KVCache) -> list[torch.Tensor]:

@@ -42,6 +42,7 @@ class Logits:
 
     of: Callable[[int], torch.Tensor | None]
     rows: int
+    likeliest: IntArray | None = None  # int64[S] on all ranks; there are no logits then
 
 
 @dataclass(slots=True)
@@ -98,6 +99,8 @@ class HostSampler:
 
     def sample(self, batch: InputBatch, draws: Draws, masks: Masks, logits: Logits) -> Sampled:
         """Of S tokens."""
+        if logits.likeliest is not None:
+            return Sampled(logits.likeliest, [0.0] * len(logits.likeliest))
         slots = draws.slots
         sampled, plain = Sampled.nothing(len(slots)), bool(batch.plain[slots].all())
         for index, part in enumerate(_parts(batch, slots, logits.rows, plain)):

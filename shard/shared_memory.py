@@ -91,8 +91,11 @@ class SharedMemory:
             tensor.copy_(data)
         return True
 
-    def gather(self, tensor: torch.Tensor, dim: int, sizes: Sequence[int]) -> torch.Tensor | None:
-        """Joins the ranks' tensors along `dim`, where they are `sizes[rank]` long, on rank 0."""
+    def gather(
+        self, tensor: torch.Tensor, dim: int, sizes: Sequence[int], needless: int = 0
+    ) -> torch.Tensor | None:
+        """Joins the ranks' tensors along `dim`, where they are `sizes[rank]` long, on rank 0. What
+        comes there may be anything where it is `needless`: 1 on all ranks."""
         rows = tensor.shape[:dim].numel()
         unit = tensor.shape[dim + 1 :].numel() * tensor.element_size()
         widths = self._widths(tuple(size * unit for size in sizes))
@@ -101,7 +104,7 @@ class SharedMemory:
             shape = (*tensor.shape[:dim], sum(sizes), *tensor.shape[dim + 1 :])
             whole = allocate(shape, tensor.dtype)
         address = None if whole is None else whole.data_ptr()
-        self._call("hg_shared_gather", part.data_ptr(), rows, widths, address)
+        self._call("hg_shared_gather", part.data_ptr(), rows, widths, address, needless)
         return whole
 
     def _widths(self, widths: tuple[int, ...]) -> int:

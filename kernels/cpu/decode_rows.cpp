@@ -7,8 +7,6 @@
 
 #define HG_API extern "C" __attribute__((visibility("default")))
 
-HG_API void hg_argmax(const float* scores, int64_t rows, int64_t size, int64_t* tokens);
-
 namespace {
 
 // As shard/decode_rows.py fills it in: eight bytes a field.
@@ -145,12 +143,10 @@ HG_API int64_t hg_decode_place(const void* rows, int64_t most_drafts) {
   return d.count + drafts;
 }
 
-// Gives the rows of the step that was laid out their tokens: the likeliest by `logits`, or those that
-// are there already where it is null. How many count: of each row up to the first that is not what
-// was guessed in its place, or that ends it.
-HG_API int64_t hg_decode_settle(void* rows, const float* logits, int64_t vocabulary) {
+// Gives the rows of the step that was laid out its `tokens`. How many count: of each row up to the
+// first that is not what was guessed in its place, or that ends it.
+HG_API int64_t hg_decode_settle(void* rows) {
   DecodeRows& d = *static_cast<DecodeRows*>(rows);
-  if (logits) hg_argmax(logits, d.cu_query_lens[d.count], vocabulary, d.tokens);
   int64_t kept = 0;
   d.num_ended = 0;
   for (int64_t row = 0; row < d.count; ++row) {

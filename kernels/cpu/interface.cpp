@@ -2,6 +2,7 @@
 //
 // Pointers are the caller's; nothing is kept after a call returns. Strides are in elements. Shapes
 // are checked in Python, before the call.
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstring>
@@ -54,6 +55,20 @@ int64_t rows_per_tile(int64_t rows, int64_t cost) {
   const int64_t even = divide_up(rows, int64_t(num_threads()) * 4);
   return least > even ? least : even;
 }
+
+constexpr int64_t kTokens = int64_t(1) << 31;  // more than any vocabulary has
+
+// What is larger for a larger score, whatever the token, and of equal scores for the first token; for what
+// is not a number larger than for any. Above 0.
+int64_t likeliest_key(float score, int64_t token) {
+  const float value = score + 0.0f;  // one zero
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  uint32_t order = bits ^ (bits >> 31 ? ~uint32_t(0) : uint32_t(1) << 31);
+  if (value != value) order = ~uint32_t(0);
+  return int64_t(order) * kTokens + (kTokens - 1 - token);
+}
+int64_t token_of_key(int64_t key) { return kTokens - 1 - key % kTokens; }
 
 }  // namespace
 
@@ -258,6 +273,32 @@ HG_API void hg_rotary_and_write_kv(float* q, int64_t q_token_stride, int64_t q_h
 // not a number.
 HG_API void hg_argmax(const float* scores, int64_t rows, int64_t size, int64_t* tokens) {
   run(kernels->argmax, ArgmaxJob{scores, tokens, size}, rows, rows * size / 8);
+}
+
+// Of ranks with a part of a vocabulary each, where `wanted` is not 0: what hg_argmax finds of this rank's
+// scores, whose first token is `first`, as keys[rows, ranks], of which the largest has what it finds of
+// all scores. Other ranks' keys are 0.
+HG_API void hg_likeliest_keys(const float* scores, int64_t rows, int64_t size, int64_t first,
+                              int32_t wanted, int64_t* keys, int32_t rank, int32_t ranks) {
+  if (!wanted) return;
+  thread_local std::vector<int64_t> found;
+  found.resize(size_t(rows));
+  hg_argmax(scores, rows, size, found.data());
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int32_t other = 0; other < ranks; ++other) keys[row * ranks + other] = 0;
+    keys[row * ranks + rank] = likeliest_key(scores[row * size + found[size_t(row)]],
+                                             first + found[size_t(row)]);
+  }
+}
+
+// The tokens of all ranks' keys, summed.
+HG_API void hg_likeliest(const int64_t* keys, int64_t rows, int32_t ranks, int32_t wanted,
+                         int64_t* tokens) {
+  if (!wanted) return;
+  for (int64_t row = 0; row < rows; ++row) {
+    const int64_t* of_row = keys + row * ranks;
+    tokens[row] = token_of_key(*std::max_element(of_row, of_row + ranks));
+  }
 }
 
 // The token with the largest (score - best) / temperature + noise, the first of equals; -1 where no

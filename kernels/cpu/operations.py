@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from headgate.kernels import reference
+from headgate.kernels import ops, reference
 from headgate.kernels.cpu import library
 from headgate.kernels.cpu.calls import allocate, call
 from headgate.kernels.cpu.packed import DTYPES
@@ -317,6 +317,28 @@ def argmax(scores: torch.Tensor) -> npt.NDArray[np.int64]:
     return found
 
 
+def likeliest_tokens(
+    logits: torch.Tensor, first_id: int, wanted: int, ranks: ops.Ranks
+) -> torch.Tensor:
+    """As in ops."""
+    rows, size = logits.shape
+    keys, tokens = (allocate(shape, torch.int64) for shape in ((rows, ranks.world_size), (rows,)))
+    call(
+        "hg_likeliest_keys",
+        logits.data_ptr(),
+        rows,
+        size,
+        first_id,
+        wanted,
+        keys.data_ptr(),
+        ranks.rank,
+        ranks.world_size,
+    )
+    keys = ranks.all_reduce(keys)
+    call("hg_likeliest", keys.data_ptr(), rows, ranks.world_size, wanted, tokens.data_ptr())
+    return tokens
+
+
 def gumbel_argmax(
     scores: npt.NDArray[np.float32], best: float, temperature: float, draw: Draw
 ) -> int:
@@ -354,6 +376,7 @@ OPS: dict[str, Callable[..., Any]] = {
         rotary_and_write_kv,
         write_kv,
         argmax,
+        likeliest_tokens,
         gumbel_argmax,
         paged_attention,
     )

@@ -385,10 +385,11 @@ HG_API int32_t hg_shared_min_int64(void* group, int64_t* data, int64_t count) {
   return reduce<int64_t, Least>(*static_cast<SharedGroup*>(group), data, count, 2);
 }
 
-// Rank r's `part` is rows x widths[r] bytes; rank 0's `whole` gets them side by side.
+// Rank r's `part` is rows x widths[r] bytes; rank 0's `whole` gets them side by side, unless `needless` is
+// not 0, for all ranks.
 HG_API int32_t hg_shared_gather(void* group, const char* part, int64_t rows, const int64_t* widths,
-                                char* whole) {
-  return gather(*static_cast<SharedGroup*>(group), part, rows, widths, whole);
+                                char* whole, int32_t needless) {
+  return needless ? 0 : gather(*static_cast<SharedGroup*>(group), part, rows, widths, whole);
 }
 
 // Rank 0's `data` for everyone.

@@ -40,21 +40,31 @@ class VocabHead:
         else:
             shape = (config.vocab_size, config.hidden_size)
             self._weight = weights.head(name, shape, context.vocabulary)
+        self._first_id = context.vocabulary.start
         self._sizes = [len(ids) for ids in context.partition.vocabulary]
         self._group = context.group
 
-    def __call__(self, hidden: torch.Tensor, largest: int = 0) -> torch.Tensor | None:
-        """hidden[R, hidden_size] to float32[R, vocab_size] on rank 0, None elsewhere.
-
-        largest: 1 where nothing but each row's largest logits counts; in the place of others there
-        may be something else that is smaller.
-        """
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor | None:
+        """hidden[R, hidden_size] to float32[R, vocab_size] on rank 0, None elsewhere."""
         if hidden.shape[0] == 0:
             empty = hidden.new_empty((0, sum(self._sizes)), dtype=torch.float32)
             return empty if self._group.rank == 0 else None
+        return self._gathered(ops.linear(hidden, self._weight), 0)
+
+    def choose(
+        self, hidden: torch.Tensor, likeliest: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(where `likeliest` is 1, the likeliest tokens, int64[R], on all ranks; where it is 0,
+        what calling gives). What is not asked for may be anything. Of the back ends that choose."""
         if self.shortlist is None:
             logits = ops.linear(hidden, self._weight)
         else:
-            logits = ops.linear_largest(hidden, self._weight, self.shortlist, largest, self._group)
-        gathered = self._group.gather_to_rank0(logits, 1, self._sizes)
+            logits = ops.linear_largest(
+                hidden, self._weight, self.shortlist, likeliest, self._group
+            )
+        tokens = ops.likeliest_tokens(logits, self._first_id, likeliest, self._group)
+        return tokens, self._gathered(logits, likeliest)
+
+    def _gathered(self, logits: torch.Tensor, needless: int) -> torch.Tensor | None:
+        gathered = self._group.gather_to_rank0(logits, 1, self._sizes, needless)
         return None if gathered is None else gathered.float()

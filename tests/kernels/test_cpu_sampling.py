@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from headgate.kernels import reference
+from headgate.kernels import ops, reference
 from headgate.kernels.cpu import operations, set_num_threads
 from headgate.kernels.philox import Draw, gumbel_noise_at
+from tests.kernels.ranks import of_ranks
 
 pytestmark = pytest.mark.usefixtures("cpu_kernels")
 
@@ -17,9 +18,8 @@ def scores_of(vocab_size: int, seed: int, spread: float = 3.0) -> np.ndarray:
     return (np.random.default_rng(seed).standard_normal(vocab_size) * spread).astype(np.float32)
 
 
-@pytest.mark.parametrize("size", [1, 15, 64, 259, 2049, 49_152])
-def test_the_likeliest_is_the_references(size: int) -> None:
-    """Ties, the last of a row, infinities and what is not a number among them."""
+def rows_of_scores(size: int) -> np.ndarray:
+    """40, with ties, the last of a row, infinities and what is not a number among them."""
     generator = np.random.default_rng(size)
     scores = generator.integers(-9, 9, (40, size)).astype(np.float32)
     scores[20:] = generator.standard_normal((20, size))
@@ -27,11 +27,30 @@ def test_the_likeliest_is_the_references(size: int) -> None:
     for row, value in ((2, np.nan), (3, np.inf), (4, -np.inf), (5, -0.0)):
         scores[row, generator.integers(size)] = scores[row, -1] = value
     scores[6], scores[7], scores[8] = -np.inf, np.nan, -0.0
+    return scores
+
+
+@pytest.mark.parametrize("size", [1, 15, 64, 259, 2049, 49_152])
+def test_the_likeliest_is_the_references(size: int) -> None:
+    scores = rows_of_scores(size)
     for count in (1, 40):
         rows = torch.from_numpy(scores[:count])
         assert np.array_equal(operations.argmax(rows), reference.argmax(rows))
     if size > 1:
         assert np.array_equal(operations.argmax(rows[:, :-1]), reference.argmax(rows[:, :-1]))
+
+
+@pytest.mark.parametrize("cuts", [(), (500,), (1, 7, 2048)])
+def test_ranks_choose_what_all_scores_have(cuts: tuple[int, ...]) -> None:
+    scores = torch.from_numpy(rows_of_scores(2049))
+    scores[9:12, 3] = scores[9:12, 1000] = 20.0  # of two ranks' equals the first
+    parts, firsts = scores.tensor_split(cuts, 1), (0, *cuts)
+
+    def choose(rank: int, ranks: ops.Ranks) -> torch.Tensor:
+        return operations.likeliest_tokens(parts[rank].contiguous(), firsts[rank], 1, ranks)
+
+    for tokens in of_ranks(len(parts), choose):
+        assert np.array_equal(tokens.numpy(), reference.argmax(scores))
 
 
 @pytest.mark.parametrize("vocab_size", [1, 5, 259, 2048, 2049, 10_000, 49_152])

@@ -11,6 +11,7 @@ from headgate.kernels import ops
 from headgate.kernels.cpu import operations, set_num_threads
 from headgate.kernels.cpu.packed import PackedWeight
 from headgate.kernels.cpu.shortlist import Shortlist, linear_largest
+from tests.kernels.ranks import OneOfSeveral, of_ranks
 
 pytestmark = pytest.mark.usefixtures("cpu_kernels")
 
@@ -19,19 +20,6 @@ SIZES = [(1000, 100), (33, 577), (64, 64), (5, 3), (1, 1), (4100, 640)]
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-class OneOfSeveral:
-    """A rank whose peers say what they are told to."""
-
-    def __init__(self, rank: int, world_size: int, others: torch.Tensor | float = 0.0) -> None:
-        self.rank, self.world_size, self.others = rank, world_size, others
-        self.own = torch.empty(0)
-
-    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
-        self.own = tensor.clone()
-        tensor += self.others
-        return tensor
 
 
 class Head:
@@ -68,15 +56,9 @@ def check(exact: torch.Tensor, found: torch.Tensor) -> float:
     return float(same.float().mean())
 
 
-def of_ranks(heads: Sequence[Head], x: torch.Tensor) -> list[torch.Tensor]:
-    """What each finds that has a part of the columns: once all have said what they know."""
-    ranks = [OneOfSeveral(rank, len(heads)) for rank in range(len(heads))]
-    for head, rank in zip(heads, ranks, strict=True):
-        head.largest(x, ranks=rank)
-    known = sum(rank.own for rank in ranks)
-    for rank in ranks:
-        rank.others = known - rank.own
-    return [head.largest(x, ranks=rank) for head, rank in zip(heads, ranks, strict=True)]
+def together(heads: Sequence[Head], x: torch.Tensor) -> list[torch.Tensor]:
+    """What each finds that has a part of the columns."""
+    return of_ranks(len(heads), lambda rank, ranks: heads[rank].largest(x, ranks=ranks))
 
 
 @pytest.mark.parametrize("precision", ["highest", "medium"])
@@ -144,7 +126,7 @@ def test_ranks_with_a_part_of_the_columns_each(cuts: tuple[int, ...]) -> None:
     x[3] = weight[40]
     heads = [Head(part) for part in weight.tensor_split(cuts)]
     exact = torch.cat([head.exact(x) for head in heads], 1)
-    assert check(exact, torch.cat(of_ranks(heads, x), 1)) < 0.05
+    assert check(exact, torch.cat(together(heads, x), 1)) < 0.05
     assert int(operations.argmax(exact)[3]) == 40
 
 
@@ -154,7 +136,7 @@ def test_what_stays_below_another_rank_is_left_out() -> None:
     likely[20] = x[0]
     rare = random(1, 96, seed=2).expand(500, 96) * (1 + random(500, 1, seed=3) / 1000)
     heads = Head(likely), Head(rare)
-    alone, beside = heads[1].largest(x), of_ranks(heads, x)[1]
+    alone, beside = heads[1].largest(x), together(heads, x)[1]
     exact = heads[1].exact(x)
     assert (alone == exact).float().mean() > 0.5
     assert (beside == exact).sum() == 1  # the one that it had to tell
@@ -167,5 +149,5 @@ def test_ranks_one_of_which_has_nothing_but_what_is_not_a_number() -> None:
         weight[150:] = value
         heads = [Head(part) for part in weight.tensor_split((150,))]
         exact = torch.cat([head.exact(x) for head in heads], 1)
-        found = torch.cat(of_ranks(heads, x), 1)
+        found = torch.cat(together(heads, x), 1)
         assert (operations.argmax(found) == operations.argmax(exact)).all()

@@ -15,15 +15,16 @@ import torch
 
 from headgate.kernels import ops
 from headgate.kernels.cpu import library
-from headgate.proto.messages import NewRow, RowEnd, RowSampling, StepPlan, StepResult
+from headgate.proto.messages import NewRow, RowSampling, StepPlan, StepResult
 from headgate.shard.config import ShardIdentity
-from headgate.shard.decode_rows import DecodeRows
+from headgate.shard.decode_rows import DecodedTokens, DecodeRows
 from headgate.shard.distributed import Group, SharedMemoryGroup, single_group
 from headgate.shard.layers.embedding import VocabHead
 from headgate.shard.model_runner import ModelRunner
 from headgate.shard.models.base import CausalLM
 from headgate.shard.models.registry import load_model
 from headgate.shard.recorded_model import RecordedModel
+from headgate.shard.sampling.params import IntArray
 from headgate.shard.shared_memory import SharedMemory
 from tests.checkpoints import make_checkpoint
 from tests.unit.fake_model import shard_config
@@ -139,9 +140,9 @@ def test_rows_that_go_on_decoding_get_the_same(
     for expected_fast, batch in zip((3, 12, 0, 12), batches, strict=True):
         fast: list[int] = []
 
-        def settle(rows: DecodeRows, *logits: int, fast: list[int] = fast) -> list[RowEnd]:
+        def settle(rows: DecodeRows, tokens: IntArray, fast: list[int] = fast) -> DecodedTokens:
             fast.append(len(rows))
-            return settled(rows, *logits)
+            return settled(rows, tokens)
 
         with monkeypatch.context() as patched:
             patched.setattr(DecodeRows, "settle", settle)
