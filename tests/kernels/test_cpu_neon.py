@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -25,9 +26,11 @@ from headgate.kernels.cpu.calls import out_of_memory
 from headgate.kernels.cpu.packed import DTYPES, PackedWeight
 from headgate.kernels.cpu.quantised import CODES, QuantisedWeight
 from headgate.kernels.cpu.recording import RecordedCall, Recording
+from headgate.kernels.cpu.shortlist import Shortlist, linear_largest
 from headgate.kernels.int8_cache import Int8Cache
 from headgate.kernels.reference import PAIRED_DIMS
 from headgate.quant_kinds import KINDS
+from headgate.shard.distributed import single_group
 from tests.kernels.paged_rows import Chunk, Row, make_step
 from tests.kernels.tape import Tape
 
@@ -143,6 +146,38 @@ def test_products(players: Players, tmp_path: Path, kind: str, rows: int) -> Non
     memory = assert_same(tape, players, tmp_path)
     (result,) = found
     assert memory[tape.region_of(result.data_ptr())] == bytes(result.untyped_storage()), "AVX2"
+
+
+@pytest.mark.parametrize("rows", [1, 9])
+def test_likeliest_tokens_by_a_shortlist(players: Players, tmp_path: Path, rows: int) -> None:
+    columns, inner = 150, 203
+    x, table = random(rows, inner), random(columns, inner, seed=1).bfloat16()
+    packed, shortlist = PackedWeight(table, torch.bfloat16), Shortlist(table)
+    code, approximate = DTYPES[torch.bfloat16], shortlist.approximate
+    tape = Tape()
+    tape.hold(x, table)
+    tape.hold_blank(packed.address, packed.nbytes)
+    tape.hold_blank(approximate.address, approximate.nbytes)
+    tape.hold_blank(shortlist.lengths_address, shortlist.nbytes - approximate.nbytes)
+    size = (table.data_ptr(), columns, inner)
+    quantise = (table.data_ptr(), code, columns, inner, CODES["int8"], approximate.address)
+    lengths = (*size, approximate.address, shortlist.lengths_address)
+    for name, arguments in (
+        ("hg_pack_weight", (*size, code, packed.address)),
+        ("hg_quantise_weight", quantise),
+        ("hg_column_lengths", lengths),
+    ):
+        tape.calls.append(RecordedCall(name, arguments, out_of_memory))
+    found: list[torch.Tensor] = []
+
+    def choose() -> None:
+        logits = linear_largest(x, packed, shortlist, 1, single_group())
+        found.append(operations.likeliest_tokens(logits, 0, 1, single_group()))
+
+    record(tape, choose)
+    memory = assert_same(tape, players, tmp_path)
+    tokens = np.frombuffer(memory[tape.region_of(found[0].data_ptr())], np.int64)
+    assert np.array_equal(tokens, operations.argmax(operations.linear(x, packed, None)))
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.int8], ids=str)
