@@ -1,6 +1,7 @@
 """Samplers: the tokens of a step's rows, on the host at once, or on the device with a copy to come.
 
-Rank 0 chooses and all ranks get its choice. Both go through the vocabulary some rows at a time, so
+Rank 0 chooses and all ranks get its choice, but for likeliest tokens that a replayed step has
+brought to all of them (`VocabHead.choose`). Both go through the vocabulary some rows at a time, so
 that the logits in memory stay few.
 """
 

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from headgate.kernels import ops, reference
+from headgate.kernels import reference
 from headgate.kernels.cpu import library
 from headgate.kernels.cpu.calls import allocate, call
 from headgate.kernels.cpu.packed import DTYPES
@@ -31,6 +31,7 @@ from headgate.kernels.int8_cache import Int8Cache, PagedCache
 from headgate.kernels.philox import Draw
 
 if TYPE_CHECKING:
+    from headgate.kernels.ops import Ranks
     from headgate.shard.attention_metadata import AttentionMetadata
 
 _MAX_HEAD_DIM = 256
@@ -318,7 +319,7 @@ def argmax(scores: torch.Tensor) -> npt.NDArray[np.int64]:
 
 
 def likeliest_tokens(
-    logits: torch.Tensor, first_id: int, wanted: int, ranks: ops.Ranks
+    logits: torch.Tensor, first_id: int, wanted: int, ranks: Ranks
 ) -> torch.Tensor:
     """As in ops."""
     rows, size = logits.shape
