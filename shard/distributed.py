@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from headgate.shard.errors import PeerLost
+from headgate.shard.partition import Help
 from headgate.shard.shared_memory import SharedMemory, open_shared_memory
 
 _GRACE = 3.0  # seconds within which a rank that lives notices that a collective has failed
@@ -29,6 +30,8 @@ _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 class Group:
     """The ranks that share a model. All of them must make the same calls in the same order."""
+
+    hands_over = False  # whether there is a `hand_over` that is worth its cost
 
     def __init__(self, rank: int, world_size: int) -> None:
         self.rank = rank
@@ -51,6 +54,16 @@ class Group:
         needless: 1, on all ranks, where what comes may be anything.
         """
         return tensor
+
+    def hand_over(self, helped: Sequence[Help | None], part: torch.Tensor) -> torch.Tensor:
+        """What rank r is helped with, `helped[r]`, goes to it from its helper. `part`[T, columns]:
+        of a helper, what it made for others, side by side in their order; of one that is helped,
+        its own columns; of others, any T rows.
+
+        Returns `part`, with what was made for this rank on its right where it is helped.
+        """
+        assert not any(helped), "only where `hands_over` says so"
+        return part
 
     def broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
         """Copies rank 0's `tensor` into everyone's, in place; returns it."""
@@ -192,6 +205,8 @@ class ProcessGroup(Group):
 class SharedMemoryGroup(ProcessGroup):
     """A Group of CPU shards on one host. What shared memory does not take goes through gloo."""
 
+    hands_over = True
+
     def __init__(self, rank: int, world_size: int, memory: SharedMemory) -> None:
         super().__init__(rank, world_size)
         self._memory = memory
@@ -203,6 +218,9 @@ class SharedMemoryGroup(ProcessGroup):
         self, tensor: torch.Tensor, dim: int, sizes: Sequence[int], needless: int = 0
     ) -> torch.Tensor | None:
         return self._memory.gather(tensor, dim % tensor.dim(), sizes, needless)
+
+    def hand_over(self, helped: Sequence[Help | None], part: torch.Tensor) -> torch.Tensor:
+        return self._memory.hand_over(helped, part)
 
     def broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
         self._memory.broadcast(tensor)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from headgate.shard.distributed import Group
 from headgate.shard.model_config import ModelConfig
-from headgate.shard.partition import Partition
+from headgate.shard.partition import Help, Partition
 from headgate.shard.weights import Weights
 
 
@@ -30,6 +30,10 @@ class LoadContext:
     @property
     def kv_heads(self) -> range:
         return self.partition.kv_heads[self.group.rank]
+
+    @property
+    def helped(self) -> tuple[Help | None, ...]:
+        return self.partition.helped
 
     @property
     def mlp_columns(self) -> range:

@@ -26,6 +26,7 @@ import torch
 from headgate.kernels.cpu import library
 from headgate.kernels.cpu.calls import allocate, call
 from headgate.shard.errors import PeerLost
+from headgate.shard.partition import Help
 
 if TYPE_CHECKING:
     from headgate.shard.distributed import Group
@@ -58,7 +59,7 @@ class SharedMemory:
         loaded = library.load()
         assert loaded is not None, "asked for without the library"
         self._rank, self._library = rank, loaded
-        self._world_size = len(process_ids)
+        self._world_size, self._slot_bytes = len(process_ids), slot_bytes
         self._mapping = mapping
         self._known_widths: dict[tuple[int, ...], ctypes.Array[ctypes.c_int64]] = {}
         self._fds = [_process_fd(process_id) for process_id in process_ids]
@@ -106,6 +107,36 @@ class SharedMemory:
         address = None if whole is None else whole.data_ptr()
         self._call("hg_shared_gather", part.data_ptr(), rows, widths, address, needless)
         return whole
+
+    def hand_over(self, helped: Sequence[Help | None], part: torch.Tensor) -> torch.Tensor:
+        """As Group's. ValueError where a row of what one rank made for others is above a slot."""
+        gifts = [
+            sum(help.columns for help in helped if help and help.helper == rank)
+            for rank in range(self._world_size)
+        ]
+        part, unit = part.contiguous(), part.element_size()
+        rows, columns = part.shape
+        widest = max(gifts) * unit
+        if widest > self._slot_bytes:
+            raise ValueError(f"{widest} bytes a row to hand over, of {self._slot_bytes} at most")
+        mine, whole, offset = helped[self._rank], None, 0
+        if mine:
+            others = helped[: self._rank]
+            offset = sum(help.columns for help in others if help and help.helper == mine.helper)
+            whole = allocate((rows, columns + mine.columns), part.dtype)
+        self._call(
+            "hg_shared_hand_over",
+            part.data_ptr(),
+            rows,
+            columns * unit,
+            widest,
+            int(gifts[self._rank] > 0),
+            mine.helper if mine else -1,
+            offset * unit,
+            mine.columns * unit if mine else 0,
+            None if whole is None else whole.data_ptr(),
+        )
+        return part if whole is None else whole
 
     def _widths(self, widths: tuple[int, ...]) -> int:
         """The address of these numbers, which stay there: a recorded call goes on using it."""

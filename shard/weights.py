@@ -41,7 +41,7 @@ class Fused:
     parts: tuple[str, ...]  # names, below the layer's prefix
     whole: str
     sizes: tuple[int, ...]  # rows of each part in the model
-    rows: tuple[range, ...]  # and those of this rank
+    cuts: tuple[tuple[int, range], ...]  # this rank's: (of which part, rows of it), in this order
 
 
 class Weights:
@@ -115,7 +115,7 @@ class Weights:
         return None if found is None else self._count(found)
 
     def fused_rows(self, prefix: str, fused: Fused, width: int) -> Matrix:
-        """This rank's rows of each part in turn, `width` wide; `prefix`: the layer's name."""
+        """This rank's rows, one cut below the other, `width` wide; `prefix`: the layer's name."""
         return self._count(self._pack(self._read_fused(prefix, fused, "weight", (width,))))
 
     def fused_bias(self, prefix: str, fused: Fused) -> torch.Tensor:
@@ -145,15 +145,16 @@ class Weights:
     ) -> torch.Tensor:
         whole = f"{prefix}.{fused.whole}.{suffix}"
         if self.has(whole):
-            starts = [sum(fused.sizes[:index]) for index in range(len(fused.sizes))]
+            starts = [sum(fused.sizes[:part]) for part in range(len(fused.sizes))]
             cuts = [
-                range(start + cut.start, start + cut.stop)
-                for start, cut in zip(starts, fused.rows, strict=True)
+                range(starts[part] + cut.start, starts[part] + cut.stop) for part, cut in fused.cuts
             ]
             return self._read_rows(whole, (sum(fused.sizes), *tail), cuts)
         pieces = [
-            self._read_rows(f"{prefix}.{part}.{suffix}", (size, *tail), [cut])
-            for part, size, cut in zip(fused.parts, fused.sizes, fused.rows, strict=True)
+            self._read_rows(
+                f"{prefix}.{fused.parts[part]}.{suffix}", (fused.sizes[part], *tail), [cut]
+            )
+            for part, cut in fused.cuts
         ]
         return torch.cat(pieces)
 

@@ -67,6 +67,7 @@ SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "hg_shared_sum_int64": (_I, (_P, _P, _L)),
     "hg_shared_min_int64": (_I, (_P, _P, _L)),
     "hg_shared_gather": (_I, (_P, _P, _L, _P, _P, _I)),
+    "hg_shared_hand_over": (_I, (_P, _P, _L, _L, _L, _I, _I, _L, _L, _P)),
     "hg_shared_broadcast": (_I, (_P, _P, _L)),
     "hg_replay_most_integers": (_I, ()),
     "hg_replay_most_floats": (_I, ()),

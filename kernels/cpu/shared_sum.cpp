@@ -316,6 +316,35 @@ int32_t gather(SharedGroup& g, const char* part, int64_t rows, const int64_t* wi
   return 0;
 }
 
+// What a rank gets of another's part: `width` bytes of each row, from `offset` on; from nobody: `giver` is -1.
+struct Gift {
+  int32_t giver;
+  int64_t offset, width;
+};
+
+// Rows of `width` bytes. A rank that `gives` puts them into its slot, where rows are `widest` bytes apart; one that
+// gets something copies its own into `whole`, and what it gets to their right.
+int32_t hand_over(SharedGroup& g, const char* part, int64_t rows, int64_t width, int64_t widest, bool gives,
+                  const Gift& gift, char* whole) {
+  const int64_t most = g.slot_bytes / widest, stride = width + gift.width;
+  for (int64_t first = 0; first < rows; first += most) {
+    const int64_t last = std::min(rows, first + most);
+    int32_t failure = begin(g, call_of(5, rows * widest));
+    if (failure) return failure;
+    if (gives)
+      for (int64_t row = first; row < last; ++row)
+        memcpy(g.slot(g.rank) + (row - first) * widest, part + row * width, width);
+    arrive(g);
+    if (gift.giver < 0) continue;
+    for (int64_t row = first; row < last; ++row) memcpy(whole + row * stride, part + row * width, width);
+    if ((failure = wait_for(g, gift.giver, g.count)) || (failure = check_call(g, gift.giver))) return failure;
+    const char* given = g.slot(gift.giver) + gift.offset;
+    for (int64_t row = first; row < last; ++row, given += widest)
+      memcpy(whole + row * stride + width, given, gift.width);
+  }
+  return 0;
+}
+
 int32_t broadcast(SharedGroup& g, char* data, int64_t bytes) {
   for (int64_t done = 0; done < bytes; done += g.slot_bytes) {
     const int64_t count = std::min(g.slot_bytes, bytes - done);
@@ -390,6 +419,14 @@ HG_API int32_t hg_shared_min_int64(void* group, int64_t* data, int64_t count) {
 HG_API int32_t hg_shared_gather(void* group, const char* part, int64_t rows, const int64_t* widths,
                                 char* whole, int32_t needless) {
   return needless ? 0 : gather(*static_cast<SharedGroup*>(group), part, rows, widths, whole);
+}
+
+// Ranks that `gives` is not 0 for have multiplied something for others: `part`, rows x width bytes, at most `widest`
+// of all ranks. A rank with a `giver` (-1: none) has its own columns in `part`, and gets them in `whole` beside
+// `taken` bytes of each of the giver's rows, from `offset` on.
+HG_API int32_t hg_shared_hand_over(void* group, const char* part, int64_t rows, int64_t width, int64_t widest,
+                                   int32_t gives, int32_t giver, int64_t offset, int64_t taken, char* whole) {
+  return hand_over(*static_cast<SharedGroup*>(group), part, rows, width, widest, gives, {giver, offset, taken}, whole);
 }
 
 // Rank 0's `data` for everyone.

@@ -7,8 +7,9 @@ import torch
 from headgate.kernels import ops
 from headgate.kernels.int8_cache import PagedCache
 from headgate.shard.attention_metadata import AttentionMetadata
-from headgate.shard.layers.linear import ColumnLinear, RowLinear
+from headgate.shard.layers.linear import RowLinear
 from headgate.shard.layers.norm import RMSNorm
+from headgate.shard.layers.qkv import QkvLinear
 from headgate.shard.layers.rotary import HeadNorms, RotaryEmbedding
 from headgate.shard.load_context import LoadContext
 
@@ -41,7 +42,7 @@ class Attention:
         self._rounded = context.weights.rounds_inputs
         self._norm = norm
         self._rotary = rotary
-        self._qkv = ColumnLinear.qkv(context, prefix, qkv_bias)
+        self._qkv = QkvLinear(context, prefix, qkv_bias)
         self._output = RowLinear.output(context, f"{prefix}.o_proj", output_bias)
         self._head_norms: HeadNorms | None = None
         if qk_norm:

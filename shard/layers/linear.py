@@ -22,20 +22,6 @@ class ColumnLinear:
         self.bias = bias
 
     @classmethod
-    def qkv(cls, context: LoadContext, prefix: str, bias: bool) -> ColumnLinear:
-        """Queries, keys and values of this rank's heads. `prefix`: the attention's name."""
-        config, dim = context.config, context.config.head_dim
-        heads, kv_heads = _times(context.heads, dim), _times(context.kv_heads, dim)
-        kv_size = config.num_kv_heads * dim
-        fused = Fused(
-            parts=("q_proj", "k_proj", "v_proj"),
-            whole="qkv_proj",
-            sizes=(config.num_heads * dim, kv_size, kv_size),
-            rows=(heads, kv_heads, kv_heads),
-        )
-        return cls._fused(context, prefix, fused, bias)
-
-    @classmethod
     def gate_up(cls, context: LoadContext, prefix: str, bias: bool) -> ColumnLinear:
         """This rank's columns of gate, then of up. `prefix`: the MLP's name."""
         size, columns = context.config.intermediate_size, context.mlp_columns
@@ -43,12 +29,13 @@ class ColumnLinear:
             parts=("gate_proj", "up_proj"),
             whole="gate_up_proj",
             sizes=(size, size),
-            rows=(columns, columns),
+            cuts=((0, columns), (1, columns)),
         )
-        return cls._fused(context, prefix, fused, bias)
+        return cls.fused(context, prefix, fused, bias)
 
     @classmethod
-    def _fused(cls, context: LoadContext, prefix: str, fused: Fused, bias: bool) -> ColumnLinear:
+    def fused(cls, context: LoadContext, prefix: str, fused: Fused, bias: bool) -> ColumnLinear:
+        """`prefix`: the name of the layer that the parts belong to."""
         weights = context.weights
         weight = weights.fused_rows(prefix, fused, context.config.hidden_size)
         return cls(weight, weights.fused_bias(prefix, fused) if bias else None)
@@ -77,7 +64,8 @@ class RowLinear:
         """Attention's output projection, from this rank's heads."""
         dim = context.config.head_dim
         size = context.config.num_heads * dim
-        return cls._of(context, name, size, _times(context.heads, dim), bias)
+        columns = range(context.heads.start * dim, context.heads.stop * dim)
+        return cls._of(context, name, size, columns, bias)
 
     @classmethod
     def down(cls, context: LoadContext, name: str, bias: bool) -> RowLinear:
@@ -106,8 +94,3 @@ class RowLinear:
     def parts_after_gate(self, activation: ops.Activation, x: torch.Tensor) -> torch.Tensor:
         """As `parts`, of activation(gate) * up with [gate, up] = x."""
         return self._group.parts(ops.gated_linear(x, activation, self.weight, self.bias))
-
-
-def _times(heads: range, dim: int) -> range:
-    """The rows that `heads` of `dim` rows each take."""
-    return range(heads.start * dim, heads.stop * dim)

@@ -75,7 +75,7 @@ def load_model(
     context = LoadContext(
         config=config,
         weights=weights,
-        partition=make_partition(config, group.world_size),
+        partition=make_partition(config, group.world_size, helping=group.hands_over),
         group=group,
         max_positions=max_positions or config.max_position_embeddings,
     )

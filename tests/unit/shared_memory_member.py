@@ -12,6 +12,7 @@ import torch
 
 from headgate.shard.distributed import Group, SharedMemoryGroup, init_group
 from headgate.shard.errors import PeerLost
+from headgate.shard.partition import Help
 
 # Below and above what is summed by everyone, what one round takes, and all of the memory.
 SIZES = [1, 576, 1000, 32 * 576 + 3, 200_001, 2_500_000]
@@ -58,6 +59,25 @@ def check_others(group: Group) -> None:
     group.barrier()
 
 
+def check_help(group: Group) -> None:
+    """The last rank helps all others, or one only; of some rows, and of more than a slot takes."""
+    last = group.world_size - 1
+    for rows, unit in ((1, 1), (3, 5), (2000, 320)):
+        everyone = [Help(last, (rank + 1) * unit) for rank in range(last)]
+        for helped in ([*everyone, None], [everyone[0], *[None] * last]):
+            made = [values(rank, rows * help.columns) for rank, help in enumerate(helped) if help]
+            gifts = [part.view(rows, -1) for part in made]
+            own = values(10 + group.rank, rows * 7).view(rows, 7)
+            if group.rank == last:
+                part = torch.cat(gifts, 1)
+                assert group.hand_over(helped, part) is part
+            elif helped[group.rank]:
+                joined = group.hand_over(helped, own)
+                assert torch.equal(joined, torch.cat((own, gifts[group.rank]), 1))
+            else:
+                assert group.hand_over(helped, own) is own
+
+
 def check_mixed(group: Group) -> None:
     """Ranks that run ahead of each other, as after a gather and before a broadcast."""
     generator = torch.Generator().manual_seed(group.rank)
@@ -67,7 +87,17 @@ def check_mixed(group: Group) -> None:
         total = group.all_reduce(torch.full((64,), float(step + group.rank)))
         assert total[0] == step * group.world_size + sum(range(group.world_size))
         group.gather_to_rank0(total, 0, [64] * group.world_size)
+        helped = [None, *[Help(0, 1)] * (group.world_size - 1)]
+        given = group.hand_over(helped, made_by(group, step))
+        assert group.rank == 0 or given.tolist() == [[-1.0, step + group.rank]]
         assert group.broadcast(torch.tensor([step + group.rank])).item() == step
+
+
+def made_by(group: Group, step: int) -> torch.Tensor:
+    """Rank 0 has made for each other rank the sum of `step` and that rank."""
+    if group.rank:
+        return torch.tensor([[-1.0]])
+    return torch.arange(1.0, group.world_size)[None] + step
 
 
 def check_nothing_left() -> None:
@@ -93,6 +123,7 @@ def main() -> None:
     check_nothing_left()
     check_sums(group)
     check_others(group)
+    check_help(group)
     check_mixed(group)
     check_asleep(group)
     last = group.world_size - 1

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from headgate.shard.errors import ModelError
 from headgate.shard.model_config import ModelConfig, parse_model_config
-from headgate.shard.partition import make_partition, split_evenly
+from headgate.shard.partition import Help, Partition, make_partition, split_evenly
 
 
 def config(
@@ -53,6 +53,24 @@ def test_nine_heads_in_three_groups_over_two() -> None:
     assert cut.vocabulary == (range(24576), range(24576, 49152))
 
 
+def test_help_evens_out_nine_heads_over_two() -> None:
+    """Queries, keys and values of 640 and 320 columns, and the output's 384 and 192 rows."""
+    assert make_partition(config(9, 3), 2).helped == (None, None)
+    cut = make_partition(config(9, 3), 2, helping=True)
+    assert cut.helped == (Help(helper=1, columns=256), None)
+    assert 640 - 256 + 384 == 320 + 256 + 192
+
+
+def test_a_rank_helps_several() -> None:
+    cut = make_partition(config(5, 5), 3, helping=True)
+    assert cut.helped == (Help(2, 64), Help(2, 64), None)
+
+
+def test_no_help_that_costs_more_than_it_saves() -> None:
+    assert make_partition(config(9, 3, intermediate=60_000), 2, helping=True).helped == (None, None)
+    assert make_partition(config(12, 4), 2, helping=True).helped == (None, None)
+
+
 def test_more_ranks_than_groups_share_key_value_heads() -> None:
     cut = make_partition(config(9, 3), 4)
     assert cut.heads == (range(2), range(2, 3), range(3, 6), range(6, 9))
@@ -85,10 +103,28 @@ def test_any_world_size(
     for heads, kv_heads in zip(cut.heads, cut.kv_heads, strict=True):
         assert {head // per_group for head in heads} == set(kv_heads)
         assert len(heads) % len(kv_heads) == 0
+    check_help(make_partition(model, world_size, helping=True), model)
     for ranges, total in ((cut.mlp_columns, intermediate), (cut.vocabulary, vocab)):
         sizes = [len(part) for part in ranges]
         # The difference is a tile, which is at most a sixteenth of a share.
         assert max(sizes) - min(sizes) <= max(1, total // world_size // 16)
+
+
+def check_help(cut: Partition, model: ModelConfig) -> None:
+    dim = model.head_dim
+    qkv = [(len(q) + 2 * len(k)) * dim for q, k in zip(cut.heads, cut.kv_heads, strict=True)]
+    before = [columns + len(q) * dim for columns, q in zip(qkv, cut.heads, strict=True)]
+    after = list(before)
+    for rank, help in enumerate(cut.helped):
+        if help is None:
+            continue
+        assert cut.helped[help.helper] is None, "nobody both gets and gives"
+        assert 0 < help.columns <= qkv[rank] / 2
+        after[rank] -= help.columns
+        after[help.helper] += help.columns
+    assert max(after) <= max(before)
+    even = sum(before) / len(before)
+    assert all(own <= even for own, was in zip(after, before, strict=True) if own > was)
 
 
 @pytest.mark.parametrize("world_size", [0, 10, -1])

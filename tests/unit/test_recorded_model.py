@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import mmap
-import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -25,9 +23,9 @@ from headgate.shard.models.base import CausalLM
 from headgate.shard.models.registry import load_model
 from headgate.shard.recorded_model import RecordedModel
 from headgate.shard.sampling.params import IntArray
-from headgate.shard.shared_memory import SharedMemory
 from tests.checkpoints import make_checkpoint
 from tests.unit.fake_model import shard_config
+from tests.unit.shard_threads import groups_of_threads
 
 PROMPT = list(b"a quick brown fox")
 LOG = "headgate.shard.recorded_model"
@@ -192,7 +190,7 @@ def test_shards_find_the_likeliest_tokens_together(tmp_path: Path) -> None:
 
     with_logprobs = replace(greedy, logprobs=True)
     with ThreadPoolExecutor(2) as pool:
-        of_two, nothing = pool.map(tokens, shards_of_two_threads())
+        of_two, nothing = pool.map(tokens, groups_of_threads(2))
     assert any(of_two) and not any(nothing)
     few, many = of_two[: len(of_two) // 2], of_two[len(of_two) // 2 :]
     for steps in (few, many):
@@ -251,15 +249,6 @@ def test_models_that_cannot_be_replayed_run_as_they_are(
     assert [r.token_ids for r in results] == [r.token_ids for r in expected]
 
 
-def shards_of_two_threads() -> list[SharedMemoryGroup]:
-    mapping = mmap.mmap(-1, 1 << 20)
-    pids = [os.getpid()] * 2
-    return [
-        SharedMemoryGroup(rank, 2, SharedMemory(rank, mapping, 1 << 18, pids, timeout=20))
-        for rank in (0, 1)
-    ]
-
-
 @pytest.mark.parametrize("change", [doubled, normed_twice])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_shard_that_alone_cannot_be_replayed(
@@ -277,7 +266,7 @@ def test_a_shard_that_alone_cannot_be_replayed(
         return [list(result.token_ids) for result in generate(runner)]
 
     with caplog.at_level(logging.INFO, LOG), ThreadPoolExecutor(2) as pool:
-        tokens, nothing = pool.map(steps_of, shards_of_two_threads())
+        tokens, nothing = pool.map(steps_of, groups_of_threads(2))
     assert any(tokens) and not any(nothing)
     assert len(caplog.messages) == 2
     assert all(message.startswith("steps are not replayed: ") for message in caplog.messages)

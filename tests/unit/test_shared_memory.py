@@ -18,6 +18,7 @@ from headgate.kernels.cpu import library
 from headgate.shard import shared_memory
 from headgate.shard.distributed import Group
 from headgate.shard.errors import PeerLost
+from headgate.shard.partition import Help
 from headgate.shard.shared_memory import SharedMemory, open_shared_memory
 from tests.unit.group_processes import outputs_of
 
@@ -107,6 +108,15 @@ def test_different_calls_are_told_from_each_other() -> None:
 
     for told in run_ranks(2, work, timeout=5):
         assert "made different collectives" in told
+
+
+def test_a_row_that_no_slot_takes_is_not_handed_over() -> None:
+    def work(rank: int, memory: SharedMemory | None) -> None:
+        assert memory is not None
+        with pytest.raises(ValueError, match="4000000 bytes a row to hand over"):
+            memory.hand_over([Help(1, 1_000_000), None], torch.ones(1, 8))
+
+    assert run_ranks(2, work) == [None, None]
 
 
 def test_sums_of_a_row_do_not_depend_on_the_rows_beside_it() -> None:

@@ -44,10 +44,10 @@ def test_fused_rows_from_either_form(tmp_path: Path, packed: bool) -> None:
         parts = {"attn.q.weight": q, "attn.k.weight": k.clone(), "attn.v.weight": v.clone()}
         path = checkpoint(tmp_path, **parts)
     weights = opened(path)
-    cuts = (range(4, 8), range(2, 4), range(2, 4))
+    cuts = ((0, range(4, 8)), (1, range(2, 4)), (2, range(2, 2)), (2, range(4)), (0, range(1)))
     sizes = (8, 4, 4)
     got = weights.fused_rows("attn", Fused(("q", "k", "v"), "qkv", sizes, cuts), 6)
-    assert torch.equal(got, torch.cat((q[4:], k[2:], v[2:])))
+    assert torch.equal(got, torch.cat((q[4:], k[2:], v, q[:1])))
     weights.finish()
 
 
@@ -55,7 +55,7 @@ def test_fused_bias(tmp_path: Path) -> None:
     weights = opened(
         checkpoint(tmp_path, **{"m.g.bias": MATRIX[0].clone(), "m.u.bias": MATRIX[1].clone()})
     )
-    cuts = (range(2), range(2))
+    cuts = ((0, range(2)), (1, range(2)))
     got = weights.fused_bias("m", Fused(("g", "u"), "gu", (6, 6), cuts))
     assert got.tolist() == [0, 1, 6, 7]
 
