@@ -282,8 +282,10 @@ float* partial_of(const Tile& t, int32_t partition, int query) {
     const int group = job.heads / job.kv_heads;
     const SharerToken& token = job.sharer_tokens[item.token_first + query / group];
     const Sharer& sharer = job.sharers[token.sharer];
-    const int64_t partitions = item.kv_head * sharer.partitions + partition;
-    place = partitions * sharer.queries + token.token * group + query % group;
+    const int head = item.kv_head / sharer.together * sharer.together;  // the first of those together
+    const int left = job.kv_heads - head, count = sharer.together < left ? sharer.together : left;
+    const int64_t heads = int64_t(head) * sharer.partitions + partition * count + item.kv_head - head;
+    place = heads * sharer.queries + token.token * group + query % group;
     first = sharer.partial;
   }
   return job.partials + first + partial_size(place, t.dim);

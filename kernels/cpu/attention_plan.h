@@ -105,16 +105,21 @@ void add_tile(const AttentionJob& job, const AttentionItem& tile, int64_t larges
 }
 
 // A sharer's tile of the keys that it has for itself, and places for the results of all its keys.
-void add_sharer(const AttentionJob& job, AttentionItem tile, int64_t largest, Sharer& sharer,
+void add_sharer(const AttentionJob& job, const AttentionItem& tile, int64_t largest, Sharer& sharer,
                 AttentionItems& items) {
-  const int64_t size = partial_size(tile.query_count, job.head_dim);
   sharer.partial = items.partials;
-  for (tile.kv_head = 0; tile.kv_head < job.kv_heads; ++tile.kv_head) {
-    items.merge.push_back({tile.row, tile.kv_head, 1, 0, tile.query_count, sharer.partitions,
+  sharer.together = heads_together(job, tile, largest);
+  for (int head = 0; head < job.kv_heads; head += sharer.together) {
+    AttentionItem item = tile;
+    item.kv_head = head;
+    item.kv_count = std::min(sharer.together, job.kv_heads - head);
+    item.cost = tile.cost * item.kv_count;
+    const int64_t size = partial_size(item.kv_count * item.query_count, job.head_dim);
+    items.merge.push_back({item.row, head, item.kv_count, 0, item.query_count, sharer.partitions,
                            items.partials});
-    tile.partial = items.partials + sharer.shared * size;
+    item.partial = items.partials + sharer.shared * size;
     items.partials += sharer.partitions * size;
-    cut_item(tile, largest, size, items);
+    cut_item(item, largest, size, items);
   }
 }
 

@@ -50,7 +50,7 @@ void order_by_table(const AttentionJob& job, std::vector<Sharer>& sharers) {
     const int32_t tokens = job.cu_query_lens[row + 1] - job.cu_query_lens[row];
     const int32_t partitions = (job.context_lens[row] - 1) / kPartition + 1;
     if (tokens * group <= kQueryTile && job.context_lens[row] - tokens >= kPartition)
-      sharers.push_back({row, tokens * group, partitions, 0, 0});
+      sharers.push_back({row, tokens * group, partitions, 0, 1, 0});
   }
   std::sort(sharers.begin(), sharers.end(), [&](const Sharer& a, const Sharer& b) {
     const int32_t* from = job.block_tables + a.row * job.table_stride;

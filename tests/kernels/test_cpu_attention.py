@@ -164,7 +164,7 @@ def continued(row: Row, first: int, length: int, seed: int) -> Row:
     return Row(*(torch.cat([begin[:first], rest]) for begin, rest in pairs))
 
 
-@pytest.mark.parametrize("shape", [*SHAPES, (71, 1, 8)], ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, (71, 1, 8), (5, 5, 64)], ids=str)
 @pytest.mark.parametrize("kind", SHARED_KINDS, ids=str)
 @pytest.mark.parametrize("block_size", [16, 7])
 @pytest.mark.parametrize("tokens", [[1], [1, 3, 9, 2, 5], [4]])
