@@ -118,7 +118,10 @@ class SharedMemory:
         rows, columns = part.shape
         widest = max(gifts) * unit
         if widest > self._slot_bytes:
-            raise ValueError(f"{widest} bytes a row to hand over, of {self._slot_bytes} at most")
+            raise ValueError(
+                f"a row to hand over has {widest} bytes, and a slot of the shared memory takes "
+                f"{self._slot_bytes}"
+            )
         mine, whole, offset = helped[self._rank], None, 0
         if mine:
             others = helped[: self._rank]

@@ -138,7 +138,7 @@ struct Sharer {
   int32_t queries;                           // of each key/value head
   int32_t partitions;                        // of its keys
   int32_t shared;                            // of those, the leading ones that items of several rows take
-  int32_t together;                          // heads of an item of the others; fewer are left for the last
+  int32_t together;                          // heads an item of its other partitions has; the last one may have fewer
   int64_t partial;                           // of those heads' first partition; the others follow, then the next heads
 };
 

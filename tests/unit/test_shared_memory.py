@@ -113,7 +113,7 @@ def test_different_calls_are_told_from_each_other() -> None:
 def test_a_row_that_no_slot_takes_is_not_handed_over() -> None:
     def work(rank: int, memory: SharedMemory | None) -> None:
         assert memory is not None
-        with pytest.raises(ValueError, match="4000000 bytes a row to hand over"):
+        with pytest.raises(ValueError, match=r"has 4000000 bytes, and a slot .* takes \d+$"):
             memory.hand_over([Help(1, 1_000_000), None], torch.ones(1, 8))
 
     assert run_ranks(2, work) == [None, None]
