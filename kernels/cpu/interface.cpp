@@ -94,7 +94,6 @@ HG_API const char* hg_init(const char* name) {
 
 HG_API void hg_set_num_threads(int32_t count) { set_num_threads(count); }
 HG_API int32_t hg_num_threads() { return num_threads(); }
-HG_API void hg_set_spin(int32_t microseconds) { set_spin(microseconds); }
 
 HG_API int64_t hg_packed_bytes(int64_t columns, int64_t inner, int32_t dtype) {
   const int64_t padded = dtype == kBFloat16 ? (inner + 1) / 2 * 2 : inner;

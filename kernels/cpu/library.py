@@ -29,7 +29,6 @@ SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "hg_init": (ctypes.c_char_p, (ctypes.c_char_p,)),
     "hg_set_num_threads": (None, (_I,)),
     "hg_num_threads": (_I, ()),
-    "hg_set_spin": (None, (_I,)),
     "hg_packed_bytes": (_L, (_L, _L, _I)),
     "hg_pack_weight": (None, (_P, _L, _L, _I, _P)),
     "hg_linear": (_I, _PRODUCT),

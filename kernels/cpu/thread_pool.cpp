@@ -1,4 +1,5 @@
-// See thread_pool.h. Workers sleep on a futex; no processor time is used while nothing runs.
+// See thread_pool.h. Workers sleep on a futex soon after the last job; no processor time is used while nothing
+// runs.
 //
 // For each group of tiles one 64-bit word holds (job number, end, next tile), so that a claim says by
 // itself whether it is valid: a worker that comes late, even by several jobs, either gets a tile of the
@@ -29,6 +30,11 @@ constexpr uint64_t kCountMask = (1ull << kCountBits) - 1;
 constexpr int64_t kMaxTiles = (1 << kCountBits) - 65536;
 constexpr int kMaxThreads = 1024;
 constexpr int64_t kTurnNanoseconds = 100000;
+// A thread with nothing to do keeps its processor for so long, then lets others have it while it watches on,
+// and then sleeps. To wake up takes as long as many a job, and far longer where a host that runs
+// virtual machines has given the processor to another one meanwhile. A step's jobs follow within
+// microseconds, a next step within a millisecond.
+constexpr int64_t kKeepNanoseconds = 20000, kWatchNanoseconds = 1000000;
 // A tile of attention keeps half a megabyte on the stack.
 constexpr size_t kStackBytes = 4 << 20;
 
@@ -43,7 +49,6 @@ struct Pool {
   alignas(64) std::atomic<int32_t> signal{0};   // bumped for each job; sleeping workers wait on it
   std::atomic<int32_t> sleepers{0};
   std::atomic<int32_t> wanted_workers{0};       // workers with an index from here on end themselves
-  std::atomic<int32_t> spin_microseconds{20};
   TileFunction function = nullptr;
   const void* job = nullptr;
   int32_t tiles = 0;
@@ -87,15 +92,15 @@ bool has_work(uint64_t claims) {
 
 // Calls `ready` until it holds or the time is over; says whether it held.
 template <class Ready>
-bool spin(Pool& p, Ready ready) {
-  const int64_t limit = int64_t(p.spin_microseconds.load(std::memory_order_relaxed)) * 1000;
+bool watch(Ready ready) {
   const int64_t start = now_ns();
-  do {
+  for (int64_t watched = 0; watched < kWatchNanoseconds; watched = now_ns() - start) {
+    if (watched > kKeepNanoseconds) sched_yield();
     for (int i = 0; i < 32; ++i) {
       if (ready()) return true;
       pause_briefly();
     }
-  } while (now_ns() - start < limit);
+  }
   return ready();
 }
 
@@ -148,7 +153,7 @@ void* worker_main(void* argument) {
     if (index >= p.wanted_workers.load(std::memory_order_seq_cst)) return nullptr;
     work(p);
     auto awake = [&] { return p.signal.load(std::memory_order_acquire) != seen; };
-    if (spin(p, awake)) continue;
+    if (watch(awake)) continue;
     p.sleepers.fetch_add(1, std::memory_order_seq_cst);
     futex_wait(p.signal, seen);
     p.sleepers.fetch_sub(1, std::memory_order_seq_cst);
@@ -200,7 +205,7 @@ void run_on_caller(TileFunction function, const void* job, int64_t first, int64_
 
 void wait_until_done(Pool& p, int32_t tiles) {
   auto complete = [&] { return p.done.load(std::memory_order_acquire) == tiles; };
-  while (!spin(p, complete)) {
+  while (!watch(complete)) {
     p.caller_sleeps.store(1, std::memory_order_seq_cst);
     const int32_t seen = p.done.load(std::memory_order_seq_cst);
     if (seen != tiles) futex_wait(p.done, seen);
@@ -221,10 +226,6 @@ void set_num_threads(int count) {
 }
 
 int num_threads() { return pool().wanted_workers.load() + 1; }
-
-void set_spin(int microseconds) {
-  pool().spin_microseconds.store(microseconds < 0 ? 0 : microseconds);
-}
 
 // From now on the groups' tiles may be taken.
 void offer(Pool& p, const TileGroups& groups) {

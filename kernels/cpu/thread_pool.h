@@ -12,9 +12,6 @@ using TileFunction = void (*)(const void* job, int64_t tile);
 void set_num_threads(int count);
 int num_threads();
 
-// How long an idle worker watches for the next job before it sleeps, in microseconds.
-void set_spin(int microseconds);
-
 constexpr int kMaxGroups = 64;
 
 // Tiles that lie side by side: group g has [ends[g - 1], ends[g]), the first one [0, ends[0]).
