@@ -8,7 +8,7 @@
 #include <cstring>
 #include <vector>
 
-#include "attention_plan.h"
+#include "attention_plans.h"
 #include "pack_weight.h"
 #include "product.h"
 #include "quantised.h"
@@ -169,8 +169,8 @@ HG_API int32_t hg_paged_attention(const float* q, int64_t q_token_stride, int64_
   job.window = window;
   job.scale = scale;
   job.soft_cap = soft_cap;
-  thread_local AttentionItems items;
-  plan_attention(job, num_threads(), items);
+  thread_local AttentionPlans plans;
+  const AttentionItems& items = plans.plan(job, num_threads());
   thread_local Scratch partials;
   if (items.partials) {
     char* memory = partials.take(items.partials * int64_t(sizeof(float)));
@@ -257,7 +257,7 @@ HG_API void hg_rotary_and_write_kv(float* q, int64_t q_token_stride, int64_t q_h
                                    float* k_scales, float* v_scales, int32_t cache_dtype,
                                    int32_t block_size, const int64_t* slots, int64_t tokens,
                                    int32_t heads, int32_t kv_heads, int32_t head_dim) {
-  const int64_t cost = int64_t(heads + 2 * kv_heads) * head_dim / 8;
+  const int64_t cost = int64_t(heads + 2 * kv_heads) * head_dim * 2 / 3;
   const int64_t per_tile = rows_per_tile(tokens, cost);
   const HeadsJob job = {
       {q, k, positions, cos_sin, tokens, per_tile, q_token_stride, q_head_stride, k_token_stride,

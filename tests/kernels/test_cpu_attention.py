@@ -203,6 +203,29 @@ def test_bits_do_not_depend_on_who_shares_a_rows_blocks(
         kind.assert_close(outs[1], kind(reference, q, k_cache, v_cache, step))
 
 
+def test_plans_made_before_serve_only_what_they_were_made_for() -> None:
+    """Layers of a step share a plan: what it depends on is changed in place, and back."""
+    length, others = 700, 4
+    first = Row.random(length, 6, 2, 32, seed=0)
+    family = [first, *(continued(first, 600, length, seed) for seed in range(1, others))]
+    q, k_cache, v_cache, step = make_step([Chunk(row, length - 2, length) for row in family], 16)
+    apart = step.block_tables.clone()
+    alike = apart.clone()
+    alike[:, :37] = apart[0, :37]
+    ends, even = step.context_lens.clone(), step.cu_query_lens.clone()
+    uneven = torch.tensor([0, 1, 5, 6, 8])
+    set_num_threads(3)
+    for window in (0, 300, 0, 45, 7, 90, 300, 0):
+        for tables in (apart, alike, apart):
+            for less, starts in ((0, even), (400, even), (400, uneven), (0, uneven), (0, even)):
+                step.block_tables.copy_(tables)
+                step.context_lens.copy_(ends - less)
+                step.cu_query_lens.copy_(starts)
+                arguments = (q, k_cache, v_cache, step, 0.2, window, 0.0)
+                expected = reference.paged_attention(*arguments)
+                FLOAT32.assert_close(operations.paged_attention(*arguments), expected)
+
+
 def test_bits_do_not_depend_on_the_instruction_set(cpu_kernels: str) -> None:
     """Where it has fused multiply-adds."""
     loaded = library.load()
