@@ -1,6 +1,6 @@
 """SharedMemory: the collectives of CPU shards on one host, through memory that all have mapped.
 
-The work is done in C++ (`kernels/cpu/shared_sum.cpp`): a brief spin, then a futex, and the GIL is
+The work is done in C++ (`kernels/cpu/shared_sum.cpp`): a rank watches, then sleeps on a futex, and the GIL is
 free meanwhile. Sums are taken in rank order for every element. The memory is at most 8 MB, larger
 tensors go through it in rounds; its name in /dev/shm is gone before the first collective, so that
 nothing is left however the processes end. A rank that waits notices within a fraction of a second
@@ -39,9 +39,6 @@ _LARGEST = 8 << 20  # bytes in all: containers have 64 MB of shared memory, unle
 _LARGEST_SLOT = 512 << 10  # bytes of one rank's part of a round: a core keeps it in its cache
 _PAGE = 4096
 _MOST_RANKS = 16
-# Microseconds that a rank watches for its peers before it sleeps. Ranks whose parts of a layer are
-# uneven wait for some hundred each time, and being woken costs 30 to 40 more.
-_SPIN = 1000
 _NAME_BYTES = 16
 _REASONS = {1: "its process ended", 2: "it left the group", 3: "it did not come in time"}
 _DIFFERENT_CALLS = 4
@@ -72,7 +69,7 @@ class SharedMemory:
             slot_bytes,
             numbers(*process_ids),
             numbers(*self._fds),
-            0 if crowded else _SPIN,
+            not crowded,  # watches before it sleeps
             timeout,
         )
         if not self._group:

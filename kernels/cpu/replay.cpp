@@ -7,7 +7,8 @@
 // are behind them. System V on x86-64 and AAPCS64 on Linux do; elsewhere nothing is recorded.
 #include <stdint.h>
 #include <string.h>
-#include <time.h>
+
+#include "watch.h"
 
 namespace {
 
@@ -54,12 +55,6 @@ int64_t invoke(int64_t function, const I* i, const F* f) {
 #endif
 }
 
-int64_t now_ns() {
-  timespec t;
-  clock_gettime(CLOCK_MONOTONIC, &t);
-  return int64_t(t.tv_sec) * 1000000000 + t.tv_nsec;
-}
-
 }  // namespace
 
 #define HG_API extern "C" __attribute__((visibility("default")))
@@ -91,9 +86,9 @@ HG_API int32_t hg_replay(const void* calls, int64_t count, const int64_t* values
     F floats[kFloats] = {};
     memcpy(integers, values + call.first, call.integers * sizeof *values);
     memcpy(floats, values + call.first + call.integers, call.floats * sizeof *values);
-    const int64_t began = nanoseconds ? now_ns() : 0;
+    const int64_t began = nanoseconds ? headgate::now_ns() : 0;
     const int64_t result = invoke(call.function, integers, floats);
-    if (nanoseconds) nanoseconds[c] += now_ns() - began;
+    if (nanoseconds) nanoseconds[c] += headgate::now_ns() - began;
     __atomic_fetch_add(beats, 1, __ATOMIC_RELAXED);
     if (call.has_status && int32_t(result) != 0) {
       *failed = c;

@@ -15,12 +15,13 @@
 #include <stdint.h>
 #include <string.h>
 #include <sys/syscall.h>
-#include <time.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
 #include <new>
+
+#include "watch.h"
 
 namespace headgate {
 namespace {
@@ -31,8 +32,7 @@ enum Failure : int32_t { kDied = 1, kLeft = 2, kLate = 3, kDiffers = 4 };
 constexpr int kHeaderBytes = 4096;
 constexpr int kLineBytes = 64;
 constexpr int kMaxRanks = kHeaderBytes / kLineBytes - 1;
-constexpr int64_t kWatchNanoseconds = 100000000;
-constexpr uint32_t kWaitsPerTrial = 32;
+constexpr int64_t kLookNanoseconds = 100000000;  // between two looks at the others' processes
 // From here on each of three or more ranks adds up only its share, and they read each other's sums.
 constexpr int64_t kSharedOutBytes = 32768;
 constexpr int64_t kElementsPerLine = 16;  // at most, so that no two ranks write into one line
@@ -56,24 +56,17 @@ struct SharedGroup {
   char* slots;
   int rank, ranks;
   int64_t slot_bytes;
-  int64_t spin_nanoseconds, timeout_nanoseconds;
+  int64_t timeout_nanoseconds;
+  bool watches;
   int32_t process_ids[kMaxRanks], process_fds[kMaxRanks];
   uint32_t count = 0;     // as in this rank's line
   uint32_t previous = 0;  // `count` at the first meeting of the round before
   int set = 0;
-  int64_t patience = 0;  // nanoseconds of watching that were worth it of late
-  uint32_t waits = 0;
   int32_t failure = 0;
 
   Line& line(int r) { return header->lines[r]; }
   char* slot(int r) { return slots + (int64_t(set) * ranks + r) * slot_bytes; }
 };
-
-int64_t now_ns() {
-  timespec t;
-  clock_gettime(CLOCK_MONOTONIC, &t);
-  return int64_t(t.tv_sec) * 1000000000 + t.tv_nsec;
-}
 
 // Not the private futexes: these are found by other processes.
 void wake_all(std::atomic<uint32_t>& word) {
@@ -83,14 +76,6 @@ void wake_all(std::atomic<uint32_t>& word) {
 void sleep_on(std::atomic<uint32_t>& word, uint32_t seen, int64_t nanoseconds) {
   const timespec limit = {time_t(nanoseconds / 1000000000), long(nanoseconds % 1000000000)};
   syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAIT, seen, &limit, nullptr, 0);
-}
-
-void pause_briefly() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  __asm__ volatile("yield");
-#endif
 }
 
 int32_t failure_of(Failure kind, int rank) { return kind | rank << 8; }
@@ -115,35 +100,14 @@ bool reached(SharedGroup& g, int rank, uint32_t count) {
   return int32_t(g.line(rank).count.load(std::memory_order_acquire) - count) >= 0;
 }
 
-// Watches for `rank` for as long as that was worth it of late: where the one waited for is queued
-// for this very core, or is late each time, watching only keeps it off. Now and then it is tried
-// again, since two ranks that sleep make each other late.
-bool spin(SharedGroup& g, int rank, uint32_t count) {
-  if (reached(g, rank, count)) return true;
-  if (!g.spin_nanoseconds) return false;
-  if (++g.waits % kWaitsPerTrial == 0) g.patience = g.spin_nanoseconds;
-  const int64_t end = now_ns() + g.patience;
-  do {
-    for (int i = 0; i < 16; ++i) {
-      pause_briefly();
-      if (reached(g, rank, count)) {
-        g.patience = g.spin_nanoseconds;
-        return true;
-      }
-    }
-  } while (now_ns() < end);
-  g.patience /= 4;
-  return false;
-}
-
 // Why `rank`, which hasn't come, never will; 0 if it still may.
-int32_t reason_to_give_up(SharedGroup& g, int rank, int64_t started, int64_t& watched) {
+int32_t reason_to_give_up(SharedGroup& g, int rank, int64_t started, int64_t& looked) {
   const int32_t failure = g.header->failure.load(std::memory_order_acquire);
   if (failure) return failure;
   if (g.line(rank).left.load(std::memory_order_acquire)) return failure_of(kLeft, rank);
   const int64_t now = now_ns();
-  if (now - watched >= kWatchNanoseconds) {
-    watched = now;
+  if (now - looked >= kLookNanoseconds) {
+    looked = now;
     for (int r = 0; r < g.ranks; ++r) {
       const bool left = g.line(r).left.load(std::memory_order_acquire);
       if (r != g.rank && !left && has_died(g, r)) return failure_of(kDied, r);
@@ -154,20 +118,21 @@ int32_t reason_to_give_up(SharedGroup& g, int rank, int64_t started, int64_t& wa
 
 // Waits until `rank` has come to its meeting number `count`.
 int32_t wait_for(SharedGroup& g, int rank, uint32_t count) {
-  if (spin(g, rank, count)) return 0;
+  const auto here = [&] { return reached(g, rank, count); };
+  if (here() || (g.watches && watch(here))) return 0;
   Line& line = g.line(rank);
   const int64_t started = now_ns();
-  int64_t watched = started;
+  int64_t looked = started;
   int32_t failure = 0;
   line.waiters.fetch_add(1, std::memory_order_seq_cst);
   for (;;) {
     const uint32_t seen = line.count.load(std::memory_order_seq_cst);
     if (reached(g, rank, count)) break;
-    failure = reason_to_give_up(g, rank, started, watched);
+    failure = reason_to_give_up(g, rank, started, looked);
     // It may have come, and gone, since.
     if (failure && reached(g, rank, count)) failure = 0;
     if (failure) break;
-    sleep_on(line.count, seen, std::min(kWatchNanoseconds, g.timeout_nanoseconds));
+    sleep_on(line.count, seen, std::min(kLookNanoseconds, g.timeout_nanoseconds));
   }
   line.waiters.fetch_sub(1, std::memory_order_relaxed);
   return failure ? give_up(g, failure) : 0;
@@ -373,12 +338,11 @@ HG_API int64_t hg_shared_bytes(int32_t ranks, int64_t slot_bytes) {
 }
 
 // `process_ids` and `process_fds` (-1: none; they stay the caller's) are by rank. A call that waits
-// longer than `timeout` seconds for one rank fails; it watches for at most `spin` microseconds
-// before it sleeps.
+// longer than `timeout` seconds for one rank fails; `watches`: before it sleeps it watches for a while.
 // Null where there is no memory, or too many ranks.
 HG_API void* hg_shared_open(void* memory, int32_t rank, int32_t ranks, int64_t slot_bytes,
-                            const int32_t* process_ids, const int32_t* process_fds, int32_t spin,
-                            double timeout) {
+                            const int32_t* process_ids, const int32_t* process_fds,
+                            int32_t watches, double timeout) {
   SharedGroup* g = ranks > kMaxRanks ? nullptr : new (std::nothrow) SharedGroup;
   if (!g) return nullptr;
   g->header = static_cast<Header*>(memory);
@@ -386,7 +350,7 @@ HG_API void* hg_shared_open(void* memory, int32_t rank, int32_t ranks, int64_t s
   g->rank = rank;
   g->ranks = ranks;
   g->slot_bytes = slot_bytes;
-  g->spin_nanoseconds = g->patience = int64_t(spin) * 1000;
+  g->watches = watches;
   g->timeout_nanoseconds = int64_t(timeout * 1e9);
   memcpy(g->process_ids, process_ids, ranks * sizeof(int32_t));
   memcpy(g->process_fds, process_fds, ranks * sizeof(int32_t));

@@ -12,14 +12,14 @@
 
 #include <linux/futex.h>
 #include <pthread.h>
-#include <sched.h>
 #include <sys/syscall.h>
-#include <time.h>
 #include <unistd.h>
 
 #include <atomic>
 #include <climits>
 #include <mutex>
+
+#include "watch.h"
 
 namespace headgate {
 namespace {
@@ -30,11 +30,6 @@ constexpr uint64_t kCountMask = (1ull << kCountBits) - 1;
 constexpr int64_t kMaxTiles = (1 << kCountBits) - 65536;
 constexpr int kMaxThreads = 1024;
 constexpr int64_t kTurnNanoseconds = 100000;
-// A thread with nothing to do keeps its processor for so long, then lets others have it while it watches on,
-// and then sleeps. To wake up takes as long as many a job, and far longer where a host that runs
-// virtual machines has given the processor to another one meanwhile. A step's jobs follow within
-// microseconds, a next step within a millisecond.
-constexpr int64_t kKeepNanoseconds = 20000, kWatchNanoseconds = 1000000;
 // A tile of attention keeps half a megabyte on the stack.
 constexpr size_t kStackBytes = 4 << 20;
 
@@ -72,36 +67,8 @@ void futex_wake(std::atomic<int32_t>& word, int count) {
   syscall(SYS_futex, reinterpret_cast<int32_t*>(&word), FUTEX_WAKE_PRIVATE, count, nullptr, nullptr, 0);
 }
 
-int64_t now_ns() {
-  timespec t;
-  clock_gettime(CLOCK_MONOTONIC, &t);
-  return int64_t(t.tv_sec) * 1000000000 + t.tv_nsec;
-}
-
-void pause_briefly() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  __asm__ volatile("yield");
-#endif
-}
-
 bool has_work(uint64_t claims) {
   return (claims & kCountMask) < ((claims >> kCountBits) & kCountMask);
-}
-
-// Calls `ready` until it holds or the time is over; says whether it held.
-template <class Ready>
-bool watch(Ready ready) {
-  const int64_t start = now_ns();
-  for (int64_t watched = 0; watched < kWatchNanoseconds; watched = now_ns() - start) {
-    if (watched > kKeepNanoseconds) sched_yield();
-    for (int i = 0; i < 32; ++i) {
-      if (ready()) return true;
-      pause_briefly();
-    }
-  }
-  return ready();
 }
 
 // Whoever waits for this processor (gateway, router, gRPC's threads) gets it now and then between two
