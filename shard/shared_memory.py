@@ -1,8 +1,8 @@
 """SharedMemory: the collectives of CPU shards on one host, through memory that all have mapped.
 
-The work is done in C++ (`kernels/cpu/shared_sum.cpp`): a rank watches, then sleeps on a futex, and the GIL is
-free meanwhile. Sums are taken in rank order for every element. The memory is at most 8 MB, larger
-tensors go through it in rounds; its name in /dev/shm is gone before the first collective, so that
+The work is done in C++ (`kernels/cpu/shared_sum.cpp`): a rank watches, then sleeps on a futex, and
+the GIL is free meanwhile. Sums are taken in rank order for every element. The memory is at most
+8 MB, larger tensors go through it in rounds; its name in /dev/shm is gone before the first collective, so that
 nothing is left however the processes end. A rank that waits notices within a fraction of a second
 that another's process has ended. Nothing here knows of torch.distributed.
 
