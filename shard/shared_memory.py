@@ -1,10 +1,10 @@
 """SharedMemory: the collectives of CPU shards on one host, through memory that all have mapped.
 
 The work is done in C++ (`kernels/cpu/shared_sum.cpp`): a rank watches, then sleeps on a futex, and
-the GIL is free meanwhile. Sums are taken in rank order for every element. The memory is at most
-8 MB, larger tensors go through it in rounds; its name in /dev/shm is gone before the first collective, so that
-nothing is left however the processes end. A rank that waits notices within a fraction of a second
-that another's process has ended. Nothing here knows of torch.distributed.
+the GIL is free meanwhile. Sums are taken in rank order for every element. The memory is at most 8
+MB, larger tensors go through it in rounds; its name in /dev/shm is gone before the first
+collective, so that nothing is left however the processes end. A rank that waits notices within a
+fraction of a second that another's process has ended. Nothing here knows of torch.distributed.
 
 Medians of two ranks on two cores that others kept busy: 576 floats were summed in 15 microseconds,
 by gloo in 400 to 800; 32 x 576 floats in 30 to 56, by gloo in 500 to 900.
