@@ -1,7 +1,7 @@
 // Watching for what another thread or process is about to do, before one sleeps until it is done.
 //
-// To wake up takes as long as many a job, and far longer where a host that runs virtual machines has given
-// the processor to another one meanwhile. A step's jobs, and the ranks of a group, follow each other within
+// To wake up takes as long as many a job, and perhaps far longer where a host that runs virtual machines has
+// given the processor to another one meanwhile. A step's jobs, and the ranks of a group, follow each other within
 // microseconds, a next step within a millisecond.
 #pragma once
 
