@@ -51,7 +51,9 @@ def triton_kernels() -> Iterator[None]:
     """Operations are Triton's during the test, by the interpreter where there is no GPU."""
     pytest.importorskip("triton")
     from headgate.kernels import ops
+    from tests import triton_interpreter
 
+    triton_interpreter.quicken()
     before = ops.active()
     ops.use("triton")
     yield

@@ -15,6 +15,7 @@ import torch
 
 from headgate.kernels import cpu
 from headgate.kernels.cpu import library
+from tests import triton_interpreter
 from tests.kernels import emulated_avx512
 from tests.kernels.randoms import Randoms
 
@@ -56,6 +57,7 @@ def triton_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     if device == "cpu" and not triton.knobs.runtime.interpret:
         pytest.skip("neither a GPU nor the interpreter")
     if device == "cpu":
+        triton_interpreter.quicken()
         _sum_tiles_in_float64(monkeypatch)
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield device

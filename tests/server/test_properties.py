@@ -33,6 +33,7 @@ CHECKS = [
     content_type_conformance,
     response_schema_conformance,
 ]
+LEAST_CALLS = 20  # however slow the machine is
 CALL_TIMEOUT = 30  # seconds; what takes longer hangs
 POSITIVE, NEGATIVE = GenerationMode.POSITIVE, GenerationMode.NEGATIVE
 ROUND = ((POSITIVE, 6), (NEGATIVE, 2))  # requests of an operation in a round
@@ -70,7 +71,11 @@ def test_requests_made_up_from_the_description(small: LiveServer) -> None:
     print(f"first seed: {number}")
     statuses: Counter[int] = Counter()
     by_operation: dict[str, Counter[int]] = {}
-    while time.monotonic() < begun + SECONDS:
+
+    def over() -> bool:
+        return time.monotonic() > begun + SECONDS and sum(statuses.values()) > LEAST_CALLS
+
+    while not over():
         for operation in operations:
             for mode, count in ROUND:
                 if mode is NEGATIVE and operation.method == "get":
@@ -79,11 +84,10 @@ def test_requests_made_up_from_the_description(small: LiveServer) -> None:
                 by_operation.setdefault(operation.label, Counter()).update(found)
                 statuses += found
                 number += 1
-            if time.monotonic() > begun + SECONDS:
+            if over():
                 break
     for label, found in by_operation.items():
         print(f"{label:32} {dict(sorted(found.items()))}")
     total, served = sum(statuses.values()), statuses[200]
     print(f"{total} calls in {time.monotonic() - begun:.0f} s, {served / total:.0%} served")
-    assert total > 20
     assert served >= total / 3 or total < 200

@@ -19,6 +19,7 @@ from headgate.kernels.triton import on_gpu
 from headgate.kernels.triton.cases import GENERATORS, ModelShape, StepShape
 from tests.unit.fake_device import FakeDevice, Waits
 
+SMALLEST = gpu_steps.Shape("a smallest Llama", 128, 256, 1, 2, 1, 256)
 CONFIG = {"device": "cpu", "dtype": "float32", "kv_cache_dtype": "float32", "num_blocks": 64}
 
 
@@ -29,7 +30,10 @@ def never_waiting() -> Iterator[None]:
     assert not waits.found
 
 
-def test_steps_are_checked(unwatched_triton: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_steps_are_checked(
+    unwatched_triton: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_steps, "TINY", SMALLEST)
     rows = gpu_steps.make_rows(2, 20, 4)
     assert gpu_steps.check(FakeDevice(), CONFIG, never_waiting, rows) == []
     assert capsys.readouterr().out.count("ok      tokens of steps") == 4
@@ -67,8 +71,8 @@ def test_every_operation_and_steps_are_timed_into_one_file_and_one_page(
     compared = sum(on_gpu._has_reference(case) for case in cases)
     assert len(runs) == len(cases) + 2 * compared and compared == len(cases) - 2
 
-    for constant, value in (("LARGE", gpu_steps.TINY), ("SMALL", gpu_steps.TINY)):
-        monkeypatch.setattr(gpu_steps, constant, value)
+    for constant in ("LARGE", "SMALL"):
+        monkeypatch.setattr(gpu_steps, constant, SMALLEST)
     for constant, number in (("_CONTEXT", 20), ("_STEPS", 2), ("_WARM_STEPS", 1)):
         monkeypatch.setattr(gpu_steps, constant, number)
     monkeypatch.setattr(gpu_steps, "_BATCHES", (1, 2))
@@ -84,9 +88,10 @@ def test_every_operation_and_steps_are_timed_into_one_file_and_one_page(
     assert [record["weights"] for record in steps["steps"]] == ["", "", "int8", "int8"]
     one, two, narrow, _ = steps["steps"]
     assert one["bytes"] > 2 * narrow["bytes"]
-    cached = 2 * 2 * 2 * 64 * 4  # of a position: keys and values, layers, heads, dims, float32
+    cached = 2 * 1 * 1 * 64 * 4  # of a position: keys and values, layers, heads, dims, float32
     assert two["bytes"] - one["bytes"] == 21 * cached
-    weights = (2 * (256 * (4 + 2 + 2 + 4) * 64 + 3 * 256 * 512 + 2 * 256) + 256 + 512 * 256) * 4
+    layer = 128 * (2 + 1 + 1 + 2) * 64 + 3 * 128 * 256 + 2 * 128
+    weights = (layer + 128 + 256 * 128) * 4
     assert one["bytes"] == weights + 21 * cached  # the embedding is only looked up, the head read
     assert one["ratio"] == pytest.approx(one["seconds"] / one["floor_seconds"])
     page = (tmp_path / "gpu.md").read_text()

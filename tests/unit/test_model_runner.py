@@ -22,6 +22,7 @@ from headgate.shard.errors import ModelError
 from headgate.shard.kv_cache import KVCache, KVCacheLayout
 from headgate.shard.model_runner import ModelRunner
 from headgate.shard.models.registry import load_model
+from tests import triton_interpreter
 from tests.parity.paged import PagedRows
 from tests.unit.fake_model import FakeModel, greedy, logits_after, shard_config
 
@@ -433,7 +434,7 @@ def test_keys_and_values_in_fewer_bits(tiny_llama: Path, backend: str) -> None:
         if backend == "cpu" and not cpu.available():
             pytest.skip("the C++ kernels are not built")
         if backend == "triton":
-            pytest.importorskip("triton")
+            triton_interpreter.quicken()
         ops.use(backend)
         model = load_model(tiny_llama, dtype="float32", device="cpu", group=single_group())
 
