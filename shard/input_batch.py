@@ -9,12 +9,12 @@ tensors on the device nor how tokens are chosen. All ranks hold the same rows.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from headgate.proto.messages import Fork, NewRow, Pooling, RowEnd, StepPlan
+from headgate.shard.batch_limits import BatchLimits
 from headgate.shard.drafts import guess
 from headgate.shard.last_tokens import codes
 from headgate.shard.sampling.grammar import NO_MASKS, ConstrainedRow, Masks, RowGrammar
@@ -27,29 +27,12 @@ from headgate.shard.sampling.params import (
     params_record,
 )
 from headgate.shard.sampling.penalties import needs_history
-from headgate.shard.sampling.problems import sampling_problem
 from headgate.shard.sampling.token_bias import TokenBias
 from headgate.shard.scheduled_rows import Draws, ExpectedTokens, ScheduledRows, unrolled
 
 
 class PlanError(ValueError):
     """A plan that does not fit the rows held. The message says which row and why."""
-
-
-@dataclass(frozen=True, slots=True)
-class BatchLimits:
-    """What a plan may refer to."""
-
-    num_blocks: int
-    block_size: int  # tokens per KV block
-    vocab_size: int
-    max_total_tokens: int  # prompt and output of one row
-    max_step_tokens: int  # computed in one step, of all rows
-    expected_rows: int = 32  # held at once; room for more is made when it is needed
-
-    @property
-    def max_row_blocks(self) -> int:
-        return -(-self.max_total_tokens // self.block_size)
 
 
 class InputBatch:
@@ -176,7 +159,8 @@ class InputBatch:
 
     def _add(self, row: NewRow) -> None:
         known, sampling = len(row.prompt_ids) + len(row.output_ids), row.sampling
-        self._check_new_row(row, known)
+        if problem := self.limits.problem_of(row):
+            raise PlanError(f"row {row.id} {problem}")
         tokens = np.array([*row.prompt_ids, *row.output_ids], np.int64)
         if tokens.min() < 0 or tokens.max() >= self.limits.vocab_size:
             raise PlanError(f"row {row.id} holds a token outside the vocabulary")
@@ -206,26 +190,6 @@ class InputBatch:
             or (wishes["min_new_tokens"][0] and len(self._ending_tokens(slot, early=True)))
             or wishes["pooling"][0] != Pooling.NONE
         )
-
-    def _check_new_row(self, row: NewRow, known: int) -> None:
-        limits, sampling = self.limits, row.sampling
-        problem = ""
-        if not row.prompt_ids:
-            problem = "has no prompt"
-        elif len(row.output_ids) >= sampling.max_new_tokens:
-            problem = f"has all of its {sampling.max_new_tokens} tokens already"
-        elif len(row.prompt_ids) + sampling.max_new_tokens > limits.max_total_tokens:
-            problem = f"may grow beyond {limits.max_total_tokens} tokens"
-        elif row.num_computed_tokens >= known:
-            problem = f"has {row.num_computed_tokens} of its {known} tokens computed"
-        elif row.num_computed_tokens > len(row.block_ids) * limits.block_size:
-            problem = f"has more tokens computed than its {len(row.block_ids)} blocks hold"
-        elif row.adapter_id:
-            problem = f"asks for adapter {row.adapter_id!r}, and none is loaded"
-        else:
-            problem = sampling_problem(sampling, limits.vocab_size)
-        if problem:
-            raise PlanError(f"row {row.id} {problem}")
 
     def _fork(self, fork: Fork) -> None:
         parent = self.slot_of(fork.parent)

@@ -21,32 +21,32 @@ import torch
 from headgate.kernels import ops
 from headgate.proto.messages import (
     ROW_ENDS,
-    PooledStates,
-    PromptLogprobs,
     StepPlan,
     StepResult,
     TopTokens,
 )
 from headgate.shard import samplers
+from headgate.shard.batch_limits import BatchLimits
 from headgate.shard.config import ShardConfig, ShardIdentity
 from headgate.shard.cuda_graphs import MAX_HEAD_DIM, GraphedModel, GraphLimits, usual_sizes
 from headgate.shard.decode_rows import DecodeRows
 from headgate.shard.device import CudaDevice, Device
 from headgate.shard.distributed import Group
 from headgate.shard.errors import ModelError
-from headgate.shard.input_batch import BatchLimits, InputBatch, PlanError
+from headgate.shard.input_batch import InputBatch, PlanError
 from headgate.shard.kv_cache import KVCache, KVCacheLayout
 from headgate.shard.memory import is_out_of_memory
 from headgate.shard.models.base import CausalLM
 from headgate.shard.pending_step import PendingStep, StepQueue
+from headgate.shard.prompt_results import pooled, prompt_logprobs
 from headgate.shard.recorded_model import RecordedModel, StepLimits, record_model
 from headgate.shard.runner import Heartbeat, RunnerFacts
 from headgate.shard.samplers import DeviceSampler, HostSampler, Logits, Sampled
 from headgate.shard.sampling.grammar import NO_MASKS, GrammarMasks, Masks
-from headgate.shard.sampling.logprobs import token_logprobs
 from headgate.shard.sampling.params import IntArray
 from headgate.shard.scheduled_rows import ScheduledRows
-from headgate.shard.step_inputs import PooledChunk, PromptChunk, StepInputs, build_inputs
+from headgate.shard.step_clock import StepClock
+from headgate.shard.step_inputs import StepInputs, build_inputs
 from headgate.shard.vote import plan_tag, vote
 from headgate.shard.warmup import warm_up
 
@@ -274,7 +274,7 @@ class ModelRunner:
         assert prepared is not None  # only None beside a problem
         if isinstance(prepared, DecodeRows):
             return PendingStep.done(self._decode(plan, prepared, started))
-        return self._execute(plan, *prepared, _Clock(answer, started))
+        return self._execute(plan, *prepared, StepClock(answer, started))
 
     def _settle(self, plan: StepPlan) -> None:
         """The step before may stay under way, if the plan can do without its tokens."""
@@ -322,7 +322,7 @@ class ModelRunner:
             raise PlanError(f"plan {plan.sequence} after plan {last}")
 
     def _execute(
-        self, plan: StepPlan, scheduled: ScheduledRows, inputs: StepInputs | None, clock: _Clock
+        self, plan: StepPlan, scheduled: ScheduledRows, inputs: StepInputs | None, clock: StepClock
     ) -> PendingStep:
         assert self._batch is not None and self._kv_cache is not None
         if isinstance(self.recorded, GraphedModel):
@@ -342,13 +342,13 @@ class ModelRunner:
                 inputs.attention,
                 inputs.wanted_tokens,
             )
-        prompt_logprobs = tuple(
-            entry
+        logprobs = [
+            prompt_logprobs(hidden, chunk, self._prompt_logits, self._logits_rows)
             for chunk in inputs.prompt_chunks
-            if (entry := self._prompt_logprobs(hidden, chunk)) is not None
-        )
-        pooled = [] if self.group.rank else [_pooled(hidden, c) for c in inputs.pooled_chunks]
-        clock.answer = replace(clock.answer, prompt_logprobs=prompt_logprobs, pooled=pooled)
+        ]
+        if not self.group.rank:
+            states = [pooled(hidden, chunk) for chunk in inputs.pooled_chunks]
+            clock.answer = replace(clock.answer, prompt_logprobs=tuple(logprobs), pooled=states)
         masks = finish_masks()
 
         def logits_of(first: int) -> torch.Tensor | None:
@@ -410,6 +410,11 @@ class ModelRunner:
             return self.recorded.logits(first)
         return self.model.logits(before_draws[first : first + self._logits_rows])
 
+    def _prompt_logits(self, hidden: torch.Tensor) -> torch.Tensor | None:
+        logits = self.model.logits(hidden)
+        self.heartbeat.beat()
+        return logits
+
     def _copy_blocks(self, plan: StepPlan) -> None:
         assert self._kv_cache is not None
         if not plan.copies:
@@ -426,7 +431,7 @@ class ModelRunner:
         scheduled: ScheduledRows,
         sampled: Callable[[], Sampled],
         masks: Masks,
-        clock: _Clock,
+        clock: StepClock,
     ) -> Callable[[], StepResult]:
         """Makes the step's result of its tokens, which the batch expects from now on."""
         assert self._batch is not None
@@ -469,47 +474,5 @@ class ModelRunner:
                 self._grammars.prepare(row.sampling.grammar)
         return self._grammars.begin(self._batch.constrained_rows(slots))
 
-    def _prompt_logprobs(self, hidden: torch.Tensor, chunk: PromptChunk) -> PromptLogprobs | None:
-        """The chunk's entry on rank 0; all ranks take part. hidden: [W, H] of the step."""
-        values: list[float] = []
-        top: list[TopTokens] = []
-        for start in range(0, len(chunk.targets), self._logits_rows):
-            targets = chunk.targets[start : start + self._logits_rows]
-            first = chunk.first + start
-            logits = self.model.logits(hidden[first : first + len(targets)])
-            self.heartbeat.beat()
-            if logits is not None:
-                found, alternatives = token_logprobs(logits, targets, [chunk.top_n] * len(targets))
-                values += found
-                top += alternatives
-        if self.group.rank:
-            return None
-        return PromptLogprobs(chunk.row_id, chunk.start, values, top)
-
 
 _Prepared = tuple[ScheduledRows, StepInputs | None]  # no inputs without rows
-
-
-class _Clock:
-    """A step's answer so far, and when it began."""
-
-    def __init__(self, answer: StepResult, started: int) -> None:
-        self.answer = answer
-        self._started = started
-        self._forward = time.perf_counter_ns()
-
-    def stopped(self, before: int) -> StepResult:
-        """before: when the step before was done, until when this one waited for the device."""
-        done = time.perf_counter_ns()
-        forward = done - max(self._forward, before)
-        return replace(self.answer, forward_ns=forward, total_ns=done - max(self._started, before))
-
-
-def _pooled(hidden: torch.Tensor, chunk: PooledChunk) -> PooledStates:
-    """hidden: [W, H] of the step, the same on all ranks.
-
-    In double precision, so that the sum does not show how the prompt was cut into chunks.
-    """
-    states = hidden[chunk.first : chunk.first + chunk.stop - chunk.start]
-    sums = states.double().sum(0).tolist()
-    return PooledStates(chunk.row_id, chunk.start, chunk.stop, sums)

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from headgate.proto.messages import NewRow, RowSampling, StepPlan
-from headgate.shard.input_batch import BatchLimits, InputBatch
+from headgate.shard.batch_limits import BatchLimits
+from headgate.shard.input_batch import InputBatch
 from headgate.shard.kv_cache import KVCache, KVCacheLayout
 from headgate.shard.step_inputs import StepInputs, build_inputs
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from headgate.proto.messages import Fork, NewRow, RowEnd, RowSampling, StepPlan
-from headgate.shard.input_batch import BatchLimits, InputBatch, PlanError
+from headgate.shard.batch_limits import BatchLimits
+from headgate.shard.input_batch import InputBatch, PlanError
 from headgate.shard.sampling.sampler import sample
 from headgate.shard.scheduled_rows import Draws
 from headgate.shard.step_inputs import build_inputs

@@ -14,11 +14,12 @@ import pytest
 
 from headgate.kernels.cpu import library
 from headgate.proto.messages import NewRow, RowEnd, RowSampling, StepPlan, StepResult
+from headgate.shard.batch_limits import BatchLimits
 from headgate.shard.config import ShardIdentity
 from headgate.shard.decode_rows import DecodeRows
 from headgate.shard.distributed import single_group
 from headgate.shard.drafts import guess
-from headgate.shard.input_batch import BatchLimits, InputBatch, PlanError
+from headgate.shard.input_batch import InputBatch, PlanError
 from headgate.shard.model_runner import ModelRunner
 from headgate.shard.models.registry import load_model
 from headgate.shard.step_inputs import build_inputs
