@@ -76,6 +76,9 @@ class RecordedModel:
         self._num_samples = 0  # of the last step
         self._plain = 0  # whether it was
         self._chooses = chooses
+        if chooses:
+            # NumPy's views: between two steps PyTorch's code is out of the caches, and slow.
+            self._step_tokens, self._head_tokens = step.outputs[1].numpy(), head.outputs[0].numpy()
 
     def bind(self, kv_cache: KVCache) -> None:
         """From now on steps use this cache, of the layout it was recorded with."""
@@ -115,11 +118,11 @@ class RecordedModel:
         None where it was not, or the model makes its logits in a way of its own."""
         if not self._plain or not self._chooses:
             return None
-        tokens = np.empty(self._num_samples, np.int64)
-        for first in range(0, self._num_samples, self.most_logits):
-            outputs, count = self._found(first)
-            tokens[first : first + count] = outputs[0][:count].numpy()
-        return tokens
+        parts = [self._step_tokens[: min(self._num_samples, self.most_logits)].copy()]
+        for first in range(self.most_logits, self._num_samples, self.most_logits):
+            _, count = self._found(first)
+            parts.append(self._head_tokens[:count].copy())
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def _found(self, first: int) -> tuple[Sequence[torch.Tensor], int]:
         """(what the head came to for the places from `first` on, of how many it is)."""
