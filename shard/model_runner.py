@@ -47,7 +47,7 @@ from headgate.shard.sampling.params import IntArray
 from headgate.shard.scheduled_rows import ScheduledRows
 from headgate.shard.step_clock import StepClock
 from headgate.shard.step_inputs import StepInputs, build_inputs
-from headgate.shard.vote import plan_tag, vote
+from headgate.shard.vote import Vote, plan_tag
 from headgate.shard.warmup import warm_up
 
 logger = logging.getLogger(__name__)
@@ -94,6 +94,7 @@ class ModelRunner:
         self.recorded: RecordedModel | GraphedModel | None = None
         self._host_sampler = HostSampler(group, config.device)
         self._device_sampler: DeviceSampler | None = None
+        self._vote = Vote(group)
         self._under_way = StepQueue()
         self._last_done = 0  # when the last step was settled
         self._kv_cache: KVCache | None = None
@@ -262,7 +263,7 @@ class ModelRunner:
                 reason = str(error) if isinstance(error, PlanError) else "out of memory"
                 problem = f"shard {self.identity.rank}: {reason}"
         if self.group.world_size > 1:
-            refusing = vote(self.group, plan_tag(plan), not problem, is_current)
+            refusing = self._vote(plan_tag(plan), not problem, is_current)
             if refusing and not problem:
                 problem = f"refused by shard {', '.join(map(str, refusing))}"
         if problem:

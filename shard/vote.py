@@ -34,20 +34,30 @@ def plan_tag(plan: StepPlan) -> int:
     return zlib.crc32(content) & 0x7FFFFFFF
 
 
-def vote(group: Group, tag: int, willing: bool, is_current: Callable[[], bool]) -> list[int]:
-    """The ranks that refuse the plan `tag`; none, and all run it.
+class Vote:
+    """Taken by one rank of a group, again and again."""
 
-    Raises Superseded when this rank's plan is the stale one, PlansDiffer when none gives way.
-    """
-    deadline = time.monotonic() + _PATIENCE
-    while True:
-        ballots = torch.zeros(group.world_size, dtype=torch.int64)
-        ballots[group.rank] = tag << 1 | willing
-        votes = group.all_reduce(ballots).tolist()
-        if len({ballot >> 1 for ballot in votes}) == 1:
-            return [rank for rank, ballot in enumerate(votes) if not ballot & 1]
-        if not is_current():
-            raise Superseded
-        if time.monotonic() > deadline:
-            raise PlansDiffer("the shards were sent different plans")
-        time.sleep(_PAUSE)
+    def __init__(self, group: Group) -> None:
+        self._group = group
+        self._ballots = torch.zeros(group.world_size, dtype=torch.int64)
+        # NumPy's view of them: between two steps PyTorch's code is out of the caches, and slow.
+        self._votes = self._ballots.numpy()
+
+    def __call__(self, tag: int, willing: bool, is_current: Callable[[], bool]) -> list[int]:
+        """The ranks that refuse the plan `tag`; none, and all run it.
+
+        Raises Superseded when this rank's plan is the stale one, PlansDiffer when none gives way.
+        """
+        deadline = time.monotonic() + _PATIENCE
+        while True:
+            self._votes[:] = 0
+            self._votes[self._group.rank] = tag << 1 | willing
+            self._group.all_reduce(self._ballots)
+            votes = self._votes.tolist()
+            if len({ballot >> 1 for ballot in votes}) == 1:
+                return [rank for rank, ballot in enumerate(votes) if not ballot & 1]
+            if not is_current():
+                raise Superseded
+            if time.monotonic() > deadline:
+                raise PlansDiffer("the shards were sent different plans")
+            time.sleep(_PAUSE)
