@@ -301,9 +301,10 @@ class _Attempt:
             same = _same_bits(expected, recorded.forward(replace(step, plain=False)))
             likeliest, equal = self._compare_logits(expected, recorded, step.num_samples)
             same &= equal
-            recorded.forward(replace(step, plain=True))
-            tokens = recorded.likeliest()
-            same &= tokens is None or np.array_equal(tokens, likeliest)
+            if len(step.input_ids) <= trial_steps.CONTEXT:  # not the largest, which takes longest
+                recorded.forward(replace(step, plain=True))
+                tokens = recorded.likeliest()
+                same &= tokens is None or np.array_equal(tokens, likeliest)
             if not same and not obstacle:
                 obstacle = (
                     f"a replay of {len(step.input_ids)} tokens differs from the model's own step"

@@ -184,6 +184,8 @@ def _check_alike(recordings: Sequence[Recording]) -> None:
 def _solve(values: Sequence[int], recordings: Sequence[Recording], what: str) -> Linear:
     """The number that had these values in the recordings."""
     factors = tuple(value - values[0] for value in values[1:])
+    if not any(factors):  # as most are
+        return Linear(values[0], factors)
     base = values[0] - sum(f * s for f, s in zip(factors, recordings[0].sizes, strict=True))
     found = Linear(base, factors)
     if any(found.at(r.sizes) != v for r, v in zip(recordings, values, strict=True)):
