@@ -2,8 +2,9 @@
 
 A matrix [N, K] is cut along K into groups, each with a scale (and for int4 a minimum) of its own in
 bfloat16; int8 has one scale for all groups of a channel, so that sums of groups are scaled by those
-of the inputs alone. Values are chosen for the scales as they are stored, so rounding those costs
-little.
+of the inputs alone. int4's scales and minima are whole numbers of 8 bits, of a unit that all groups
+of a channel have in common, so that back ends may keep them in a byte each. Values are chosen for
+the scales as they are stored, so rounding those costs little.
 Inputs of the kinds that multiply integers are quantised row by row and group by group when they
 come, to -127..127 by the group's largest; so a row's result depends on that row alone.
 """
@@ -27,6 +28,7 @@ _SMALLEST_INPUT = 1e-30
 _RANGES = (1.0, 0.85)
 _FITS = 2
 _LEAST_SPREAD = 1e-30
+_SCALE_BITS, _MINIMUM_BITS = 8, 7  # of int4's scales, and of its minima beside their sign
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -72,7 +74,8 @@ def quantise(weight: torch.Tensor, kind: QuantKind) -> QuantisedTensor:
         wide = F.pad(weight[part].float(), (0, groups * kind.group - inner), mode="replicate")
         # One group a column: sums over groups are then sums of rows.
         by_group = wide.view(-1, groups // scaled * kind.group).T.contiguous()
-        found, scale, minimum = _fit_offset(by_group) if kind.offset else _fit_symmetric(by_group)
+        fitted = _fit_offset(by_group, groups) if kind.offset else _fit_symmetric(by_group)
+        found, scale, minimum = fitted
         values[part] = found.T.reshape(-1, groups, kind.group)
         scales[part] = scale.view(-1, scaled)
         if minima is not None and minimum is not None:
@@ -87,20 +90,24 @@ def _fit_symmetric(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
     return (x / scale).round_().clamp_(-127, 127), scale, None
 
 
-def _fit_offset(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Values, scales and minima of the groups x[:, M] with the least squared error found.
+def _fit_offset(x: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Values, scales and minima of the groups x[:, M], `groups` of a channel side by side, with the
+    least squared error found.
 
     From the whole range, and from a narrower one that cuts outliers off, the line through the
     values is fitted to x by linear regression and the values are chosen again.
     """
     low, high, mean = x.amin(0), x.amax(0), _sum(x) / len(x)
+    scale_unit = _unit((high - low) * (1 / 15), groups, _SCALE_BITS)
+    minimum_unit = _unit(low.abs(), groups, _MINIMUM_BITS)
+    largest_scale, largest_minimum = 2**_SCALE_BITS - 1, 2**_MINIMUM_BITS - 1
     best: tuple[torch.Tensor, ...] = ()
     for part in _RANGES:
         scale = (high - low) * (part / 15)
         minimum = (low + high) / 2 - 7.5 * scale
         for fit in range(_FITS):
-            scale, minimum = _stored(scale), _stored(minimum)
-            scale = torch.where(scale > 0, scale, 1.0)
+            scale = _in_units(scale, scale_unit, 1, largest_scale)
+            minimum = _in_units(minimum, minimum_unit, -largest_minimum, largest_minimum)
             values = ((x - minimum) / scale).round_().clamp_(0, 15)
             error = _sum((values * scale + minimum - x).square_())
             found = (error, values, scale, minimum)
@@ -112,6 +119,20 @@ def _fit_offset(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
             if fit + 1 < _FITS:
                 scale, minimum = _fit_line(x, values, mean)
     return best[1], best[2], best[3]
+
+
+def _unit(largest: torch.Tensor, groups: int, bits: int) -> torch.Tensor:
+    """The power of two of which the largest of each channel's groups is a number of so many bits;
+    for each group."""
+    of_channel = largest.view(-1, groups).amax(1).contiguous()
+    power = (of_channel.view(torch.int32) & 0x7F800000).view(torch.float32)
+    unit = torch.where(power > 0, power, 1.0) / 2 ** (bits - 1)
+    return unit.repeat_interleave(groups)
+
+
+def _in_units(x: torch.Tensor, unit: torch.Tensor, least: int, most: int) -> torch.Tensor:
+    """Rounded as int4's scales and minima are kept."""
+    return (x / unit).round_().clamp_(least, most) * unit
 
 
 def _fit_line(
@@ -133,7 +154,7 @@ def _sum(x: torch.Tensor) -> torch.Tensor:
 
 
 def _stored(x: torch.Tensor) -> torch.Tensor:
-    """Rounded as scales are kept."""
+    """Rounded as scales of 8 bits are kept."""
     return x.bfloat16().float()
 
 

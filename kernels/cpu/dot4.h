@@ -20,9 +20,6 @@ HG_INLINE vi low_nibbles(vi a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)
 HG_INLINE vi high_nibbles(vi a) {
   return _mm512_and_si512(_mm512_srli_epi16(a, 4), _mm512_set1_epi8(15));
 }
-HG_INLINE vf load_i8(const int8_t* p) {
-  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
-}
 
 #else
 
@@ -35,17 +32,11 @@ HG_INLINE vi high_nibbles(vi a) {
 // As numbers of 16 bits.
 HG_INLINE vi even_bytes(vi a) { return _mm256_and_si256(a, _mm256_set1_epi16(255)); }
 HG_INLINE vi odd_bytes(vi a) { return _mm256_srli_epi16(a, 8); }
-HG_INLINE vf load_i8(const int8_t* p) {
-  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
-}
 
 #else
 
 HG_INLINE vi low_nibbles(vi a) { return a & 0x0f0f0f0f; }
 HG_INLINE vi high_nibbles(vi a) { return (a >> 4) & 0x0f0f0f0f; }
-HG_INLINE vf load_i8(const int8_t* p) {
-  return vf{(float)p[0], (float)p[1], (float)p[2], (float)p[3]};
-}
 
 #endif
 

@@ -1,15 +1,12 @@
-// Numbers as signed bytes: widened as they are read, and rows of keys and values stored by a scale.
+// Numbers as signed bytes: rows of keys and values stored by a scale.
 #pragma once
 
-#include "simd.h"
+#include "load_bytes.h"
 
 namespace {
 
 #if defined(__AVX512F__)
 
-HG_INLINE vf load_i8(const int8_t* p) {
-  return to_float(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
-}
 // The lowest byte of each lane.
 HG_INLINE void store_i8(int8_t* p, vi a) {
   _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(a));
@@ -25,9 +22,6 @@ HG_INLINE vi max_int(vi a, vi b) { return _mm512_max_epi32(a, b); }
 
 #elif defined(__AVX2__)
 
-HG_INLINE vf load_i8(const int8_t* p) {
-  return to_float(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
-}
 HG_INLINE void store_i8(int8_t* p, vi a) {
   const __m128i lowest = _mm_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
   const __m128i low = _mm_shuffle_epi8(_mm256_castsi256_si128(a), lowest);
@@ -41,12 +35,6 @@ HG_INLINE vi max_int(vi a, vi b) { return _mm256_max_epi32(a, b); }
 
 #else
 
-HG_INLINE vf load_i8(const int8_t* p) {
-  typedef int8_t bytes __attribute__((vector_size(4)));
-  bytes x;
-  memcpy(&x, p, sizeof x);
-  return __builtin_convertvector(x, vf);
-}
 HG_INLINE void store_i8(int8_t* p, vi a) {
   for (int i = 0; i < VL; ++i) p[i] = (int8_t)a[i];
 }

@@ -5,7 +5,7 @@
 #pragma once
 
 #include "ahead.h"
-#include "dot4.h"
+#include "load_bytes.h"
 #include "quantised.h"
 #include "store_outputs.h"
 

@@ -23,6 +23,13 @@ struct Scaling {
   vf scale, minimum;
 };
 
+// What int4 scales and minima of a column are whole numbers of.
+struct Units {
+  vf scale, minimum;
+};
+// The largest such numbers.
+constexpr float kMostScales = 255.0f, kMostMinima = 127.0f;
+
 // One group of a column; what lies past the column's end is its last value.
 HG_INLINE void load_values(const QuantiseWeightJob& job, int64_t column, int64_t k, int group,
                            float* values) {
@@ -55,6 +62,40 @@ void find_largest(const QuantiseWeightJob& job, int64_t column, float (&largest)
     }
     largest[c] = max_lanes(most);
   }
+}
+
+// The largest power of two that is not above x; 1 for what is less than any normal one.
+HG_INLINE float power_below(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  bits &= 0x7f800000;
+  memcpy(&x, &bits, sizeof x);
+  return bits ? x : 1.0f;
+}
+
+// The units of a panel's columns, [2][kPanel], so that the largest numbers have 8 bits (scales), 7 bits (minima).
+void find_units(const QuantiseWeightJob& job, int64_t column, float (&units)[2][kPanel]) {
+  for (int c = 0; c < kPanel; ++c) {
+    vf widest = set1(0.0f), farthest = set1(0.0f);
+    for (int64_t k = 0; k < job.inner && column + c < job.columns; k += kInt4Group) {
+      float values[kInt4Group];
+      load_values(job, column + c, k, kInt4Group, values);
+      vf low = load(values), high = low;
+      for (int i = VL; i < kInt4Group; i += VL) {
+        low = vmin(low, load(values + i));
+        high = vmax(high, load(values + i));
+      }
+      const float least = -max_lanes(set1(0.0f) - low);
+      widest = vmax(widest, set1(max_lanes(high) - least));
+      farthest = vmax(farthest, set1(least < 0 ? -least : least));
+    }
+    units[0][c] = power_below(max_lanes(widest) * kScaleParts[0]) / 128.0f;
+    units[1][c] = power_below(max_lanes(farthest)) / 64.0f;
+  }
+}
+
+HG_INLINE vf in_units(vf x, vf unit, float least, float most) {
+  return vmin(vmax(round_even(x / unit), set1(least)), set1(most)) * unit;
 }
 
 HG_INLINE vf positive_or_one(vf scale) {
@@ -92,7 +133,7 @@ HG_INLINE Scaling fit_line(const GroupValues& x, int first, const vf (&values)[k
 }
 
 // The least squared error found: from each range, by its values, then by the line through them.
-HG_INLINE Scaling fit_offset(const GroupValues& x, int first) {
+HG_INLINE Scaling fit_offset(const GroupValues& x, int first, Units units) {
   vf low = load(x[0] + first), high = low, total = low;
   for (int k = 1; k < kInt4Group; ++k) {
     const vf value = load(x[k] + first);
@@ -108,7 +149,8 @@ HG_INLINE Scaling fit_offset(const GroupValues& x, int first) {
     now.scale = (high - low) * set1(part);
     now.minimum = (low + high) / set1(2.0f) - set1(7.5f) * now.scale;
     for (int fit = 0; fit < kFits; ++fit) {
-      now = {positive_or_one(round_bf16(now.scale)), round_bf16(now.minimum)};
+      now.scale = in_units(now.scale, units.scale, 1.0f, kMostScales);
+      now.minimum = in_units(now.minimum, units.minimum, -kMostMinima, kMostMinima);
       vf values[kInt4Group], error = set1(0.0f);
       for (int k = 0; k < kInt4Group; ++k) {
         const vf value = load(x[k] + first);
@@ -131,14 +173,18 @@ HG_INLINE void store_scales(vf values, uint16_t* to) {
   for (int i = 0; i < VL; ++i) to[i] = (uint16_t)(bits[i] >> 16);
 }
 
+// Whole numbers, of a vector, as bytes.
+HG_INLINE void store_numbers(vf values, char* to) {
+  const vi numbers = to_int(values);
+  int32_t lane[VL];
+  memcpy(lane, &numbers, sizeof lane);
+  for (int i = 0; i < VL; ++i) to[i] = (char)lane[i];
+}
+
 // One vector of columns of a block of values [group][kPanel], signed bytes.
 HG_INLINE void store_bytes(const GroupValues& x, int first, Scaling by, char* values) {
-  for (int k = 0; k < kWeightOnlyGroup; ++k) {
-    const vi value = to_int(chosen_value(load(x[k] + first), by, -127.0f, 127.0f));
-    int32_t lane[VL];
-    memcpy(lane, &value, sizeof lane);
-    for (int i = 0; i < VL; ++i) values[k * kPanel + first + i] = (char)lane[i];
-  }
+  for (int k = 0; k < kWeightOnlyGroup; ++k)
+    store_numbers(chosen_value(load(x[k] + first), by, -127.0f, 127.0f), values + k * kPanel + first);
 }
 
 // The same of int8 and int4.
@@ -157,32 +203,44 @@ HG_INLINE void store_words(const GroupValues& x, int first, Scaling by, char* va
   }
 }
 
+// One vector of columns of a block: its scales (and minima), unless the columns have theirs, and its values.
+template <int Q>
+HG_INLINE void store_block(const GroupValues& x, int first, const float (&largest)[kPanel],
+                           const float (&units)[2][kPanel], char* block) {
+  char* values = block + block_header(Q);
+  if constexpr (Q == kInt8) {
+    store_words<Q>(x, first, by_largest(load(largest + first)), values);
+  } else if constexpr (Q == kInt4) {
+    const Units unit = {load(units[0] + first), load(units[1] + first)};
+    const Scaling by = fit_offset(x, first, unit);
+    store_numbers(by.scale / unit.scale, block + first);
+    store_numbers(by.minimum / unit.minimum, block + kPanel + first);
+    store_words<Q>(x, first, by, values);
+  } else {
+    const Scaling by = fit_symmetric(x, first, group_size(Q));
+    store_scales(by.scale, (uint16_t*)block + first);
+    store_bytes(x, first, by, values);
+  }
+}
+
 template <int Q>
 void quantise_panel(const QuantiseWeightJob& job, int64_t panel) {
   char* packed = job.packed + panel * panel_bytes(job.inner, Q);
-  float largest[kPanel];
-  if (Q == kInt8) {
-    find_largest(job, panel * kPanel, largest);
-    for (int first = 0; first < kPanel; first += VL)
-      store_scales(by_largest(load(largest + first)).scale, (uint16_t*)packed + first);
+  uint16_t* header = (uint16_t*)packed;
+  float largest[kPanel], units[2][kPanel];
+  if (Q == kInt8) find_largest(job, panel * kPanel, largest);
+  if (Q == kInt4) find_units(job, panel * kPanel, units);
+  for (int first = 0; first < kPanel; first += VL) {
+    if (Q == kInt8) store_scales(by_largest(load(largest + first)).scale, header + first);
+    if (Q != kInt4) continue;
+    store_scales(load(units[0] + first), header + first);
+    store_scales(load(units[1] + first), header + kPanel + first);
   }
   char* block = packed + panel_header(Q);
   for (int64_t k = 0; k < job.inner; k += group_size(Q), block += block_bytes(Q)) {
     GroupValues x __attribute__((aligned(64)));
     load_group(job, panel * kPanel, k, group_size(Q), x);
-    uint16_t* header = (uint16_t*)block;
-    char* values = block + block_header(Q);
-    for (int first = 0; first < kPanel; first += VL) {
-      if (Q == kInt8) {
-        store_words<Q>(x, first, by_largest(load(largest + first)), values);
-        continue;
-      }
-      const Scaling by = Q == kInt4 ? fit_offset(x, first) : fit_symmetric(x, first, group_size(Q));
-      store_scales(by.scale, header + first);
-      if (Q == kInt4) store_scales(by.minimum, header + kPanel + first);
-      if constexpr (Q == kInt4) store_words<Q>(x, first, by, values);
-      else store_bytes(x, first, by, values);
-    }
+    for (int first = 0; first < kPanel; first += VL) store_block<Q>(x, first, largest, units, block);
   }
 }
 

@@ -1,9 +1,10 @@
 // Quantised weights: their layout, and what one instruction set offers to multiply with them.
 //
 // A weight matrix is cut into panels of kPanel output columns and, along K, into groups. A block is one
-// panel's part of one group: kPanel scales in bfloat16, for int4 kPanel minima in bfloat16, then the
-// values. An int8 column has one scale for all groups: a panel begins with kPanel of them, and its
-// blocks have values alone. Blocks of a panel follow one another, so a product reads one stream. Past
+// panel's part of one group: kPanel scales, for int4 kPanel minima, then the values. Scales of
+// int8-weight-only are bfloat16. Those of int4 are bytes, minima signed ones, in units that a column has for
+// all its groups: a panel begins with kPanel units of scales and as many of minima, in bfloat16. An int8 column has
+// one scale for all groups: a panel begins with kPanel of them, in bfloat16, and its blocks have values alone. Blocks of a panel follow one another, so a product reads one stream. Past
 // the end of K a block holds any values, since inputs there are zeros; so does it for columns that
 // are missing.
 //
@@ -30,11 +31,11 @@ constexpr int kMaxGroup = 64;
 static constexpr int group_size(int32_t kind) {
   return kind == kInt8 ? kInt8Group : kind == kInt4 ? kInt4Group : kWeightOnlyGroup;
 }
-// Bytes of a block's scales (and minima), and of those that stand before a panel's blocks.
-static constexpr int64_t block_header(int32_t kind) {
-  return kind == kInt8 ? 0 : kPanel * (kind == kInt4 ? 4 : 2);
+// Bytes of a block's scales (and minima), and of what stands before a panel's blocks.
+static constexpr int64_t block_header(int32_t kind) { return kind == kInt8 ? 0 : kPanel * 2; }
+static constexpr int64_t panel_header(int32_t kind) {
+  return kind == kInt8 ? kPanel * 2 : kind == kInt4 ? kPanel * 4 : 0;
 }
-static constexpr int64_t panel_header(int32_t kind) { return kind == kInt8 ? kPanel * 2 : 0; }
 static constexpr int64_t block_bytes(int32_t kind) {
   return block_header(kind) + kPanel * (kind == kInt4 ? kInt4Group / 2 : group_size(kind));
 }

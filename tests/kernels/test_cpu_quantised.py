@@ -33,10 +33,10 @@ def test_every_kind_has_a_code() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_memory_is_what_the_launcher_counts(kind: str) -> None:
-    per_weight = quant_kinds.KINDS[kind].bytes_per_weight
-    channels = 2 * 64 if quant_kinds.KINDS[kind].per_channel else 0  # their scales
-    assert pack(random(64, 128), kind).nbytes == 64 * 128 * per_weight + channels
-    assert 0.96 * _QUANTISED_BYTES[kind] < per_weight <= _QUANTISED_BYTES[kind]
+    per_weight = quant_kinds.KINDS[kind].cpu_bytes_per_weight
+    of_channel = {"int8": 2, "int4": 4}.get(kind, 0)  # its scale, or units of scales and minima
+    assert pack(random(64, 128), kind).nbytes == 64 * 128 * per_weight + 64 * of_channel
+    assert 0.89 * _QUANTISED_BYTES[kind] < per_weight <= _QUANTISED_BYTES[kind]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
