@@ -2,9 +2,9 @@
 
 A matrix [N, K] is cut along K into groups, each with a scale (and for int4 a minimum) of its own in
 bfloat16; int8 has one scale for all groups of a channel, so that sums of groups are scaled by those
-of the inputs alone. int4's scales and minima are whole numbers of 8 bits, of a unit that all groups
-of a channel have in common, so that back ends may keep them in a byte each. Values are chosen for
-the scales as they are stored, so rounding those costs little.
+of the inputs alone. int4's scales, and its minima, none of which is above zero, are whole numbers
+below 256 of a unit that all groups of a channel have in common, so that back ends may keep them in
+a byte each. Values are chosen for the scales as they are stored, so rounding those costs little.
 Inputs of the kinds that multiply integers are quantised row by row and group by group when they
 come, to -127..127 by the group's largest; so a row's result depends on that row alone.
 """
@@ -28,7 +28,7 @@ _SMALLEST_INPUT = 1e-30
 _RANGES = (1.0, 0.85)
 _FITS = 2
 _LEAST_SPREAD = 1e-30
-_SCALE_BITS, _MINIMUM_BITS = 8, 7  # of int4's scales, and of its minima beside their sign
+_MOST_UNITS = 255  # of int4's scales and minima
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -97,17 +97,15 @@ def _fit_offset(x: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tenso
     From the whole range, and from a narrower one that cuts outliers off, the line through the
     values is fitted to x by linear regression and the values are chosen again.
     """
-    low, high, mean = x.amin(0), x.amax(0), _sum(x) / len(x)
-    scale_unit = _unit((high - low) * (1 / 15), groups, _SCALE_BITS)
-    minimum_unit = _unit(low.abs(), groups, _MINIMUM_BITS)
-    largest_scale, largest_minimum = 2**_SCALE_BITS - 1, 2**_MINIMUM_BITS - 1
+    low, high, mean = x.amin(0).clamp(max=0), x.amax(0), _sum(x) / len(x)
+    scale_unit, minimum_unit = _unit((high - low) * (1 / 15), groups), -_unit(-low, groups)
     best: tuple[torch.Tensor, ...] = ()
     for part in _RANGES:
         scale = (high - low) * (part / 15)
         minimum = (low + high) / 2 - 7.5 * scale
         for fit in range(_FITS):
-            scale = _in_units(scale, scale_unit, 1, largest_scale)
-            minimum = _in_units(minimum, minimum_unit, -largest_minimum, largest_minimum)
+            scale = _in_units(scale, scale_unit, 1)
+            minimum = _in_units(minimum, minimum_unit, 0)
             values = ((x - minimum) / scale).round_().clamp_(0, 15)
             error = _sum((values * scale + minimum - x).square_())
             found = (error, values, scale, minimum)
@@ -121,18 +119,17 @@ def _fit_offset(x: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tenso
     return best[1], best[2], best[3]
 
 
-def _unit(largest: torch.Tensor, groups: int, bits: int) -> torch.Tensor:
-    """The power of two of which the largest of each channel's groups is a number of so many bits;
-    for each group."""
+def _unit(largest: torch.Tensor, groups: int) -> torch.Tensor:
+    """The power of two of which the largest of each channel's groups is a number of 8 bits, for
+    each group."""
     of_channel = largest.view(-1, groups).amax(1).contiguous()
     power = (of_channel.view(torch.int32) & 0x7F800000).view(torch.float32)
-    unit = torch.where(power > 0, power, 1.0) / 2 ** (bits - 1)
-    return unit.repeat_interleave(groups)
+    return (torch.where(power > 0, power, 1.0) / 128).repeat_interleave(groups)
 
 
-def _in_units(x: torch.Tensor, unit: torch.Tensor, least: int, most: int) -> torch.Tensor:
+def _in_units(x: torch.Tensor, unit: torch.Tensor, least: int) -> torch.Tensor:
     """Rounded as int4's scales and minima are kept."""
-    return (x / unit).round_().clamp_(least, most) * unit
+    return (x / unit).round_().clamp_(least, _MOST_UNITS) * unit
 
 
 def _fit_line(

@@ -51,7 +51,7 @@ _MOST_TOKENS = 512  # of a step
 _BYTES = {0: 4.0, 1: 2.0, 2: 2.0, 3: 2.0}  # of a weight, by its code in kernels.h
 _BFLOAT16 = 1  # its code there
 _ROUNDED = 3  # the code of weights whose inputs are rounded
-_QUANTISED_BYTES = {0: 1.0, 1: 1.0, 2: 0.625}  # in quantised.h, int4 with its groups' scales
+_QUANTISED_BYTES = {0: 1.0, 1: 1.0, 2: 0.5625}  # in quantised.h, int4 with its groups' scales
 
 
 @dataclass(frozen=True, slots=True)

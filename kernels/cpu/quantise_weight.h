@@ -23,12 +23,11 @@ struct Scaling {
   vf scale, minimum;
 };
 
-// What int4 scales and minima of a column are whole numbers of.
+// What int4 scales and minima of a column are whole numbers of, up to kMostUnits; that of minima is negative.
 struct Units {
   vf scale, minimum;
 };
-// The largest such numbers.
-constexpr float kMostScales = 255.0f, kMostMinima = 127.0f;
+constexpr float kMostUnits = 255.0f;
 
 // One group of a column; what lies past the column's end is its last value.
 HG_INLINE void load_values(const QuantiseWeightJob& job, int64_t column, int64_t k, int group,
@@ -73,29 +72,29 @@ HG_INLINE float power_below(float x) {
   return bits ? x : 1.0f;
 }
 
-// The units of a panel's columns, [2][kPanel], so that the largest numbers have 8 bits (scales), 7 bits (minima).
+// The units of a panel's columns, of scales and of minima: the largest number of a column has 8 bits.
 void find_units(const QuantiseWeightJob& job, int64_t column, float (&units)[2][kPanel]) {
   for (int c = 0; c < kPanel; ++c) {
-    vf widest = set1(0.0f), farthest = set1(0.0f);
+    float widest = 0.0f, lowest = 0.0f;
     for (int64_t k = 0; k < job.inner && column + c < job.columns; k += kInt4Group) {
       float values[kInt4Group];
       load_values(job, column + c, k, kInt4Group, values);
-      vf low = load(values), high = low;
-      for (int i = VL; i < kInt4Group; i += VL) {
-        low = vmin(low, load(values + i));
+      vf below = set1(0.0f), high = load(values);
+      for (int i = 0; i < kInt4Group; i += VL) {
+        below = vmax(below, set1(0.0f) - load(values + i));
         high = vmax(high, load(values + i));
       }
-      const float least = -max_lanes(set1(0.0f) - low);
-      widest = vmax(widest, set1(max_lanes(high) - least));
-      farthest = vmax(farthest, set1(least < 0 ? -least : least));
+      const float low = -max_lanes(below), range = max_lanes(high) - low;
+      widest = range > widest ? range : widest;
+      lowest = low < lowest ? low : lowest;
     }
-    units[0][c] = power_below(max_lanes(widest) * kScaleParts[0]) / 128.0f;
-    units[1][c] = power_below(max_lanes(farthest)) / 64.0f;
+    units[0][c] = power_below(widest * kScaleParts[0]) / 128.0f;
+    units[1][c] = power_below(-lowest) / -128.0f;
   }
 }
 
-HG_INLINE vf in_units(vf x, vf unit, float least, float most) {
-  return vmin(vmax(round_even(x / unit), set1(least)), set1(most)) * unit;
+HG_INLINE vf in_units(vf x, vf unit, float least) {
+  return vmin(vmax(round_even(x / unit), set1(least)), set1(kMostUnits)) * unit;
 }
 
 HG_INLINE vf positive_or_one(vf scale) {
@@ -141,6 +140,7 @@ HG_INLINE Scaling fit_offset(const GroupValues& x, int first, Units units) {
     high = vmax(high, value);
     total = total + value;
   }
+  low = vmin(low, set1(0.0f));
   const vf mean = total / set1((float)kInt4Group);
   Scaling best = {};
   vf least = set1(__builtin_inff());
@@ -149,8 +149,8 @@ HG_INLINE Scaling fit_offset(const GroupValues& x, int first, Units units) {
     now.scale = (high - low) * set1(part);
     now.minimum = (low + high) / set1(2.0f) - set1(7.5f) * now.scale;
     for (int fit = 0; fit < kFits; ++fit) {
-      now.scale = in_units(now.scale, units.scale, 1.0f, kMostScales);
-      now.minimum = in_units(now.minimum, units.minimum, -kMostMinima, kMostMinima);
+      now.scale = in_units(now.scale, units.scale, 1.0f);
+      now.minimum = in_units(now.minimum, units.minimum, 0.0f);
       vf values[kInt4Group], error = set1(0.0f);
       for (int k = 0; k < kInt4Group; ++k) {
         const vf value = load(x[k] + first);

@@ -9,6 +9,7 @@ from headgate import quant_kinds
 from headgate.kernels import reference
 from headgate.kernels.cpu import library, operations, set_num_threads
 from headgate.kernels.cpu.quantised import CODES, QuantisedWeight
+from headgate.kernels.quantised import quantise
 from headgate.launcher.autosize import _QUANTISED_BYTES
 
 pytestmark = pytest.mark.usefixtures("cpu_kernels")
@@ -47,11 +48,28 @@ def test_weights_are_quantised_as_by_the_reference(kind: str, dtype: torch.dtype
     weight[3] = 0.0
     weight[4, 32:64] = weight[4, 31]  # a group of equals
     weight[5] = torch.linspace(-2e-38, 2e-38, 333)
+    weight[6], weight[7] = weight[6].abs() + 1, -weight[7].abs() - 1
     given = weight.to(dtype)
     x = 127 * torch.eye(333)
     expected = reference.linear(x, reference.pack_linear(given, torch.float32, kind), None)
     packed = operations.pack_linear(given, torch.float32, kind)
     assert torch.equal(operations.linear(x, packed, None), expected)
+
+
+def test_scales_and_minima_of_int4_are_bytes_of_their_channel() -> None:
+    weight = random(50, 320) * random(50, 1, seed=1).exp()
+    weight[3], weight[4] = weight[3].abs() + 1, -weight[4].abs() - 1
+    weight[5, 40:] *= 1e-4  # groups far smaller than others
+    quantised = quantise(weight, quant_kinds.KINDS["int4"])
+    assert quantised.minima is not None and (quantised.minima <= 0).all()
+    for stored, least in ((quantised.scales.float(), 1), (-quantised.minima.float(), 0)):
+        largest = stored.amax(1, keepdim=True)
+        unit = 2.0 ** torch.where(largest > 0, largest, 1.0).log2().floor() / 128
+        numbers = stored / unit
+        assert torch.equal(numbers, numbers.round())
+        assert numbers.min() >= least and numbers.max() <= 255
+    error = (quantised.dequantise() - weight).norm(dim=1) / weight.norm(dim=1)
+    assert error.max() < 0.09
 
 
 @pytest.mark.parametrize("kind", KINDS)
