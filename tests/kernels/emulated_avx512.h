@@ -99,6 +99,7 @@ EMULATED To each_lane(From x) {
   return bits<To>(to);
 }
 EMULATED __m512i cvtepi8_epi32(__m128i x) { return each_lane<__m512i, __m128i, int32_t, int8_t>(x); }
+EMULATED __m512i cvtepu8_epi32(__m128i x) { return each_lane<__m512i, __m128i, int32_t, uint8_t>(x); }
 EMULATED __m256i cvtepi32_epi16(__m512i x) { return each_lane<__m256i, __m512i, uint16_t, int32_t>(x); }
 EMULATED __m128i cvtepi32_epi8(__m512i x) { return each_lane<__m128i, __m512i, uint8_t, int32_t>(x); }
 
@@ -190,6 +191,7 @@ EMULATED __m256i cvtneps_bf16(__m512 x) {
 #define _mm512_cvtph_ps emulated::cvtph_ps
 #define _mm512_cvtps_ph(x, how) emulated::cvtps_ph_nearest(x)
 #define _mm512_cvtepi8_epi32 emulated::cvtepi8_epi32
+#define _mm512_cvtepu8_epi32 emulated::cvtepu8_epi32
 #define _mm512_cvtepu16_epi32 emulated::cvtepu16_epi32
 #define _mm512_cvtepi32_epi16 emulated::cvtepi32_epi16
 #define _mm512_cvtepi32_epi8 emulated::cvtepi32_epi8
