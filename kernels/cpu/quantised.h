@@ -1,10 +1,11 @@
 // Quantised weights: their layout, and what one instruction set offers to multiply with them.
 //
 // A weight matrix is cut into panels of kPanel output columns and, along K, into groups. A block is one
-// panel's part of one group: kPanel scales, for int4 kPanel minima, then the values. Scales of
-// int8-weight-only are bfloat16. Those of int4, and minima, are bytes below 256 in units that a column has for
-// all its groups: a panel begins with kPanel units of scales and as many of minima, negative ones, in bfloat16. An int8 column has
-// one scale for all groups: a panel begins with kPanel of them, in bfloat16, and its blocks have values alone. Blocks of a panel follow one another, so a product reads one stream. Past
+// panel's part of one group: kPanel scales, for int4 kPanel minima, then the values. Scales are bfloat16, but
+// those of int4 are bytes, as its minima are: whole numbers of units that a column has for all its groups. A
+// panel of int4 begins with kPanel units of scales and as many of minima, which are negative, in bfloat16. An
+// int8 column has one scale for all groups: a panel begins with kPanel of them, and its
+// blocks have values alone. Blocks of a panel follow one another, so a product reads one stream. Past
 // the end of K a block holds any values, since inputs there are zeros; so does it for columns that
 // are missing.
 //
