@@ -100,14 +100,14 @@ void multiply_quantised(const char* x, const char* panel, Ahead ahead, int first
       for (int v = 0; v < V; ++v)
         sums[r][v] = set1i(Q == kInt8 && !kSignedWeights ? correction[r] : 0);
     add_group<Q, R, V>((const int8_t*)(x + R * 8), block + kHeader + first * 4, ahead, sums);
-    const uint16_t* units = (const uint16_t*)panel + first;
+    const float* units = (const float*)panel + first;
     const uint8_t* in_units = (const uint8_t*)block + first;
     vf scales[V], minima[V];
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) {
       if (Q != kInt4) continue;
-      scales[v] = load_u8(in_units + v * VL) * load_bf16(units + v * VL);
-      minima[v] = load_u8(in_units + kPanel + v * VL) * load_bf16(units + kPanel + v * VL);
+      scales[v] = load_u8(in_units + v * VL) * load(units + v * VL);
+      minima[v] = load_u8(in_units + kPanel + v * VL) * load(units + kPanel + v * VL);
     }
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {

@@ -226,15 +226,15 @@ HG_INLINE void store_block(const GroupValues& x, int first, const float (&larges
 template <int Q>
 void quantise_panel(const QuantiseWeightJob& job, int64_t panel) {
   char* packed = job.packed + panel * panel_bytes(job.inner, Q);
-  uint16_t* header = (uint16_t*)packed;
   float largest[kPanel], units[2][kPanel];
-  if (Q == kInt8) find_largest(job, panel * kPanel, largest);
-  if (Q == kInt4) find_units(job, panel * kPanel, units);
-  for (int first = 0; first < kPanel; first += VL) {
-    if (Q == kInt8) store_scales(by_largest(load(largest + first)).scale, header + first);
-    if (Q != kInt4) continue;
-    store_scales(load(units[0] + first), header + first);
-    store_scales(load(units[1] + first), header + kPanel + first);
+  if (Q == kInt8) {
+    find_largest(job, panel * kPanel, largest);
+    for (int first = 0; first < kPanel; first += VL)
+      store_scales(by_largest(load(largest + first)).scale, (uint16_t*)packed + first);
+  }
+  if (Q == kInt4) {
+    find_units(job, panel * kPanel, units);
+    memcpy(packed, units, sizeof units);
   }
   char* block = packed + panel_header(Q);
   for (int64_t k = 0; k < job.inner; k += group_size(Q), block += block_bytes(Q)) {

@@ -3,7 +3,7 @@
 // A weight matrix is cut into panels of kPanel output columns and, along K, into groups. A block is one
 // panel's part of one group: kPanel scales, for int4 kPanel minima, then the values. Scales are bfloat16, but
 // those of int4 are bytes, as its minima are: whole numbers of units that a column has for all its groups. A
-// panel of int4 begins with kPanel units of scales and as many of minima, which are negative, in bfloat16. An
+// panel of int4 begins with kPanel units of scales and as many of minima, which are negative, in float32. An
 // int8 column has one scale for all groups: a panel begins with kPanel of them, and its
 // blocks have values alone. Blocks of a panel follow one another, so a product reads one stream. Past
 // the end of K a block holds any values, since inputs there are zeros; so does it for columns that
@@ -35,7 +35,7 @@ static constexpr int group_size(int32_t kind) {
 // Bytes of a block's scales (and minima), and of what stands before a panel's blocks.
 static constexpr int64_t block_header(int32_t kind) { return kind == kInt8 ? 0 : kPanel * 2; }
 static constexpr int64_t panel_header(int32_t kind) {
-  return kind == kInt8 ? kPanel * 2 : kind == kInt4 ? kPanel * 4 : 0;
+  return kind == kInt8 ? kPanel * 2 : kind == kInt4 ? kPanel * 8 : 0;
 }
 static constexpr int64_t block_bytes(int32_t kind) {
   return block_header(kind) + kPanel * (kind == kInt4 ? kInt4Group / 2 : group_size(kind));
