@@ -57,7 +57,7 @@ _KV_ITEM_BYTES = {**_ITEM_BYTES, "fp8_e4m3fn": 1, "fp8_e5m2": 1, "int8": 1}
 _KV_SCALE_BYTES = {"int8": 4}  # for every token and head
 _FP8_CAPABILITY = {"fp8_e4m3fn": 8.9, "fp8_e5m2": 8.0}  # of GPUs that convert it
 # Of a quantised weight: its value, and its share of the group's scale (and minimum). A CPU's int8
-# weights have one scale a channel, its int4 weights scales and minima in bytes: 3 and 9 % less.
+# weights have one scale a channel, its int4 weights scales and minima in bytes: 3 and 8 % less.
 _QUANTISED_BYTES = {
     "int8": 1 + 2 / 64,
     "int8-weight-only": 1 + 2 / 32,
