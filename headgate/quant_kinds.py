@@ -22,16 +22,11 @@ class QuantKind:
 
     @property
     def bytes_per_weight(self) -> float:
-        """On a GPU: its value and its share of the group's scale and minimum; not of a channel's
-        scale."""
+        """On a CPU: its value and its share of the group's scale and minimum; not of a channel's
+        scale or units. A GPU has two bytes more for each group of int4."""
         if self.per_channel:
             return 1.0
-        return 1 / 2 + 4 / self.group if self.offset else 1 + 2 / self.group
-
-    @property
-    def cpu_bytes_per_weight(self) -> float:
-        """On a CPU, which has scales and minima in bytes; not of a channel's units."""
-        return 1 / 2 + 2 / self.group if self.offset else self.bytes_per_weight
+        return 1 / 2 + 2 / self.group if self.offset else 1 + 2 / self.group
 
     def padded(self, inner: int) -> int:
         """K filled up to whole groups."""

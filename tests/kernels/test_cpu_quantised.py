@@ -34,7 +34,7 @@ def test_every_kind_has_a_code() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_memory_is_what_the_launcher_counts(kind: str) -> None:
-    per_weight = quant_kinds.KINDS[kind].cpu_bytes_per_weight
+    per_weight = quant_kinds.KINDS[kind].bytes_per_weight
     of_channel = {"int8": 2, "int4": 8}.get(kind, 0)  # its scale, or units of scales and minima
     assert pack(random(64, 128), kind).nbytes == 64 * 128 * per_weight + 64 * of_channel
     assert 0.89 * _QUANTISED_BYTES[kind] < per_weight <= _QUANTISED_BYTES[kind]
