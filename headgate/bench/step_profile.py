@@ -48,6 +48,7 @@ _TIMEOUT = 60.0  # seconds that a shard waits for another
 _CHUNK = 256  # tokens of the prompt whose keys and values all blocks get
 _COPIED = 128  # blocks at a time
 _MOST_TOKENS = 512  # of a step
+_NUM_BLOCKS = 2240  # of the cache: 32 rows of 1000 positions, and a hundred steps
 _BYTES = {0: 4.0, 1: 2.0, 2: 2.0, 3: 2.0}  # of a weight, by its code in kernels.h
 _BFLOAT16 = 1  # its code there
 _ROUNDED = 3  # the code of weights whose inputs are rounded
@@ -99,7 +100,7 @@ class Profiler:
             max_total_tokens=2048,
             addresses=("unix:unused",),
             block_size=_BLOCK,
-            num_blocks=2048,
+            num_blocks=_NUM_BLOCKS,
             **asdict(stored),
         )
         group = group or single_group()
@@ -119,6 +120,8 @@ class Profiler:
         self._programs = self.runner.recorded.programs
         self._most_logits = self.runner.recorded.most_logits
         self.runner.allocate(config.num_blocks)
+        while self.runner.rest():  # as a server does before requests come
+            pass
         self.model = model
         self.roofline = roofline
         self._sequence = 0

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
-#define HG_API extern "C" __attribute__((visibility("default")))
+#include "export.h"
 
 namespace {
 
@@ -76,7 +76,6 @@ int64_t guess(int32_t* tokens, int64_t known, int64_t most, int64_t room) {
   for (int64_t place = 0; place < count; ++place) tokens[known + place] = tokens[last + 1 + place];
   return count;
 }
-
 
 // Whether the row's last token is all that is to be computed, and there is room for it.
 bool ready(const DecodeRows& d, int64_t slot) {

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "attention_plans.h"
+#include "export.h"
 #include "pack_weight.h"
 #include "product.h"
 #include "quantised.h"
@@ -77,8 +78,6 @@ const Kernels& active_kernels() { return *kernels; }
 }  // namespace headgate
 
 using namespace headgate;
-
-#define HG_API extern "C" __attribute__((visibility("default")))
 
 // Chooses the instruction set: `name`, or the best there is where it is empty. Returns its name, or
 // null where this machine or build does not have it.

@@ -6,6 +6,7 @@
 #include <sys/auxv.h>
 #endif
 
+#include "export.h"
 #include "product.h"
 #include "quantised.h"
 
@@ -29,8 +30,6 @@ const QuantisedKernels& quantised_kernels() {
 }  // namespace headgate
 
 using namespace headgate;
-
-#define HG_API extern "C" __attribute__((visibility("default")))
 
 HG_API int32_t hg_linear(const float* x, int64_t rows, int64_t inner, int64_t x_stride,
                          const void* weight, int32_t product, int64_t columns, const float* bias,

@@ -8,6 +8,7 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "export.h"
 #include "watch.h"
 
 namespace {
@@ -56,8 +57,6 @@ int64_t invoke(int64_t function, const I* i, const F* f) {
 }
 
 }  // namespace
-
-#define HG_API extern "C" __attribute__((visibility("default")))
 
 // Integer arguments that a recorded call may have; 0 where calls can't be replayed at all.
 HG_API int32_t hg_replay_most_integers() { return HG_CAN_REPLAY ? kRegisters + kStack : 0; }

@@ -21,6 +21,7 @@
 #include <atomic>
 #include <new>
 
+#include "export.h"
 #include "watch.h"
 
 namespace headgate {
@@ -326,8 +327,6 @@ int32_t broadcast(SharedGroup& g, char* data, int64_t bytes) {
 
 }  // namespace
 }  // namespace headgate
-
-#define HG_API extern "C" __attribute__((visibility("default")))
 
 using namespace headgate;
 

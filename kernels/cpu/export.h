@@ -1,0 +1,4 @@
+// Functions that Python finds by name.
+#pragma once
+
+#define HG_API extern "C" __attribute__((visibility("default")))
