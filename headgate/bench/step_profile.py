@@ -120,8 +120,6 @@ class Profiler:
         self._programs = self.runner.recorded.programs
         self._most_logits = self.runner.recorded.most_logits
         self.runner.allocate(config.num_blocks)
-        while self.runner.rest():  # as a server does before requests come
-            pass
         self.model = model
         self.roofline = roofline
         self._sequence = 0
