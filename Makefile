@@ -1,7 +1,7 @@
 # `make serve` and `make test` are all most people need; each sets up what it lacks.
 #
 #   make serve [MODEL_ID=...] [NUM_SHARD=N] [PORT=3000] [ARGS="more flags of headgate serve"]
-#   make test [WORKERS=3] [PYTEST_ARGS="..."]   all tests, by so many processes side by side
+#   make test [WORKERS=2] [PYTEST_ARGS="..."]   all tests, by so many processes side by side
 #   make test-api [SECONDS=900]     requests made up from the server's own OpenAPI document
 #   make test-kernels               all tests of the kernels, those that `make test` leaves out too
 #   make test-neon                  the C++ kernels on 64-bit Arm by an emulator, against those here
@@ -49,8 +49,7 @@ serve:
 		$(if $(NUM_SHARD),--num-shard $(NUM_SHARD)) $(if $(PORT),--port $(PORT)) $(ARGS)
 
 # A file goes to one worker, the longest ones first (testpaths). Fixtures of the session are each worker's own.
-# Three keep two cores busy: tests wait a fifth of their time for processes to start and for deadlines.
-SIDE_BY_SIDE = --numprocesses=$(or $(WORKERS),3) --dist=loadfile --no-loadscope-reorder
+SIDE_BY_SIDE = --numprocesses=$(or $(WORKERS),2) --dist=loadfile --no-loadscope-reorder
 
 test: setup-dev
 	@start=$$(date +%s); $(VENV)/bin/python -m pytest $(SIDE_BY_SIDE) $(PYTEST_ARGS) && \
