@@ -11,34 +11,36 @@ from dataclasses import dataclass
 @dataclass(frozen=True, slots=True)
 class QuantKind:
     """`group`: values along K with one scale. `offset`: a weight is minimum + scale * value, with
-    values 0..15; otherwise scale * value with -127..127. `inputs`: they are quantised too.
-    `per_channel`: groups are of the inputs, weights have one scale for each of the N rows."""
+    values 0..15; otherwise scale * value with -127..127. `inputs`: how many values along K of the
+    inputs share a scale, whole groups; 0: inputs are not quantised. `per_channel`: groups are of
+    the inputs, weights have one scale for each of the N rows."""
 
     name: str
     group: int
+    inputs: int = 0
     offset: bool = False
-    inputs: bool = True
     per_channel: bool = False
 
     @property
     def bytes_per_weight(self) -> float:
         """On a CPU: its value and its share of the group's scale and minimum; not of a channel's
-        scale or units. A GPU has two bytes more for each group of int4."""
+        scale or unit. A GPU has two bytes more for each group of int4."""
         if self.per_channel:
             return 1.0
         return 1 / 2 + 2 / self.group if self.offset else 1 + 2 / self.group
 
     def padded(self, inner: int) -> int:
-        """K filled up to whole groups."""
-        return -(-inner // self.group) * self.group
+        """K filled up to whole groups, of weights and of inputs."""
+        whole = max(self.group, self.inputs)
+        return -(-inner // whole) * whole
 
 
 KINDS = {
     kind.name: kind
     for kind in (
-        QuantKind("int8", group=64, per_channel=True),
-        QuantKind("int8-weight-only", group=32, inputs=False),
-        QuantKind("int4", group=32, offset=True),
+        QuantKind("int8", group=64, inputs=64, per_channel=True),
+        QuantKind("int8-weight-only", group=32),
+        QuantKind("int4", group=32, inputs=64, offset=True),
     )
 }
 
@@ -46,7 +48,7 @@ KINDS = {
 def rounds_inputs(quantize: str, precision: str) -> bool:
     """Whether products take their inputs in fewer bits than float32, by --quantize ("": not) and
     --matmul-precision."""
-    return KINDS[quantize].inputs if quantize else precision != "highest"
+    return KINDS[quantize].inputs > 0 if quantize else precision != "highest"
 
 
 def cpu_kv_dtype(quantize: str, precision: str) -> str:

@@ -2,9 +2,10 @@
 
 A matrix [N, K] is cut along K into groups, each with a scale (and for int4 a minimum) of its own in
 bfloat16; int8 has one scale for all groups of a channel, so that sums of groups are scaled by those
-of the inputs alone. int4's scales, and its minima, none of which is above zero, are whole numbers
-below 256 of a unit that all groups of a channel have in common, so that back ends may keep them in
-a byte each. Values are chosen for the scales as they are stored, so rounding those costs little.
+of the inputs alone. All groups of a channel of int4 have a unit in common: their scales are whole
+numbers of it, their minima, none of which is above zero, of eight times the unit, all below 256. So
+back ends may keep them in a byte each, and sum up the groups that share a scale of the inputs as a
+whole number. Values are chosen for the scales as they are stored, so rounding those costs little.
 Inputs of the kinds that multiply integers are quantised row by row and group by group when they
 come, to -127..127 by the group's largest; so a row's result depends on that row alone.
 """
@@ -29,6 +30,7 @@ _RANGES = (1.0, 0.85)
 _FITS = 2
 _LEAST_SPREAD = 1e-30
 _MOST_UNITS = 255  # of int4's scales and minima
+_UNITS_OF_MINIMUM = 8  # in a unit of minima: half of the values are about as many
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -98,7 +100,10 @@ def _fit_offset(x: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tenso
     values is fitted to x by linear regression and the values are chosen again.
     """
     low, high, mean = x.amin(0).clamp(max=0), x.amax(0), _sum(x) / len(x)
-    scale_unit, minimum_unit = _unit((high - low) * (1 / 15), groups), -_unit(-low, groups)
+    # In units of a minimum the lowest value is about as many as the whole range is of a scale's.
+    widest = torch.maximum((high - low) * (1 / 15), low / -_UNITS_OF_MINIMUM)
+    scale_unit = _unit(widest, groups)
+    minimum_unit = scale_unit * -_UNITS_OF_MINIMUM
     best: tuple[torch.Tensor, ...] = ()
     for part in _RANGES:
         scale = (high - low) * (part / 15)
@@ -172,19 +177,29 @@ def linear(x: torch.Tensor, weight: QuantisedTensor) -> torch.Tensor:
     """x[T, K] times the transpose of weight, in float32, ascending groups: [T, N]."""
     if not weight.kind.inputs:
         return F.linear(x.float(), weight.dequantise()).to(x.dtype)
-    values, input_scales = quantise_inputs(x.float(), weight.kind.group)
+    values, input_scales = quantise_inputs(x.float(), weight.kind.inputs)
     out = values.new_zeros((x.shape[0], weight.shape[0]))
     for g in range(values.shape[1]):
-        # Sums of whole numbers below 2^24: exact in float32, in any order.
-        sums = values[:, g] @ weight.values[:, g].float().T
-        input_scale = input_scales[:, g, None]
         if weight.kind.per_channel:
-            out += sums * input_scale
-            continue
-        out += sums * (weight.scales[:, g].float() * input_scale)
-        if weight.minima is not None:
-            totals = values[:, g].sum(-1, keepdim=True)
-            out += weight.minima[:, g].float() * (input_scale * totals)
+            # Sums of whole numbers below 2^24: exact in float32, in any order.
+            sums = values[:, g] @ weight.values[:, g].float().T
+        else:
+            sums = _sums_of_groups(values[:, g], weight, g)
+        out += sums * input_scales[:, g, None]
     if weight.kind.per_channel:
         out *= weight.scales[:, 0].float()
     return out.to(x.dtype)
+
+
+def _sums_of_groups(values: torch.Tensor, weight: QuantisedTensor, place: int) -> torch.Tensor:
+    """Products of values[T, S] with the groups of int4 weights that meet the inputs' group at
+    `place`. They are whole numbers of each channel's unit, and rounded once, to float32."""
+    assert weight.minima is not None
+    size = weight.kind.group
+    total = values.new_zeros((), dtype=torch.float64)
+    for i, part in enumerate(values.split(size, -1)):
+        group = place * (values.shape[-1] // size) + i
+        sums = part @ weight.values[:, group].float().T
+        total = total + sums.double() * weight.scales[:, group].double()
+        total = total + part.sum(-1, keepdim=True).double() * weight.minima[:, group].double()
+    return total.float()

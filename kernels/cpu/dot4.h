@@ -65,8 +65,7 @@ HG_INLINE vi broadcast4(const int8_t* x) {
 }
 
 // Products with weights of kind Q, four for each lane's column, or two where inputs are words: `weights`, and
-// `inputs` from where they are stored, as `add` takes them, which adds the products to each lane of a group's
-// sum; and what the sum of a whole group is, in 32 bits.
+// `inputs` from where they are stored, as `add` takes them, which adds the products to each lane's sum.
 
 #if defined(__AVX512VNNI__)
 
@@ -82,7 +81,6 @@ struct Dot4 {
     __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x));
     return sum;
   }
-  HG_INLINE vi whole(vi sum) { return sum; }
 };
 
 #elif defined(__ARM_FEATURE_DOTPROD)
@@ -96,7 +94,6 @@ struct Dot4 {
   HG_INLINE vi add(vi sum, vi w, vi x) {
     return (vi)vdotq_s32((int32x4_t)sum, (int8x16_t)w, (int8x16_t)x);
   }
-  HG_INLINE vi whole(vi sum) { return sum; }
 };
 
 #elif defined(__AVX2__)
@@ -112,10 +109,9 @@ struct Dot4 {
     __asm__("vpaddd %1, %0, %0" : "+x"(sum) : "x"(_mm256_madd_epi16(w, x)));
     return sum;
   }
-  HG_INLINE vi whole(vi sum) { return sum; }
 };
 
-// Sums of a group's products with weights below 16 stay below 2^15.
+// Sums of a group's products with weights below 16 stay below 2^15 in each half of a lane.
 static_assert(kInt4Group / 2 * 15 * 127 < 1 << 15, "sums of a half group in 16 bits");
 
 template <>
@@ -125,7 +121,6 @@ struct Dot4<kInt4> {
   HG_INLINE vi weights(vi bytes) { return bytes; }
   HG_INLINE vi inputs(const int8_t* x) { return broadcast4(x); }
   HG_INLINE vi add(vi sum, vi w, vi x) { return _mm256_add_epi16(sum, _mm256_maddubs_epi16(w, x)); }
-  HG_INLINE vi whole(vi sum) { return _mm256_madd_epi16(sum, _mm256_set1_epi16(1)); }
 };
 
 #else
@@ -152,8 +147,97 @@ struct Dot4 {
     const vi even = (vi)(w.even * x.even), odd = (vi)(w.odd * x.odd);
     return sum + ((even << 16 >> 16) + (even >> 16)) + ((odd << 16 >> 16) + (odd >> 16));
   }
-  HG_INLINE vi whole(vi sum) { return sum; }
 };
+
+#endif
+
+// ------------------------------------------------------------------ int4's groups
+
+// The two groups of a block of int4 meet inputs of one scale, so they become one whole number of the column's
+// unit: a group's sum of products times its scale, less eight times its minimum times the sum of its inputs.
+// All that stays below 2^26, and is rounded once, when it becomes a float.
+static_assert(kInputGroup == 2 * kInt4Group, "two groups in a block");
+constexpr int kMostInt4Sum = kInt4Group * 15 * 127, kMostInputSum = kInt4Group * 127;
+static_assert(2 * kMostUnits * (kMostInt4Sum + kUnitsOfMinimum * kMostInputSum) < 1 << 26, "32 bits hold it");
+
+// Those of one vector of columns are loaded from where they are stored. `scale_first` takes the sum of the first
+// group's products, and the inputs' numbers (quantised.h) side by side, and `scale_second` adds that of the other.
+// kCentred: sums begin at the group's own number, so that they are those of weights less 8, which 16 bits hold.
+
+#if defined(__AVX512VNNI__)
+
+constexpr bool kCentred = true;
+static_assert(8 * kMostInputSum < 1 << 15, "a sum in 16 bits");
+
+struct Int4Scales {
+  vi first, second;  // in the lower halves of the lanes; in the upper ones zeros
+  vi minima;         // of both, less their scales for the 8 that weights lack
+};
+
+HG_INLINE vi load_pairs(const char* p) {
+  return _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)p));
+}
+HG_INLINE Int4Scales load_int4_scales(const char* scales, const char* minima) {
+  const vi both = load_pairs(scales);
+  return {and_int(both, set1i(0xffff)), _mm512_srli_epi32(both, 16), _mm512_sub_epi16(load_pairs(minima), both)};
+}
+HG_INLINE vi scale_first(const Int4Scales& by, vi sum, vi numbers) {
+  vi total = _mm512_madd_epi16(by.minima, numbers);
+  __asm__("vpdpwssd %2, %1, %0" : "+v"(total) : "v"(sum), "v"(by.first));
+  return total;
+}
+HG_INLINE vi scale_second(const Int4Scales& by, vi sum, vi before) {
+  __asm__("vpdpwssd %2, %1, %0" : "+v"(before) : "v"(sum), "v"(by.second));
+  return before;
+}
+
+#elif defined(__AVX2__)
+
+constexpr bool kCentred = false;
+
+struct Int4Scales {
+  vi first, second;  // twice: for both halves of a sum
+  vi minima;         // of both
+};
+
+HG_INLINE Int4Scales load_int4_scales(const char* scales, const char* minima) {
+  const vi stored = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)scales));
+  const vi first = _mm256_setr_epi8(0, -1, 0, -1, 2, -1, 2, -1, 4, -1, 4, -1, 6, -1, 6, -1,
+                                    8, -1, 8, -1, 10, -1, 10, -1, 12, -1, 12, -1, 14, -1, 14, -1);
+  const vi second = _mm256_setr_epi8(1, -1, 1, -1, 3, -1, 3, -1, 5, -1, 5, -1, 7, -1, 7, -1,
+                                     9, -1, 9, -1, 11, -1, 11, -1, 13, -1, 13, -1, 15, -1, 15, -1);
+  return {_mm256_shuffle_epi8(stored, first), _mm256_shuffle_epi8(stored, second),
+          _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)minima))};
+}
+HG_INLINE vi scale_first(const Int4Scales& by, vi sum, vi numbers) {
+  return add_int(_mm256_madd_epi16(sum, by.first), _mm256_madd_epi16(by.minima, numbers));
+}
+HG_INLINE vi scale_second(const Int4Scales& by, vi sum, vi before) {
+  return add_int(before, _mm256_madd_epi16(sum, by.second));
+}
+
+#else
+
+constexpr bool kCentred = false;
+
+struct Int4Scales {
+  vi first, second;
+  vi first_minima, second_minima;
+};
+
+HG_INLINE vi load_pairs(const char* p) {
+  uint16_t pairs[VL];
+  memcpy(pairs, p, sizeof pairs);
+  return load_u16(pairs);
+}
+HG_INLINE Int4Scales load_int4_scales(const char* scales, const char* minima) {
+  const vi both = load_pairs(scales), both_minima = load_pairs(minima);
+  return {both & 255, both >> 8, both_minima & 255, both_minima >> 8};
+}
+HG_INLINE vi scale_first(const Int4Scales& by, vi sum, vi numbers) {
+  return sum * by.first + (numbers << 16 >> 16) * by.first_minima + (numbers >> 16) * by.second_minima;
+}
+HG_INLINE vi scale_second(const Int4Scales& by, vi sum, vi before) { return before + sum * by.second; }
 
 #endif
 

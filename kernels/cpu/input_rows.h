@@ -61,12 +61,12 @@ void fill(Buffer& buffer, const InputRowsJob& job, RowRange range, const float* 
   }
 }
 
-// The first n of kInputColumns columns of rows in a format.
+// The first n of kInputColumns columns of rows in a format, of which bytes take all.
 void write_columns(const float* rows, int64_t stride, int64_t height, int n, int32_t format,
                    char* out) {
-  if (format == kInt8Inputs) return quantise_rows<kInt8Inputs>(rows, stride, height, n, out);
-  if (format == kInt8Words) return quantise_rows<kInt8Words>(rows, stride, height, n, out);
-  if (format == kInt4Inputs) return quantise_rows<kInt4Inputs>(rows, stride, height, n, out);
+  if (format == kInt8Inputs) return quantise_rows<kInt8Inputs>(rows, stride, height, out);
+  if (format == kInt8Words) return quantise_rows<kInt8Words>(rows, stride, height, out);
+  if (format == kInt4Inputs) return quantise_rows<kInt4Inputs>(rows, stride, height, out);
   interleave(rows, stride, height, format == kPairs ? (n + 1) / 2 : n, (float*)out);
 }
 

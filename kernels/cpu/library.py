@@ -32,7 +32,7 @@ SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "hg_packed_bytes": (_L, (_L, _L, _I)),
     "hg_pack_weight": (None, (_P, _L, _L, _I, _P)),
     "hg_linear": (_I, _PRODUCT),
-    "hg_quantised_group": (_I, (_I,)),
+    "hg_quantised_block": (_I, (_I,)),
     "hg_quantised_bytes": (_L, (_L, _L, _I)),
     "hg_quantise_weight": (None, (_P, _I, _L, _L, _I, _P)),
     "hg_linear_quantised": (_I, _PRODUCT),

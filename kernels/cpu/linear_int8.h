@@ -1,14 +1,13 @@
 // Products of inputs quantised to bytes with int8 and int4 weights.
 //
-// A group's sum of products is an integer, exact in any order; it becomes a float, is multiplied with
-// its scales (int8: of the inputs; the sum of all groups with the weights') and added to the output's
-// sum in ascending order of groups. So an output has the same bits in any batch, on any number of
-// threads, and with vectors of any width.
+// What inputs of one scale come to is an integer, exact in any order: a sum of products, of int4 the two sums of its
+// groups by their scales. It becomes a float, is multiplied with the inputs' scale and added to the output's sum
+// in ascending order; the sum of all is multiplied with the column's scale or unit. So an output has the same
+// bits in any batch, on any number of threads, and with vectors of any width.
 #pragma once
 
 #include "ahead.h"
 #include "dot4.h"
-#include "load_bytes.h"
 #include "quantise_rows.h"
 #include "store_outputs.h"
 
@@ -16,13 +15,20 @@ namespace {
 
 using namespace headgate;
 
-// Vectors of columns whose sums stay in registers, and how far ahead a weight is asked for.
-constexpr int kQuantisedVectors = 2;
-constexpr int kQuantisedPrefetch = 2048;
+// Vectors of columns at a time: few rows take all of a panel, so that they read memory in one stream.
+template <int R>
+constexpr int kVectorsOf = R > 2 ? 2 : kPanel / VL < 4 ? kPanel / VL : 4;
 
-// Loads of weights for one vector of columns in a group.
+// With one vector, eight rows' sums of both groups of int4 and of all blocks fit into the registers of AVX-512.
+// That is the faster where several row tiles read what the first one of them has asked memory for.
+template <int Q, int R>
+constexpr bool kOneVector = VL == 16 && Q == kInt4 && R > 4;
+
+constexpr int kQuantisedPrefetch = 2048;  // how far ahead a weight is asked for
+
+// Loads of weights for one vector of columns in a block.
 template <int Q>
-constexpr int kStepsOf = Q == kInt4 ? kInt4Group / 8 : kInt8Group / 4;
+constexpr int kStepsOf = kInputGroup / (Q == kInt4 ? 8 : 4);
 
 template <int Q>
 constexpr int kFormatOf = Q == kInt4 ? kInt4Inputs : kInt8Format;
@@ -42,11 +48,11 @@ HG_INLINE vi bytes_of(vi stored, int part) {
   return kSignedWeights ? xor_int(stored, set1i((int)0x80808080u)) : stored;
 }
 
-// sums[r][v] += the products of one group. x as InputFormat says; w at the first of V vectors of columns.
-template <int Q, int R, int V>
-HG_INLINE void add_group(const int8_t* x, const char* w, Ahead& ahead, vi (&sums)[R][V]) {
+// sums[r][v] += the products of so many steps. x as InputFormat says; w at the first of V vectors of columns.
+template <int Q, int STEPS, int R, int V>
+HG_INLINE void add_products(const int8_t* x, const char* w, Ahead& ahead, vi (&sums)[R][V]) {
   typedef Dot4<Q> Dot;
-  for (int step = 0; step < kStepsOf<Q>; ++step, w += kPanel * 4) {
+  for (int step = 0; step < STEPS; ++step, w += kPanel * 4) {
     ask_for<kPanel * 4, kPanel / (V * VL)>(ahead);
     vi loaded[V];
 #pragma GCC unroll 8
@@ -78,11 +84,56 @@ HG_INLINE void add_group(const int8_t* x, const char* w, Ahead& ahead, vi (&sums
   }
 }
 
+// The sums of each row begin at a number of its inputs.
+template <int R, int V>
+HG_INLINE void begin_at(const int32_t* numbers, vi (&sums)[R][V]) {
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) sums[r][v] = set1i(numbers ? numbers[r] : 0);
+}
+
+// What a group of inputs and a block's columns from `first` on come to, a whole number. x as quantised.h has it.
+template <int Q, int R, int V>
+HG_INLINE void sum_block(const char* x, const char* block, int first, Ahead& ahead, vi (&sums)[R][V]) {
+  const int32_t* numbers = (const int32_t*)x + R;
+  const int8_t* values = (const int8_t*)x + R * row_header_bytes(kFormatOf<Q>);
+  const char* weights = block + block_header(Q) + first * 4;
+  if constexpr (Q == kInt8) {
+    begin_at(kSignedWeights ? nullptr : numbers, sums);
+    add_products<Q, kStepsOf<Q>>(values, weights, ahead, sums);
+  } else {
+    constexpr int kSteps = kStepsOf<Q> / 2;
+    Int4Scales scales[V];
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v)
+      scales[v] = load_int4_scales(block + (first + v * VL) * 2, block + (kPanel + first + v * VL) * 2);
+    vi before[R][V];
+    begin_at(kCentred ? numbers + R : nullptr, before);
+    add_products<Q, kSteps>(values, weights, ahead, before);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) before[r][v] = scale_first(scales[v], before[r][v], set1i(numbers[r]));
+    begin_at(kCentred ? numbers + 2 * R : nullptr, sums);
+    add_products<Q, kSteps>(values + R * kInt4Group, weights + kSteps * kPanel * 4, ahead, sums);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) sums[r][v] = scale_second(scales[v], sums[r][v], before[r][v]);
+  }
+}
+
+// The scales of int8's columns, or the units of int4's.
+template <int Q>
+HG_INLINE vf scale_of(const char* panel, int column) {
+  return Q == kInt8 ? load_bf16((const uint16_t*)panel + column) : load((const float*)panel + column);
+}
+
 // R rows, V vectors of columns from `first` of the panel on, where y points.
 template <int Q, int R, int V>
-void multiply_quantised(const char* x, const char* panel, Ahead ahead, int first, int64_t groups,
+void multiply_quantised(const char* x, const char* panel, Ahead ahead, int first, int64_t blocks,
                         float* y, int64_t y_stride, int64_t columns, const float* bias) {
-  constexpr int kHeader = block_header(Q);
   ask_for_outputs<R, V>(y, y_stride);
   const char* block = panel + panel_header(Q);
   vf totals[R][V];
@@ -90,58 +141,44 @@ void multiply_quantised(const char* x, const char* panel, Ahead ahead, int first
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) totals[r][v] = set1(0.0f);
-  for (int64_t g = 0; g < groups; ++g, block += block_bytes(Q), x += R * row_group_bytes(kFormatOf<Q>)) {
-    const float* scale = (const float*)x;
-    const int32_t* correction = (const int32_t*)(x + R * 4);
+  for (int64_t b = 0; b < blocks; ++b, block += block_bytes(Q), x += R * row_group_bytes(kFormatOf<Q>)) {
     vi sums[R][V];
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-      for (int v = 0; v < V; ++v)
-        sums[r][v] = set1i(Q == kInt8 && !kSignedWeights ? correction[r] : 0);
-    add_group<Q, R, V>((const int8_t*)(x + R * 8), block + kHeader + first * 4, ahead, sums);
-    const float* units = (const float*)panel + first;
-    const uint8_t* in_units = (const uint8_t*)block + first;
-    vf scales[V], minima[V];
-#pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) {
-      if (Q != kInt4) continue;
-      scales[v] = load_u8(in_units + v * VL) * load(units + v * VL);
-      minima[v] = load_u8(in_units + kPanel + v * VL) * load(units + kPanel + v * VL);
-    }
+    sum_block<Q>(x, block, first, ahead, sums);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      const vf s = set1(scale[r]), c = set1(((const float*)correction)[r]);
+      const vf scale = set1(((const float*)x)[r]);
 #pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) {
-        const vf by = Q == kInt4 ? scales[v] * s : s;
-        totals[r][v] = fma(to_float(Dot4<Q>::whole(sums[r][v])), by, totals[r][v]);
-        if (Q == kInt4) totals[r][v] = fma(minima[v], c, totals[r][v]);
-      }
+      for (int v = 0; v < V; ++v) totals[r][v] = fma(to_float(sums[r][v]), scale, totals[r][v]);
     }
   }
 #pragma GCC unroll 8
   for (int v = 0; v < V; ++v) {
-    if (Q != kInt8) continue;
-    const vf scale = load_bf16((const uint16_t*)panel + first + v * VL);
+    const vf scale = scale_of<Q>(panel, first + v * VL);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) totals[r][v] = totals[r][v] * scale;
   }
   store_outputs<R, V>(totals, y, y_stride, columns, bias);
 }
 
-// All columns of one panel for R rows.
-template <int Q, int R>
-void multiply_quantised_panel(const char* x, const char* panel, Ahead ahead, int64_t groups,
-                              float* y, int64_t y_stride, int64_t columns, const float* bias) {
-  constexpr int kMost = R <= 2 ? 2 * kQuantisedVectors : kQuantisedVectors;
-  constexpr int V = kMost < kPanel / VL ? kMost : kPanel / VL;
+// All columns of one panel for R rows, V vectors of them at a time.
+template <int Q, int R, int V>
+HG_INLINE void multiply_in_passes(const char* x, const char* panel, Ahead ahead, int64_t blocks, float* y,
+                                  int64_t y_stride, int64_t columns, const float* bias) {
   for (int first = 0; first < kPanel && first < columns; first += V * VL) {
     const Ahead part =
-        ahead_of_pass(ahead, first / (V * VL), kPanel / (V * VL), groups * kStepsOf<Q>);
-    multiply_quantised<Q, R, V>(x, panel, part, first, groups, y + first, y_stride,
+        ahead_of_pass(ahead, first / (V * VL), kPanel / (V * VL), blocks * kStepsOf<Q>);
+    multiply_quantised<Q, R, V>(x, panel, part, first, blocks, y + first, y_stride,
                                 columns - first, bias ? bias + first : nullptr);
   }
+}
+
+template <int Q, int R>
+void multiply_quantised_panel(const char* x, const char* panel, Ahead ahead, int64_t blocks, float* y,
+                              int64_t y_stride, int64_t columns, const float* bias) {
+  if constexpr (kOneVector<Q, R>)
+    if (!ahead.once)
+      return multiply_in_passes<Q, R, 1>(x, panel, ahead, blocks, y, y_stride, columns, bias);
+  multiply_in_passes<Q, R, kVectorsOf<R>>(x, panel, ahead, blocks, y, y_stride, columns, bias);
 }
 
 using QuantisedPanel = void (*)(const char*, const char*, Ahead, int64_t, float*, int64_t, int64_t,
@@ -165,7 +202,7 @@ QuantisedPanel quantised_panel(int64_t rows) {
 template <int Q>
 void multiply_panels(const QuantisedLinearJob& job, int64_t first, int64_t last, int64_t later,
                      RowRange tiles) {
-  const int64_t groups = group_count(job.inner, Q), size = panel_bytes(job.inner, Q);
+  const int64_t blocks = block_count(job.inner, Q), size = panel_bytes(job.inner, Q);
   const int64_t panels = (job.columns + kPanel - 1) / kPanel;
   const int64_t count = tiles.last - tiles.first;
   const int64_t on = job.rows == 1 ? kQuantisedPrefetch : 2 * kQuantisedPrefetch;
@@ -181,7 +218,7 @@ void multiply_panels(const QuantisedLinearJob& job, int64_t first, int64_t last,
       const RowRange range = rows.next();
       const Ahead ahead = ahead_of(weight, on, soon, share, tile);
       quantised_panel<Q>(range.last - range.first)(
-          job.x + range.first * groups * row_group_bytes(kFormatOf<Q>), weight, ahead, groups,
+          job.x + range.first * blocks * row_group_bytes(kFormatOf<Q>), weight, ahead, blocks,
           job.y + range.first * job.y_stride + column, job.y_stride, columns,
           job.bias ? job.bias + column : nullptr);
     }

@@ -127,14 +127,13 @@ HG_INLINE void store_words(const vi (&x)[kInputColumns / VL], int16_t* to) {
 #endif
 }
 
-// What a group of each row is divided by.
-template <int G>
+// The scale of a group of each row, and what its values are multiplied with.
 HG_INLINE vf find_scales(const float* rows, int64_t stride, int64_t height, vf* inverses) {
   vf most[kQuantisedRows];
   for (int r = 0; r < kQuantisedRows; ++r) {
     most[r] = set1(0.0f);
     if (r < height)
-      for (int i = 0; i < G; i += VL) most[r] = vmax(most[r], vabs(load(rows + r * stride + i)));
+      for (int i = 0; i < kInputGroup; i += VL) most[r] = vmax(most[r], vabs(load(rows + r * stride + i)));
   }
   const vf largest = join_lanes(most, [](vf a, vf b) { return vmax(a, b); });
   const vf least = set1(kSmallestInput), zero = set1(0.0f), limit = set1(127.0f);
@@ -142,44 +141,50 @@ HG_INLINE vf find_scales(const float* rows, int64_t stride, int64_t height, vf* 
   return if_less(largest, least, zero, largest / limit);
 }
 
-// The groups of the first n of kInputColumns columns; what follows in them must be zeros.
+// -2^shift times the sum of each row's whole numbers, which are in the lanes of `sums`.
+HG_INLINE vi negative_sums(const vf (&sums)[kQuantisedRows], int shift) {
+  const vi sum = as_int(join_lanes(sums, [](vf a, vf b) { return as_float(add_int(as_int(a), as_int(b))); }));
+  return shift_left(add_int(xor_int(sum, set1i(-1)), set1i(1)), shift);
+}
+
+// One group of each row.
 template <int F>
-void quantise_rows(const float* rows, int64_t stride, int64_t height, int n, char* out) {
-  constexpr int G = group_size(kind_of(F)), kGroups = kInputColumns / G, kBytes = F == kInt8Words ? 2 : 1;
-  vf scales[kGroups];
-  float inverses[kGroups][VL];
-  for (int g = 0; g < kGroups; ++g) {
-    vf inverse;
-    scales[g] = find_scales<G>(rows + g * G, stride, height, &inverse);
-    store(inverses[g], inverse);
-  }
+void quantise_rows(const float* rows, int64_t stride, int64_t height, char* out) {
+  static_assert(kInputGroup == kInputColumns, "a buffer of columns is a group");
+  constexpr int kBytes = F == kInt8Words ? 2 : 1;
+  constexpr int kSums = F == kInt4Inputs ? 2 : 1, kSummed = kInputGroup / kSums;
+  vf inverse;
+  float inverses[VL];
+  const vf scales = find_scales(rows, stride, height, &inverse);
+  store(inverses, inverse);
   int8_t stored[kQuantisedRows][kInputColumns * kBytes] __attribute__((aligned(64)));
-  vf sums[kGroups][kQuantisedRows] = {};
+  vf sums[kSums][kQuantisedRows] = {};
   for (int64_t r = 0; r < height; ++r) {
     vi values[kInputColumns / VL];
-    for (int g = 0; g < kGroups; ++g) {
-      const vf inverse = set1(inverses[g][r]);
+    for (int part = 0; part < kSums; ++part) {
       vi sum = set1i(0);
-      for (int i = g * G; i < (g + 1) * G; i += VL) {
-        values[i / VL] = round_to_int(load(rows + r * stride + i) * inverse);
+      for (int i = part * kSummed; i < (part + 1) * kSummed; i += VL) {
+        values[i / VL] = round_to_int(load(rows + r * stride + i) * set1(inverses[r]));
         sum = add_int(sum, values[i / VL]);
       }
-      sums[g][r] = as_float(sum);
+      sums[part][r] = as_float(sum);
     }
     if constexpr (F == kInt8Words) store_words(values, (int16_t*)stored[r]);
     else store_bytes(values, stored[r]);
   }
-  const auto add = [](vf a, vf b) { return as_float(add_int(as_int(a), as_int(b))); };
-  for (int g = 0; g * G < n; ++g, out += height * row_group_bytes(F)) {
-    const vi sum = as_int(join_lanes(sums[g], add));
-    const vi minus_sum = add_int(xor_int(sum, set1i(-1)), set1i(1));
-    const vf correction = F != kInt4Inputs ? as_float(shift_left(minus_sum, 7)) : scales[g] * to_float(sum);
-    store_n((float*)out, scales[g], (int)height);
-    store_n((float*)out + height, correction, (int)height);
-    constexpr int kWords = G * kBytes / 4;  // of 32 bits
-    interleave((const float*)stored[0] + g * kWords, kInputColumns * kBytes / 4, height, kWords,
-               (float*)(out + height * 8));
+  float* header = (float*)out;
+  store_n(header, scales, (int)height);
+  if constexpr (F == kInt4Inputs) {
+    const vi first = negative_sums(sums[0], 3), second = negative_sums(sums[1], 3);
+    const vi both = add_int(and_int(first, set1i(0xffff)), shift_left(second, 16));
+    store_n(header + height, as_float(both), (int)height);
+    store_n(header + 2 * height, as_float(first), (int)height);
+    store_n(header + 3 * height, as_float(second), (int)height);
+  } else {
+    store_n(header + height, as_float(negative_sums(sums[0], 7)), (int)height);
   }
+  constexpr int kWords = kInputColumns * kBytes / 4;  // of 32 bits
+  interleave((const float*)stored[0], kWords, height, kWords, (float*)(out + height * row_header_bytes(F)));
 }
 
 }  // namespace

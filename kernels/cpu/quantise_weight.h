@@ -17,47 +17,42 @@ constexpr float kScaleParts[] = {(float)(1.0 / 15), (float)(0.85 / 15)};
 constexpr int kFits = 2;
 constexpr float kLeastSpread = 1e-30f;
 
-typedef float GroupValues[kMaxGroup][kPanel];  // [k][column]
+typedef float Values[kPanel];  // of a k, by column
 
 struct Scaling {
   vf scale, minimum;
 };
 
-// What int4 scales and minima of a column are whole numbers of, up to kMostUnits; that of minima is negative.
-struct Units {
-  vf scale, minimum;
-};
-constexpr float kMostUnits = 255.0f;
-
-// One group of a column; what lies past the column's end is its last value.
-HG_INLINE void load_values(const QuantiseWeightJob& job, int64_t column, int64_t k, int group,
+// Values of a column from k on; what lies past the column's end is its last value.
+HG_INLINE void load_values(const QuantiseWeightJob& job, int64_t column, int64_t k, int count,
                            float* values) {
   const int64_t at = column * job.inner + k, left = job.inner - k;
-  const int n = left < group ? (int)left : group;
+  const int n = left < count ? (int)left : count;
   const uint16_t* narrow = (const uint16_t*)job.weight + at;
   if (job.dtype == kFloat32) memcpy(values, (const float*)job.weight + at, sizeof(float) * n);
   else if (job.dtype == kBFloat16) widen_row<true>(narrow, values, n);
   else widen_row<false>(narrow, values, n);
-  for (int i = n; i < group; ++i) values[i] = values[n - 1];
+  for (int i = n; i < count; ++i) values[i] = values[n - 1];
 }
 
-// One group of a panel; missing columns are zeros.
-void load_group(const QuantiseWeightJob& job, int64_t column, int64_t k, int group, GroupValues& x) {
+// One block of a panel; missing columns are zeros.
+template <int SIZE>
+void load_block(const QuantiseWeightJob& job, int64_t column, int64_t k, Values (&x)[SIZE]) {
   for (int c = 0; c < kPanel; ++c) {
-    float values[kMaxGroup] = {};
-    if (column + c < job.columns) load_values(job, column + c, k, group, values);
-    for (int i = 0; i < group; ++i) x[i][c] = values[i];
+    float values[SIZE] = {};
+    if (column + c < job.columns) load_values(job, column + c, k, SIZE, values);
+    for (int i = 0; i < SIZE; ++i) x[i][c] = values[i];
   }
 }
 
 // The largest of each column of a panel, over all of K.
-void find_largest(const QuantiseWeightJob& job, int64_t column, float (&largest)[kPanel]) {
+void find_largest(const QuantiseWeightJob& job, int64_t column, Values& largest) {
   for (int c = 0; c < kPanel; ++c) {
     vf most = set1(0.0f);
-    for (int64_t k = 0; k < job.inner && column + c < job.columns; k += kInt8Group) {
-      float values[kInt8Group];
-      load_values(job, column + c, k, kInt8Group, values);
-      for (int i = 0; i < kInt8Group; i += VL) most = vmax(most, vabs(load(values + i)));
+    for (int64_t k = 0; k < job.inner && column + c < job.columns; k += kInputGroup) {
+      float values[kInputGroup];
+      load_values(job, column + c, k, kInputGroup, values);
+      for (int i = 0; i < kInputGroup; i += VL) most = vmax(most, vabs(load(values + i)));
     }
     largest[c] = max_lanes(most);
   }
@@ -72,8 +67,8 @@ HG_INLINE float power_below(float x) {
   return bits ? x : 1.0f;
 }
 
-// The units of a panel's columns, of scales and of minima: the largest number of a column has 8 bits.
-void find_units(const QuantiseWeightJob& job, int64_t column, float (&units)[2][kPanel]) {
+// The units of a panel's columns: the largest number of a column, of scales or of minima, has 8 bits.
+void find_units(const QuantiseWeightJob& job, int64_t column, Values& units) {
   for (int c = 0; c < kPanel; ++c) {
     float widest = 0.0f, lowest = 0.0f;
     for (int64_t k = 0; k < job.inner && column + c < job.columns; k += kInt4Group) {
@@ -88,13 +83,13 @@ void find_units(const QuantiseWeightJob& job, int64_t column, float (&units)[2][
       widest = range > widest ? range : widest;
       lowest = low < lowest ? low : lowest;
     }
-    units[0][c] = power_below(widest * kScaleParts[0]) / 128.0f;
-    units[1][c] = power_below(-lowest) / -128.0f;
+    const float scale = widest * kScaleParts[0], minimum = lowest / -kUnitsOfMinimum;
+    units[c] = power_below(scale > minimum ? scale : minimum) / 128.0f;
   }
 }
 
 HG_INLINE vf in_units(vf x, vf unit, float least) {
-  return vmin(vmax(round_even(x / unit), set1(least)), set1(kMostUnits)) * unit;
+  return vmin(vmax(round_even(x / unit), set1(least)), set1((float)kMostUnits)) * unit;
 }
 
 HG_INLINE vf positive_or_one(vf scale) {
@@ -109,14 +104,14 @@ HG_INLINE Scaling by_largest(vf most) {
   return {positive_or_one(round_bf16(most / set1(127.0f))), set1(0.0f)};
 }
 
-HG_INLINE Scaling fit_symmetric(const GroupValues& x, int first, int group) {
+HG_INLINE Scaling fit_symmetric(const Values* x, int first) {
   vf most = set1(0.0f);
-  for (int k = 0; k < group; ++k) most = vmax(most, vabs(load(x[k] + first)));
+  for (int k = 0; k < kWeightOnlyGroup; ++k) most = vmax(most, vabs(load(x[k] + first)));
   return by_largest(most);
 }
 
 // The line through `values` fitted to x by linear regression, `mean` of x.
-HG_INLINE Scaling fit_line(const GroupValues& x, int first, const vf (&values)[kInt4Group], vf mean) {
+HG_INLINE Scaling fit_line(const Values* x, int first, const vf (&values)[kInt4Group], vf mean) {
   vf total = values[0];
   for (int k = 1; k < kInt4Group; ++k) total = total + values[k];
   const vf middle = total / set1((float)kInt4Group);
@@ -132,7 +127,7 @@ HG_INLINE Scaling fit_line(const GroupValues& x, int first, const vf (&values)[k
 }
 
 // The least squared error found: from each range, by its values, then by the line through them.
-HG_INLINE Scaling fit_offset(const GroupValues& x, int first, Units units) {
+HG_INLINE Scaling fit_offset(const Values* x, int first, vf unit, vf minimum_unit) {
   vf low = load(x[0] + first), high = low, total = low;
   for (int k = 1; k < kInt4Group; ++k) {
     const vf value = load(x[k] + first);
@@ -149,8 +144,8 @@ HG_INLINE Scaling fit_offset(const GroupValues& x, int first, Units units) {
     now.scale = (high - low) * set1(part);
     now.minimum = (low + high) / set1(2.0f) - set1(7.5f) * now.scale;
     for (int fit = 0; fit < kFits; ++fit) {
-      now.scale = in_units(now.scale, units.scale, 1.0f);
-      now.minimum = in_units(now.minimum, units.minimum, 0.0f);
+      now.scale = in_units(now.scale, unit, 1.0f);
+      now.minimum = in_units(now.minimum, minimum_unit, 0.0f);
       vf values[kInt4Group], error = set1(0.0f);
       for (int k = 0; k < kInt4Group; ++k) {
         const vf value = load(x[k] + first);
@@ -173,26 +168,26 @@ HG_INLINE void store_scales(vf values, uint16_t* to) {
   for (int i = 0; i < VL; ++i) to[i] = (uint16_t)(bits[i] >> 16);
 }
 
-// Whole numbers, of a vector, as bytes.
-HG_INLINE void store_numbers(vf values, char* to) {
+// Whole numbers, of a vector, as bytes; `stride` bytes from one to the next.
+HG_INLINE void store_numbers(vf values, int stride, char* to) {
   const vi numbers = to_int(values);
   int32_t lane[VL];
   memcpy(lane, &numbers, sizeof lane);
-  for (int i = 0; i < VL; ++i) to[i] = (char)lane[i];
+  for (int i = 0; i < VL; ++i) to[i * stride] = (char)lane[i];
 }
 
-// One vector of columns of a block of values [group][kPanel], signed bytes.
-HG_INLINE void store_bytes(const GroupValues& x, int first, Scaling by, char* values) {
+// One vector of columns of a block of values [block][kPanel], signed bytes.
+HG_INLINE void store_bytes(const Values* x, int first, Scaling by, char* values) {
   for (int k = 0; k < kWeightOnlyGroup; ++k)
-    store_numbers(chosen_value(load(x[k] + first), by, -127.0f, 127.0f), values + k * kPanel + first);
+    store_numbers(chosen_value(load(x[k] + first), by, -127.0f, 127.0f), 1, values + k * kPanel + first);
 }
 
-// The same of int8 and int4.
-template <int Q>
-HG_INLINE void store_words(const GroupValues& x, int first, Scaling by, char* values) {
+// The same of int8 and int4, of so many values.
+template <int Q, int SIZE>
+HG_INLINE void store_words(const Values* x, int first, Scaling by, char* values) {
   constexpr int kShared = Q == kInt4 ? 8 : 4;  // values in 32 bits
   const float low = Q == kInt4 ? 0.0f : -127.0f, high = Q == kInt4 ? 15.0f : 127.0f;
-  for (int k = 0; k < group_size(Q); k += kShared) {
+  for (int k = 0; k < SIZE; k += kShared) {
     vi word = set1i(Q == kInt4 ? 0 : (int)0x80808080u);
     for (int i = 0; i < kShared; ++i) {
       const vi value = to_int(chosen_value(load(x[k + i] + first), by, low, high));
@@ -203,44 +198,52 @@ HG_INLINE void store_words(const GroupValues& x, int first, Scaling by, char* va
   }
 }
 
-// One vector of columns of a block: its scales (and minima), unless the columns have theirs, and its values.
+// One vector of columns of a block of int4: the groups' scales and minima, and their values.
+HG_INLINE void store_groups(const Values* x, int first, vf unit, char* block) {
+  const vf minimum_unit = unit * set1((float)-kUnitsOfMinimum);
+  char* minima = block + kPanel * 2;
+  char* values = block + block_header(kInt4);
+  for (int group = 0; group < kInputGroup / kInt4Group; ++group) {
+    const Values* of_group = x + group * kInt4Group;
+    const Scaling by = fit_offset(of_group, first, unit, minimum_unit);
+    store_numbers(by.scale / unit, 2, block + first * 2 + group);
+    store_numbers(by.minimum / minimum_unit, 2, minima + first * 2 + group);
+    store_words<kInt4, kInt4Group>(of_group, first, by, values + group * kPanel * kInt4Group / 2);
+  }
+}
+
+// One vector of columns of a block. `of_columns`: int8's largest values, int4's units.
 template <int Q>
-HG_INLINE void store_block(const GroupValues& x, int first, const float (&largest)[kPanel],
-                           const float (&units)[2][kPanel], char* block) {
-  char* values = block + block_header(Q);
+HG_INLINE void store_block(const Values* x, int first, const Values& of_columns, char* block) {
   if constexpr (Q == kInt8) {
-    store_words<Q>(x, first, by_largest(load(largest + first)), values);
+    store_words<Q, kInputGroup>(x, first, by_largest(load(of_columns + first)), block);
   } else if constexpr (Q == kInt4) {
-    const Units unit = {load(units[0] + first), load(units[1] + first)};
-    const Scaling by = fit_offset(x, first, unit);
-    store_numbers(by.scale / unit.scale, block + first);
-    store_numbers(by.minimum / unit.minimum, block + kPanel + first);
-    store_words<Q>(x, first, by, values);
+    store_groups(x, first, load(of_columns + first), block);
   } else {
-    const Scaling by = fit_symmetric(x, first, group_size(Q));
+    const Scaling by = fit_symmetric(x, first);
     store_scales(by.scale, (uint16_t*)block + first);
-    store_bytes(x, first, by, values);
+    store_bytes(x, first, by, block + block_header(Q));
   }
 }
 
 template <int Q>
 void quantise_panel(const QuantiseWeightJob& job, int64_t panel) {
   char* packed = job.packed + panel * panel_bytes(job.inner, Q);
-  float largest[kPanel], units[2][kPanel];
+  Values of_columns;
   if (Q == kInt8) {
-    find_largest(job, panel * kPanel, largest);
+    find_largest(job, panel * kPanel, of_columns);
     for (int first = 0; first < kPanel; first += VL)
-      store_scales(by_largest(load(largest + first)).scale, (uint16_t*)packed + first);
+      store_scales(by_largest(load(of_columns + first)).scale, (uint16_t*)packed + first);
   }
   if (Q == kInt4) {
-    find_units(job, panel * kPanel, units);
-    memcpy(packed, units, sizeof units);
+    find_units(job, panel * kPanel, of_columns);
+    memcpy(packed, of_columns, sizeof of_columns);
   }
   char* block = packed + panel_header(Q);
-  for (int64_t k = 0; k < job.inner; k += group_size(Q), block += block_bytes(Q)) {
-    GroupValues x __attribute__((aligned(64)));
-    load_group(job, panel * kPanel, k, group_size(Q), x);
-    for (int first = 0; first < kPanel; first += VL) store_block<Q>(x, first, largest, units, block);
+  for (int64_t k = 0; k < job.inner; k += block_size(Q), block += block_bytes(Q)) {
+    Values x[block_size(Q)] __attribute__((aligned(64)));
+    load_block(job, panel * kPanel, k, x);
+    for (int first = 0; first < kPanel; first += VL) store_block<Q>(x, first, of_columns, block);
   }
 }
 

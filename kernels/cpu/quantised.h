@@ -1,18 +1,19 @@
 // Quantised weights: their layout, and what one instruction set offers to multiply with them.
 //
-// A weight matrix is cut into panels of kPanel output columns and, along K, into groups. A block is one
-// panel's part of one group: kPanel scales, for int4 kPanel minima, then the values. Scales are bfloat16, but
-// those of int4 are bytes, as its minima are: whole numbers of units that a column has for all its groups. A
-// panel of int4 begins with kPanel units of scales and as many of minima, which are negative, in float32. An
-// int8 column has one scale for all groups: a panel begins with kPanel of them, and its
-// blocks have values alone. Blocks of a panel follow one another, so a product reads one stream. Past
-// the end of K a block holds any values, since inputs there are zeros; so does it for columns that
-// are missing.
+// A weight matrix is cut into panels of kPanel output columns and, along K, into blocks, which are as long as
+// what shares a scale of the inputs. Of int8-weight-only a block is kPanel scales in bfloat16, then the values.
+// Of int4 it has two groups, each with scales and minima of its own: whole numbers below 256 of a unit that a
+// column has for all its groups, minima of eight times the unit, negative, each in a byte; then the values of
+// the first group and those of the second. A panel of int4 begins with kPanel units in float32. An int8 column
+// has one scale for all groups: a panel begins with kPanel of them, in bfloat16, and its blocks have values
+// alone. Blocks of a panel follow one another, so a product reads one stream. Past the end of K a block holds
+// any values, since inputs there are zeros; so does it for columns that are missing.
 //
-//   int8              value + 128 as a byte, [group / 4][kPanel][4]: w = scale * value
-//   int8-weight-only  value as a signed byte, [group][kPanel]:       w = scale * value
-//   int4              bytes of two values of 0..15, [group / 8][kPanel][4], the low half for the first
-//                     four k's of eight, the high half for the others: w = minimum + scale * value
+//   int8              value + 128 as a byte, [block / 4][kPanel][4]: w = scale * value
+//   int8-weight-only  value as a signed byte, [block][kPanel]:       w = scale * value
+//   int4              scales [kPanel][2], minima [kPanel][2], then bytes of two values of 0..15,
+//                     [2][group / 8][kPanel][4], the low half for the first four k's of eight, the high half
+//                     for the others: w = unit * (scale * value - 8 * minimum)
 #pragma once
 
 #include <stdint.h>
@@ -24,37 +25,42 @@ namespace headgate {
 enum QuantKind : int32_t { kInt8 = 0, kInt8WeightOnly = 1, kInt4 = 2 };
 
 // Values along K that share a scale: of inputs, and of weights but for int8.
-constexpr int kInt8Group = 64;
+constexpr int kInputGroup = 64;
 constexpr int kWeightOnlyGroup = 32;
 constexpr int kInt4Group = 32;
-constexpr int kMaxGroup = 64;
+constexpr int kMostUnits = 255;      // of int4's scales and minima
+constexpr int kUnitsOfMinimum = 8;
 
-static constexpr int group_size(int32_t kind) {
-  return kind == kInt8 ? kInt8Group : kind == kInt4 ? kInt4Group : kWeightOnlyGroup;
+// Values along K in a block.
+static constexpr int block_size(int32_t kind) {
+  return kind == kInt8WeightOnly ? kWeightOnlyGroup : kInputGroup;
 }
 // Bytes of a block's scales (and minima), and of what stands before a panel's blocks.
-static constexpr int64_t block_header(int32_t kind) { return kind == kInt8 ? 0 : kPanel * 2; }
+static constexpr int64_t block_header(int32_t kind) {
+  return kind == kInt8 ? 0 : kind == kInt4 ? kPanel * 4 : kPanel * 2;
+}
 static constexpr int64_t panel_header(int32_t kind) {
-  return kind == kInt8 ? kPanel * 2 : kind == kInt4 ? kPanel * 8 : 0;
+  return kind == kInt8 ? kPanel * 2 : kind == kInt4 ? kPanel * 4 : 0;
 }
 static constexpr int64_t block_bytes(int32_t kind) {
-  return block_header(kind) + kPanel * (kind == kInt4 ? kInt4Group / 2 : group_size(kind));
+  return block_header(kind) + kPanel * block_size(kind) / (kind == kInt4 ? 2 : 1);
 }
-static inline int64_t group_count(int64_t inner, int32_t kind) {
-  return (inner + group_size(kind) - 1) / group_size(kind);
+static inline int64_t block_count(int64_t inner, int32_t kind) {
+  return (inner + block_size(kind) - 1) / block_size(kind);
 }
 static inline int64_t panel_bytes(int64_t inner, int32_t kind) {
-  return panel_header(kind) + group_count(inner, kind) * block_bytes(kind);
+  return panel_header(kind) + block_count(inner, kind) * block_bytes(kind);
 }
 
-// Inputs are quantised to signed bytes, x = scale * value, before they meet int8 or int4 weights.
-// A row tile of m rows is stored group by group: m scales (float), m corrections (4 bytes), then
-// [group / 4][m][4] values, or for kInt8Words [group / 4][2][m][2] in 16 bits, of each four the even ones,
-// then the odd ones. The correction undoes what the bytes of weights have too much: for int8 it is an
-// integer, -128 * sum of values; for int4 a float, scale * sum of values, to be multiplied with the minimum.
-static constexpr int32_t kind_of(int32_t format) { return format == kInt4Inputs ? kInt4 : kInt8; }
+// Inputs are quantised to signed bytes, x = scale * value, before they meet int8 or int4 weights. A row tile of
+// m rows is stored group by group: m scales (float), m numbers or three times m, then [group / 4][m][4] values,
+// or for kInt8Words [group / 4][2][m][2] in 16 bits, of each four the even ones, then the odd ones.
+// The numbers, int32, are multiples of the sum of the values. int8: -128 times it, since weights are stored with
+// 128 too much. int4: -8 times the sums of the two halves, each of which meets a group of weights; first both
+// side by side in 16 bits, then each by itself.
+static constexpr int row_header_bytes(int32_t format) { return format == kInt4Inputs ? 16 : 8; }
 static constexpr int64_t row_group_bytes(int32_t format) {
-  return 8 + group_size(kind_of(format)) * (format == kInt8Words ? 2 : 1);
+  return row_header_bytes(format) + kInputGroup * (format == kInt8Words ? 2 : 1);
 }
 
 // weight[N, K] without gaps, to panels of blocks.
@@ -69,7 +75,7 @@ struct QuantiseWeightJob {
 static inline int64_t input_row_bytes(int64_t columns, int32_t format) {
   if (format == kFloats || format == kRoundedFloats) return columns * int64_t(sizeof(float));
   if (format == kPairs) return (columns + 1) / 2 * int64_t(sizeof(float));
-  return group_count(columns, kind_of(format)) * row_group_bytes(format);
+  return (columns + kInputGroup - 1) / kInputGroup * row_group_bytes(format);
 }
 
 // y[M, N] = x[M, K] w[N, K]^T + bias[N]

@@ -25,7 +25,7 @@ class QuantisedWeight:
         assert loaded is not None, "asked for without available()"
         self.columns, self.inner = weight.shape
         self.kind, self.code = KINDS[kind], CODES[kind]
-        assert self.kind.group == loaded.hg_quantised_group(self.code)
+        assert self.kind.padded(1) == loaded.hg_quantised_block(self.code)
         self.nbytes: int = loaded.hg_quantised_bytes(self.columns, self.inner, self.code)
         self._memory = weight_memory.allocate(self.nbytes)
         self.address = self._memory.data_ptr()

@@ -39,7 +39,7 @@ HG_API int32_t hg_linear(const float* x, int64_t rows, int64_t inner, int64_t x_
 
 constexpr int32_t kNoActivation = -1;
 
-HG_API int32_t hg_quantised_group(int32_t kind) { return group_size(kind); }
+HG_API int32_t hg_quantised_block(int32_t kind) { return block_size(kind); }
 
 HG_API int64_t hg_quantised_bytes(int64_t columns, int64_t inner, int32_t kind) {
   return divide_up(columns, kPanel) * panel_bytes(inner, kind);

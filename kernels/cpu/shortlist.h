@@ -34,22 +34,22 @@ struct BoundFactors {
 // A group of a row, filled up with zeros.
 HG_INLINE void copy_group(const float* x, int n, float* to) {
   memcpy(to, x, sizeof(float) * n);
-  for (int i = n; i < kInt8Group; ++i) to[i] = 0.0f;
+  for (int i = n; i < kInputGroup; ++i) to[i] = 0.0f;
 }
 
 // Of a row as quantise_rows stores it. Products are float32 sums: the rounding of those, approximate and
 // exact, is at most inner + groups and some more times 2^-24 |w| |x|.
 BoundFactors bound_factors(const ShortlistJob& job, const float* x) {
   vf stored = set1(0.0f), missed = set1(0.0f), whole = set1(0.0f);
-  for (int64_t first = 0; first < job.inner; first += kInt8Group) {
+  for (int64_t first = 0; first < job.inner; first += kInputGroup) {
     const int64_t left = job.inner - first;
-    alignas(64) float group[kInt8Group];
-    copy_group(x + first, left < kInt8Group ? (int)left : kInt8Group, group);
+    alignas(64) float group[kInputGroup];
+    copy_group(x + first, left < kInputGroup ? (int)left : kInputGroup, group);
     vf inverses;
     alignas(64) float scale[VL], inverse[VL];
-    store(scale, find_scales<kInt8Group>(group, kInt8Group, 1, &inverses));
+    store(scale, find_scales(group, kInputGroup, 1, &inverses));
     store(inverse, inverses);
-    for (int i = 0; i < kInt8Group; i += VL) {
+    for (int i = 0; i < kInputGroup; i += VL) {
       const vf given = load(group + i), value = job.rounded ? round_bf16(given) : given;
       const vf kept = to_float(round_to_int(given * set1(inverse[0]))) * set1(scale[0]);
       const vf error = value - kept;
@@ -60,7 +60,7 @@ BoundFactors bound_factors(const ShortlistJob& job, const float* x) {
   }
   const float squares = sum_lanes(whole);
   if (!(squares >= kLeastSquares)) return {__builtin_nanf(""), __builtin_nanf("")};
-  const float rounding = (float)(2 * (job.inner + kInt8Group)) * 0x1p-24f * __builtin_sqrtf(squares);
+  const float rounding = (float)(2 * (job.inner + kInputGroup)) * 0x1p-24f * __builtin_sqrtf(squares);
   return {kBoundMargin * __builtin_sqrtf(sum_lanes(stored)),
           kBoundMargin * (__builtin_sqrtf(sum_lanes(missed)) + rounding)};
 }

@@ -35,7 +35,7 @@ def test_every_kind_has_a_code() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_memory_is_what_the_launcher_counts(kind: str) -> None:
     per_weight = quant_kinds.KINDS[kind].bytes_per_weight
-    of_channel = {"int8": 2, "int4": 8}.get(kind, 0)  # its scale, or units of scales and minima
+    of_channel = {"int8": 2, "int4": 4}.get(kind, 0)  # its scale or unit
     assert pack(random(64, 128), kind).nbytes == 64 * 128 * per_weight + 64 * of_channel
     assert 0.89 * _QUANTISED_BYTES[kind] < per_weight <= _QUANTISED_BYTES[kind]
 
@@ -62,9 +62,10 @@ def test_scales_and_minima_of_int4_are_bytes_of_their_channel() -> None:
     weight[5, 40:] *= 1e-4  # groups far smaller than others
     quantised = quantise(weight, quant_kinds.KINDS["int4"])
     assert quantised.minima is not None and (quantised.minima <= 0).all()
-    for stored, least in ((quantised.scales.float(), 1), (-quantised.minima.float(), 0)):
-        largest = stored.amax(1, keepdim=True)
-        unit = 2.0 ** torch.where(largest > 0, largest, 1.0).log2().floor() / 128
+    scales, minima = quantised.scales.float(), quantised.minima.float() / -8
+    largest = torch.maximum(scales, minima).amax(1, keepdim=True)
+    unit = 2.0 ** largest.log2().floor() / 128
+    for stored, least in ((scales, 1), (minima, 0)):
         numbers = stored / unit
         assert torch.equal(numbers, numbers.round())
         assert numbers.min() >= least and numbers.max() <= 255
