@@ -175,7 +175,7 @@ void quantise_rows(const float* rows, int64_t stride, int64_t height, char* out)
   float* header = (float*)out;
   store_n(header, scales, (int)height);
   if constexpr (F == kInt4Inputs) {
-    const vi first = negative_sums(sums[0], 3), second = negative_sums(sums[1], 3);
+    const vi first = negative_sums(sums[0], kMinimumShift), second = negative_sums(sums[1], kMinimumShift);
     const vi both = add_int(and_int(first, set1i(0xffff)), shift_left(second, 16));
     store_n(header + height, as_float(both), (int)height);
     store_n(header + 2 * height, as_float(first), (int)height);

@@ -28,8 +28,10 @@ enum QuantKind : int32_t { kInt8 = 0, kInt8WeightOnly = 1, kInt4 = 2 };
 constexpr int kInputGroup = 64;
 constexpr int kWeightOnlyGroup = 32;
 constexpr int kInt4Group = 32;
-constexpr int kMostUnits = 255;      // of int4's scales and minima
-constexpr int kUnitsOfMinimum = 8;
+
+// int4's scales and minima are at most so many units, and a unit of minima is so many of scales.
+constexpr int kMostUnits = 255;
+constexpr int kMinimumShift = 3, kUnitsOfMinimum = 1 << kMinimumShift;
 
 // Values along K in a block.
 static constexpr int block_size(int32_t kind) {

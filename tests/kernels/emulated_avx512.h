@@ -91,15 +91,15 @@ EMULATED void mask_storeu_ps_256(float* p, uint8_t mask, __m256 x) {
   store_some(p, mask, bits<Lanes<float, 8>>(x));
 }
 
-template <class To, class From, class ToLane, class FromLane>
+template <class To, class From, class ToLane, class FromLane, int N = 16>
 EMULATED To each_lane(From x) {
-  const auto from = bits<Lanes<FromLane, 16>>(x);
-  Lanes<ToLane, 16> to;
-  for (int i = 0; i < 16; ++i) to.at[i] = (ToLane)from.at[i];
+  const auto from = bits<Lanes<FromLane, N>>(x);
+  Lanes<ToLane, N> to;
+  for (int i = 0; i < N; ++i) to.at[i] = (ToLane)from.at[i];
   return bits<To>(to);
 }
 EMULATED __m512i cvtepi8_epi32(__m128i x) { return each_lane<__m512i, __m128i, int32_t, int8_t>(x); }
-EMULATED __m512i cvtepu8_epi32(__m128i x) { return each_lane<__m512i, __m128i, int32_t, uint8_t>(x); }
+EMULATED __m512i cvtepu8_epi16(__m256i x) { return each_lane<__m512i, __m256i, uint16_t, uint8_t, 32>(x); }
 EMULATED __m256i cvtepi32_epi16(__m512i x) { return each_lane<__m256i, __m512i, uint16_t, int32_t>(x); }
 EMULATED __m128i cvtepi32_epi8(__m512i x) { return each_lane<__m128i, __m512i, uint8_t, int32_t>(x); }
 
@@ -141,6 +141,13 @@ EMULATED __m512i dpbusd(__m512i sum, __m512i x, __m512i y) {
   const auto a = bits<Lanes<uint8_t, 64>>(x);
   const auto b = bits<Lanes<int8_t, 64>>(y);
   for (int i = 0; i < 64; ++i) s.at[i / 4] += a.at[i] * b.at[i];
+  return bits<__m512i>(s);
+}
+// vpdpwssd: products of two signed numbers of 16 bits with two.
+EMULATED __m512i dpwssd(__m512i sum, __m512i x, __m512i y) {
+  auto s = bits<Lanes<int32_t, 16>>(sum);
+  const auto a = bits<Lanes<int16_t, 32>>(x), b = bits<Lanes<int16_t, 32>>(y);
+  for (int i = 0; i < 32; ++i) s.at[i / 2] += a.at[i] * b.at[i];
   return bits<__m512i>(s);
 }
 // vdpbf16ps: subnormal numbers, which it takes for zeros, apart (bf16_pairs.h).
@@ -191,7 +198,7 @@ EMULATED __m256i cvtneps_bf16(__m512 x) {
 #define _mm512_cvtph_ps emulated::cvtph_ps
 #define _mm512_cvtps_ph(x, how) emulated::cvtps_ph_nearest(x)
 #define _mm512_cvtepi8_epi32 emulated::cvtepi8_epi32
-#define _mm512_cvtepu8_epi32 emulated::cvtepu8_epi32
+#define _mm512_cvtepu8_epi16 emulated::cvtepu8_epi16
 #define _mm512_cvtepu16_epi32 emulated::cvtepu16_epi32
 #define _mm512_cvtepi32_epi16 emulated::cvtepi32_epi16
 #define _mm512_cvtepi32_epi8 emulated::cvtepi32_epi8

@@ -22,6 +22,9 @@ _ASSEMBLY = {
         '__asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x));': (
             "sum = emulated::dpbusd(sum, w, x);"
         ),
+        '__asm__("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(x), "v"(y));': (
+            "sum = emulated::dpwssd(sum, x, y);"
+        ),
     },
     "bf16_pairs.h": {
         '__asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));': (
