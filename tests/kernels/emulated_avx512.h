@@ -66,6 +66,11 @@ EMULATED_BY_HALVES(cvtps_ph_nearest, __m256i, __m128i, __m512, __m256, half_cvtp
 EMULATED_BY_HALVES_OF_TWO(max_ps, _mm256_max_ps)
 EMULATED_BY_HALVES_OF_TWO(min_ps, _mm256_min_ps)
 
+EMULATED __m512i madd_epi16(__m512i x, __m512i y) {
+  const auto a = bits<Halves<__m256i>>(x), b = bits<Halves<__m256i>>(y);
+  return bits<__m512i>(
+      Halves<__m256i>{_mm256_madd_epi16(a.low, b.low), _mm256_madd_epi16(a.high, b.high)});
+}
 EMULATED __m512 fmadd_ps(__m512 x, __m512 y, __m512 z) {
   const auto a = bits<Halves<__m256>>(x), b = bits<Halves<__m256>>(y), c = bits<Halves<__m256>>(z);
   return bits<__m512>(
@@ -144,12 +149,7 @@ EMULATED __m512i dpbusd(__m512i sum, __m512i x, __m512i y) {
   return bits<__m512i>(s);
 }
 // vpdpwssd: products of two signed numbers of 16 bits with two.
-EMULATED __m512i dpwssd(__m512i sum, __m512i x, __m512i y) {
-  auto s = bits<Lanes<int32_t, 16>>(sum);
-  const auto a = bits<Lanes<int16_t, 32>>(x), b = bits<Lanes<int16_t, 32>>(y);
-  for (int i = 0; i < 32; ++i) s.at[i / 2] += a.at[i] * b.at[i];
-  return bits<__m512i>(s);
-}
+EMULATED __m512i dpwssd(__m512i sum, __m512i x, __m512i y) { return _mm512_add_epi32(sum, madd_epi16(x, y)); }
 // vdpbf16ps: subnormal numbers, which it takes for zeros, apart (bf16_pairs.h).
 EMULATED __m512 dpbf16(__m512 sum, __m512i x, __m512i y) {
   auto s = bits<Lanes<float, 16>>(sum);
@@ -186,6 +186,7 @@ EMULATED __m256i cvtneps_bf16(__m512 x) {
 #undef _mm512_extractf32x8_ps
 #undef _mm512_srai_epi32
 #undef _mm512_fmadd_ps
+#undef _mm512_madd_epi16
 #undef _mm512_max_ps
 #undef _mm512_min_ps
 #define _mm512_maskz_loadu_ps(mask, p) emulated::maskz_loadu_ps(mask, (const float*)(p))
@@ -207,6 +208,7 @@ EMULATED __m256i cvtneps_bf16(__m512 x) {
 #define _mm512_reduce_max_ps emulated::reduce_max_ps
 #define _mm512_shuffle_f32x4 emulated::shuffle_f32x4
 #define _mm512_extractf32x8_ps emulated::extractf32x8_ps
+#define _mm512_madd_epi16 emulated::madd_epi16
 #define _mm512_fmadd_ps emulated::fmadd_ps
 #define _mm512_max_ps emulated::max_ps
 #define _mm512_min_ps emulated::min_ps
