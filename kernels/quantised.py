@@ -30,7 +30,7 @@ _RANGES = (1.0, 0.85)
 _FITS = 2
 _LEAST_SPREAD = 1e-30
 _MOST_UNITS = 255  # of int4's scales and minima
-_UNITS_OF_MINIMUM = 8  # in a unit of minima: half of the values are about as many
+_UNITS_OF_MINIMUM = 8  # of scales in one of minima: around zero a minimum is some 7.5 scales
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -100,9 +100,9 @@ def _fit_offset(x: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tenso
     values is fitted to x by linear regression and the values are chosen again.
     """
     low, high, mean = x.amin(0).clamp(max=0), x.amax(0), _sum(x) / len(x)
-    # In units of a minimum the lowest value is about as many as the whole range is of a scale's.
-    widest = torch.maximum((high - low) * (1 / 15), low / -_UNITS_OF_MINIMUM)
-    scale_unit = _unit(widest, groups)
+    # The widest scale and the lowest minimum must both be whole numbers of 8 bits.
+    needed = torch.maximum((high - low) * (1 / 15), low / -_UNITS_OF_MINIMUM)
+    scale_unit = _unit(needed, groups)
     minimum_unit = scale_unit * -_UNITS_OF_MINIMUM
     best: tuple[torch.Tensor, ...] = ()
     for part in _RANGES:
