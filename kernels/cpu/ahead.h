@@ -12,10 +12,16 @@ namespace {
 
 using namespace headgate;
 
-// The address of what is needed next, how far it moves on at each step, and whether it is used once:
-// then it passes by the larger caches, and what they hold of others stays there. It travels in registers:
-// on the stack it would be read in one piece right after it was written in two, which waits for all
-// stores before.
+// Where what is asked for goes, as __builtin_prefetch has it. To the first-level cache: a core has fewer
+// slots for what is on its way there than to the second-level one, too few where memory is slow to answer.
+enum Fetch {
+  kPassingBy = 0,    // the first-level cache alone: what the larger ones hold of others stays there
+  kSecondLevel = 2,
+};
+
+// The address of what is needed next, how far it moves on at each step, and whether it is used once. It
+// travels in registers: on the stack it would be read in one piece right after it was written in two, which
+// waits for all stores before.
 struct Ahead {
   const char* address;
   int32_t stride;
@@ -23,13 +29,14 @@ struct Ahead {
 };
 static_assert(sizeof(Ahead) == 16, "two registers");
 
-// Asks for what a step of SIZE bytes, the columns of all passes, needs. Each pass of several asks for its share.
-template <int SIZE, int PASSES>
+// Asks for what a step of SIZE bytes, the columns of all passes, needs; what is used once goes to ONCE. Each
+// pass of several asks for its share.
+template <int SIZE, int PASSES, Fetch ONCE = kPassingBy>
 HG_INLINE void ask_for(Ahead& ahead) {
 #pragma GCC unroll 8
   for (int byte = 0; byte < SIZE; byte += 64) {
-    if (ahead.once) __builtin_prefetch(ahead.address + byte, 0, 0);
-    else if (byte * PASSES < SIZE) __builtin_prefetch(ahead.address + byte, 0, 3);
+    if (ahead.once) __builtin_prefetch(ahead.address + byte, 0, ONCE);
+    else if (byte * PASSES < SIZE) __builtin_prefetch(ahead.address + byte, 0, kSecondLevel);
   }
   ahead.address += ahead.stride;
 }

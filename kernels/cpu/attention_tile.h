@@ -1,6 +1,7 @@
 // The part of attention that one thread computes at a time: queries, state, and where its keys are.
 #pragma once
 
+#include "ahead.h"
 #include "bf16_pairs.h"
 #include "int8_rows.h"
 #include "interleave.h"
@@ -22,6 +23,7 @@ constexpr int kVectors = VL == 16 ? 4 : 2;
 constexpr int kTurn = VL == 16 ? kKeyBlock : 16;
 constexpr int kFewLead = VL == 16 ? kKeyBlock : 16;
 constexpr int kManyLead = kKeyBlock;
+constexpr Fetch kFewFetch = VL == 16 ? kSecondLevel : kPassingBy;
 
 HG_INLINE int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
 
@@ -223,15 +225,16 @@ void look_ahead(Tile& t, int32_t first, int32_t last) {
 
 // Asks for one key or value of those to come, of all heads of its item at once. Calls are spread over
 // the work on this block: a burst would fill the core's few slots for misses, and then stall it while
-// memory has nothing to do. What few queries read nobody else will: it passes by the larger caches.
+// memory has nothing to do. What few queries read nobody else will: where a core does not need the slots of
+// its larger caches for it, it passes those by.
 HG_INLINE void fetch_ahead(const Tile& t, const void* cache, const float* scales, int i) {
   const Places& places = t.ahead_places;
   const char* p = (const char*)cache + places.numbers[i] * item_size(t.job->cache_dtype);
   for (int byte = 0; byte < t.ahead_bytes; byte += 64) {
-    if (t.few) __builtin_prefetch(p + byte, 0, 0);
-    else __builtin_prefetch(p + byte, 0, 2);
+    if (t.few) __builtin_prefetch(p + byte, 0, kFewFetch);
+    else __builtin_prefetch(p + byte, 0, kSecondLevel);
   }
-  if (scales && i % 16 == 0) __builtin_prefetch(scales + places.scales[i], 0, 2);
+  if (scales && i % 16 == 0) __builtin_prefetch(scales + places.scales[i], 0, kSecondLevel);
 }
 HG_INLINE void fetch_key(const Tile& t, int i) {
   fetch_ahead(t, t.job->k_cache, t.job->k_scales, i);

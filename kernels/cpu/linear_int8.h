@@ -26,6 +26,10 @@ constexpr bool kOneVector = VL == 16 && Q == kInt4 && R > 4;
 
 constexpr int kQuantisedPrefetch = 2048;  // how far ahead a weight is asked for
 
+// int4 weights are unpacked in the time that loading them from the second-level cache takes; one row has none.
+template <int Q, int R>
+constexpr Fetch kFetchOnce = VL == 16 && (Q == kInt8 || R == 1) ? kSecondLevel : kPassingBy;
+
 // Loads of weights for one vector of columns in a block.
 template <int Q>
 constexpr int kStepsOf = kInputGroup / (Q == kInt4 ? 8 : 4);
@@ -53,7 +57,7 @@ template <int Q, int STEPS, int R, int V>
 HG_INLINE void add_products(const int8_t* x, const char* w, Ahead& ahead, vi (&sums)[R][V]) {
   typedef Dot4<Q> Dot;
   for (int step = 0; step < STEPS; ++step, w += kPanel * 4) {
-    ask_for<kPanel * 4, kPanel / (V * VL)>(ahead);
+    ask_for<kPanel * 4, kPanel / (V * VL), kFetchOnce<Q, R>>(ahead);
     vi loaded[V];
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) loaded[v] = load_int(w + v * VL * 4);
