@@ -141,7 +141,7 @@ class KVCacheManager:
             return False
         for block in hits:
             self.pool.share(block)
-        blocks = self.pool.allocate(new)
+        blocks = self.pool.allocate(new, hits[-1] if hits else None)
         assert blocks is not None
         request.block_ids = [*hits, *blocks]
         request.num_published = len(hits)
@@ -152,7 +152,8 @@ class KVCacheManager:
         missing = self.blocks_for(num_positions) - len(request.block_ids)
         if missing <= 0:
             return []
-        blocks = self.pool.allocate(missing)
+        last = request.block_ids[-1] if request.block_ids else None
+        blocks = self.pool.allocate(missing, last)
         if blocks is not None:
             request.block_ids.extend(blocks)
         return blocks
