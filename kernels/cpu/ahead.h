@@ -12,8 +12,8 @@ namespace {
 
 using namespace headgate;
 
-// Where what is asked for goes, as __builtin_prefetch has it. To the first-level cache: a core has fewer
-// slots for what is on its way there than to the second-level one, too few where memory is slow to answer.
+// Where what is asked for goes, as __builtin_prefetch has it. Zen 4 reads memory faster by way of the
+// second-level cache (docs/performance.md, "What is read once").
 enum Fetch {
   kPassingBy = 0,    // the first-level cache alone: what the larger ones hold of others stays there
   kSecondLevel = 2,

@@ -225,8 +225,8 @@ void look_ahead(Tile& t, int32_t first, int32_t last) {
 
 // Asks for one key or value of those to come, of all heads of its item at once. Calls are spread over
 // the work on this block: a burst would fill the core's few slots for misses, and then stall it while
-// memory has nothing to do. What few queries read nobody else will: where a core does not need the slots of
-// its larger caches for it, it passes those by.
+// memory has nothing to do. What few queries read nobody else will: without AVX-512 it passes by the larger
+// caches.
 HG_INLINE void fetch_ahead(const Tile& t, const void* cache, const float* scales, int i) {
   const Places& places = t.ahead_places;
   const char* p = (const char*)cache + places.numbers[i] * item_size(t.job->cache_dtype);
