@@ -7,6 +7,7 @@ import random
 import pytest
 
 from headgate.proto.messages import Fork, NewRow, RowSampling, StepPlan
+from headgate.router import block_pool
 from headgate.router.kv_cache_manager import KVCacheManager
 from headgate.router.request import Request
 from tests.unit.fake_shard import FakeShard
@@ -297,9 +298,24 @@ def test_clear_forgets_content_and_may_change_the_size() -> None:
     assert tables.kv.pool.num_free == 5
 
 
+def test_a_table_goes_on_beside_its_last_block() -> None:
+    tables = Tables(num_blocks=512)
+    first = tables.admit(tables.request(ids(10)))
+    other = tables.admit(tables.request(ids(4, start=50)))
+    assert first.block_ids == [0, 1, 2]
+    assert other.block_ids == [8]
+    assert tables.kv.extend(first, 17) == [3, 4]
+    assert tables.kv.extend(other, 8) == [9]
+    tables.free(first)
+    again = tables.admit(tables.request([*ids(8), *ids(8, start=90)]))
+    assert again.block_ids == [0, 1, 2, 3]  # the first two are cached
+
+
+@pytest.mark.parametrize("fewest_runs", [64, 4])
 @pytest.mark.parametrize("seed", range(6))
-def test_random_walk(seed: int) -> None:
+def test_random_walk(seed: int, fewest_runs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Requests over few tokens, so that prefixes meet; content is checked block by block."""
+    monkeypatch.setattr(block_pool, "_FEWEST_RUNS", fewest_runs)
     rng = random.Random(seed)
     tables = Tables(num_blocks=14)
     kv, holders = tables.kv, tables.holders

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from headgate.proto.messages import Pooling
-from headgate.router import scheduler
+from headgate.router import block_pool, scheduler
 from headgate.router.beam_search import BeamParams, EarlyStopping
 from headgate.router.request import Request
 from headgate.router.scheduler_config import RequestTooLarge
@@ -116,6 +116,7 @@ def test_random_lives(
 ) -> None:
     rng = random.Random(f"{seed} {depth} {caching}")
     monkeypatch.setattr(scheduler, "DRAFT_SHARE", rng.choice([1, 1, 2, 8]))
+    monkeypatch.setattr(block_pool, "_FEWEST_RUNS", rng.choice([64, 64, 4, 2]))
     simulation = Simulation(
         num_blocks=rng.choice([7, 10, 16, 30]),
         block_size=rng.choice([1, 2, 4, 4]),
