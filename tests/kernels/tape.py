@@ -20,6 +20,7 @@ class Tape:
     def __init__(self) -> None:
         self.calls: list[RecordedCall] = []
         self._regions: list[tuple[int, bytes]] = []  # address, and what is there at the start
+        self._buffers: list[torch.Tensor] = []  # kept, so that an address means one region only
 
     def hold(self, *tensors: torch.Tensor) -> None:
         """Memory of calls, with what it holds now. Must stay where it is until `write`."""
@@ -34,6 +35,7 @@ class Tape:
     def add(self, recording: Recording) -> None:
         """A recording's calls and buffers."""
         self.calls += recording.calls
+        self._buffers += recording.buffers
         for buffer in recording.buffers:
             self.hold_blank(buffer.data_ptr(), buffer.nbytes)
 
