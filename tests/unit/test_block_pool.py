@@ -131,11 +131,11 @@ def test_tables_that_grow_in_turn_lie_side_by_side() -> None:
 
 def test_the_longest_unused_run_is_evicted_as_a_whole() -> None:
     pool, evicted = make_pool(8, run_length=4)
-    old, new = take(pool, 4), take(pool, 4)
-    keep(pool, new)
-    keep(pool, old)
+    low, high = take(pool, 4), take(pool, 4)
+    keep(pool, high)
+    keep(pool, low)
     assert take(pool, 2) == [4, 5]
-    assert sorted(evicted) == new
+    assert sorted(evicted) == high
     assert take(pool, 2, 5) == [6, 7]
     pool.check_integrity()
 
