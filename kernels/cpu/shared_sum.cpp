@@ -22,6 +22,7 @@
 #include <new>
 
 #include "export.h"
+#include "processors.h"
 #include "watch.h"
 
 namespace headgate {
@@ -42,6 +43,7 @@ struct alignas(kLineBytes) Line {
   std::atomic<uint32_t> count;    // meetings this rank has come to
   std::atomic<uint32_t> waiters;  // that may sleep on `count`
   std::atomic<uint32_t> left;
+  Seat seat;
   int64_t call[2];  // what this rank means the round to be, by set of slots
 };
 
@@ -117,10 +119,15 @@ int32_t reason_to_give_up(SharedGroup& g, int rank, int64_t started, int64_t& lo
   return now - started >= g.timeout_nanoseconds ? failure_of(kLate, rank) : 0;
 }
 
+void let_others_run(SharedGroup& g) {
+  yield_apart(g.rank, g.ranks, [&g](int r) -> Seat& { return g.line(r).seat; });
+}
+
 // Waits until `rank` has come to its meeting number `count`.
 int32_t wait_for(SharedGroup& g, int rank, uint32_t count) {
   const auto here = [&] { return reached(g, rank, count); };
-  if (here() || (g.watches && watch(here))) return 0;
+  if (here() || (g.watches && watch(here, [&g] { let_others_run(g); }))) return 0;
+  g.line(g.rank).seat.store(0, std::memory_order_relaxed);
   Line& line = g.line(rank);
   const int64_t started = now_ns();
   int64_t looked = started;

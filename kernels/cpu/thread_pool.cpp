@@ -19,6 +19,7 @@
 #include <climits>
 #include <mutex>
 
+#include "processors.h"
 #include "watch.h"
 
 namespace headgate {
@@ -51,6 +52,7 @@ struct Pool {
   int started = 0;  // workers that exist; guarded by `turn`
   pthread_t threads[kMaxThreads];
   uint64_t number = 0;
+  alignas(64) Seat seats[kMaxThreads] = {};  // by index of the thread, 0 is who calls
 };
 
 // Never destroyed: workers may outlive the static destructors.
@@ -71,23 +73,29 @@ bool has_work(uint64_t claims) {
   return (claims & kCountMask) < ((claims >> kCountBits) & kCountMask);
 }
 
-// Whoever waits for this processor (gateway, router, gRPC's threads) gets it now and then between two
-// tiles. If the system took it in the middle of one, the others would wait for that tile.
-void let_others_run() {
-  thread_local int64_t turn_began = 0;
-  if (now_ns() - turn_began < kTurnNanoseconds) return;
-  sched_yield();
-  turn_began = now_ns();
-}
-
 // Of the threads in the pool; 0 is who calls.
 thread_local int thread_index = 0;
+
+void let_others_run() {
+  Pool& p = pool();
+  const int threads = p.wanted_workers.load(std::memory_order_relaxed) + 1;
+  yield_apart(thread_index, threads, [&p](int index) -> Seat& { return p.seats[index]; });
+}
+
+// Whoever waits for this processor (gateway, router, gRPC's threads) gets it now and then between two
+// tiles. If the system took it in the middle of one, the others would wait for that tile.
+void end_turn() {
+  thread_local int64_t turn_began = 0;
+  if (now_ns() - turn_began < kTurnNanoseconds) return;
+  let_others_run();
+  turn_began = now_ns();
+}
 
 // Runs the tiles of a group that nobody has taken yet: how many.
 int32_t take_tiles(Pool& p, Pool::Group& group) {
   int32_t taken = 0;
   for (uint64_t claim = group.claims.load(std::memory_order_acquire); has_work(claim); ++claim) {
-    let_others_run();
+    end_turn();
     claim = group.claims.fetch_add(1, std::memory_order_acq_rel);
     if (!has_work(claim)) break;
     p.function(p.job, int64_t(claim & kCountMask));
@@ -120,7 +128,8 @@ void* worker_main(void* argument) {
     if (index >= p.wanted_workers.load(std::memory_order_seq_cst)) return nullptr;
     work(p);
     auto awake = [&] { return p.signal.load(std::memory_order_acquire) != seen; };
-    if (watch(awake)) continue;
+    if (watch(awake, let_others_run)) continue;
+    p.seats[thread_index].store(0, std::memory_order_relaxed);
     p.sleepers.fetch_add(1, std::memory_order_seq_cst);
     futex_wait(p.signal, seen);
     p.sleepers.fetch_sub(1, std::memory_order_seq_cst);
@@ -157,6 +166,7 @@ void forget_workers() {
   p.sleepers.store(0);
   p.caller_sleeps.store(0);
   for (Pool::Group& group : p.groups) group.claims.store(0);
+  for (Seat& seat : p.seats) seat.store(0);
   p.turn.unlock();
 }
 
@@ -172,7 +182,8 @@ void run_on_caller(TileFunction function, const void* job, int64_t first, int64_
 
 void wait_until_done(Pool& p, int32_t tiles) {
   auto complete = [&] { return p.done.load(std::memory_order_acquire) == tiles; };
-  while (!watch(complete)) {
+  while (!watch(complete, let_others_run)) {
+    p.seats[thread_index].store(0, std::memory_order_relaxed);
     p.caller_sleeps.store(1, std::memory_order_seq_cst);
     const int32_t seen = p.done.load(std::memory_order_seq_cst);
     if (seen != tiles) futex_wait(p.done, seen);

@@ -5,7 +5,6 @@
 // microseconds, a next step within a millisecond.
 #pragma once
 
-#include <sched.h>
 #include <stdint.h>
 #include <time.h>
 
@@ -28,12 +27,12 @@ static inline void pause_briefly() {
 #endif
 }
 
-// Calls `ready` until it holds or the time is over; says whether it held.
-template <class Ready>
-bool watch(Ready ready) {
+// Calls `ready` until it holds or the time is over; says whether it held. `let_others_run` is called now and then.
+template <class Ready, class LetOthersRun>
+bool watch(Ready ready, LetOthersRun let_others_run) {
   const int64_t start = now_ns();
   for (int64_t watched = 0; watched < kWatchNanoseconds; watched = now_ns() - start) {
-    if (watched > kKeepNanoseconds) sched_yield();
+    if (watched > kKeepNanoseconds) let_others_run();
     for (int i = 0; i < 32; ++i) {
       if (ready()) return true;
       pause_briefly();

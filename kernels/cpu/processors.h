@@ -1,0 +1,70 @@
+// Threads that compute together, on processors of their own.
+//
+// A thread that something short holds up may be put on the processor of another one. Then each waits for the
+// other, tile by tile, while the processor that it left is idle: Linux sees that only milliseconds later, after
+// many a job. So threads tell each other where they are, and who finds another at its side goes away.
+#pragma once
+
+#include <sched.h>
+#include <stdint.h>
+
+#include <atomic>
+
+#include "watch.h"
+
+namespace headgate {
+
+// Where a thread is: the number of its processor and one; 0 while it sleeps.
+using Seat = std::atomic<int32_t>;
+
+// Which processors are taken: of a thread and those it computes with.
+class Processors {
+ public:
+  Processors() { CPU_ZERO(&taken_); }
+
+  void add(int32_t seat) {
+    if (seat > 0 && seat <= CPU_SETSIZE) CPU_SET(seat - 1, &taken_);
+  }
+
+  // Puts the calling thread on one of those it may use that isn't taken, and leaves it free to be moved
+  // again. Nothing happens where there is none.
+  void leave() const {
+    cpu_set_t allowed, others;
+    if (sched_getaffinity(0, sizeof allowed, &allowed)) return;
+    CPU_AND(&others, &allowed, &taken_);
+    CPU_XOR(&others, &allowed, &others);
+    if (!CPU_COUNT(&others)) return;
+    sched_setaffinity(0, sizeof others, &others);
+    sched_setaffinity(0, sizeof allowed, &allowed);
+  }
+
+ private:
+  cpu_set_t taken_;
+};
+
+// Between two moves of a thread: other programs may leave no processor that it could stay on.
+constexpr int64_t kStayNanoseconds = 1000000;
+
+// Lets whoever waits for the calling thread's processor have it, and takes `seat_of(own)`, of `count`. If
+// another of these seats is on the same processor, the thread goes to one without.
+template <class SeatOf>
+void yield_apart(int own, int count, SeatOf seat_of) {
+  sched_yield();
+  const int32_t here = sched_getcpu() + 1;
+  seat_of(own).store(here, std::memory_order_relaxed);
+  bool alone = true;
+  for (int i = 0; i < count; ++i)
+    alone &= i == own || seat_of(i).load(std::memory_order_relaxed) != here;
+  if (alone) return;
+  thread_local int64_t moved = 0;
+  if (now_ns() - moved < kStayNanoseconds) return;
+  Processors taken;
+  for (int i = 0; i < count; ++i) taken.add(seat_of(i).load(std::memory_order_relaxed));
+  // The other one gets the processor meanwhile, and is to see that it has it for itself.
+  seat_of(own).store(0, std::memory_order_relaxed);
+  taken.leave();
+  moved = now_ns();
+  seat_of(own).store(sched_getcpu() + 1, std::memory_order_relaxed);
+}
+
+}  // namespace headgate
