@@ -44,7 +44,7 @@ from headgate.shard.runner import Heartbeat, RunnerFacts
 from headgate.shard.samplers import DeviceSampler, HostSampler, Logits, Sampled
 from headgate.shard.sampling.grammar import NO_MASKS, GrammarMasks, Masks
 from headgate.shard.sampling.params import IntArray
-from headgate.shard.scheduled_rows import ScheduledRows
+from headgate.shard.scheduled_rows import Draws, ScheduledRows
 from headgate.shard.step_clock import StepClock
 from headgate.shard.step_inputs import StepInputs, build_inputs
 from headgate.shard.vote import Vote, plan_tag
@@ -347,7 +347,7 @@ class ModelRunner:
             prompt_logprobs(hidden, chunk, self._prompt_logits, self._logits_rows)
             for chunk in inputs.prompt_chunks
         ]
-        if not self.group.rank:
+        if not self.group.rank and (logprobs or inputs.pooled_chunks):
             states = [pooled(hidden, chunk) for chunk in inputs.pooled_chunks]
             clock.answer = replace(clock.answer, prompt_logprobs=tuple(logprobs), pooled=states)
         masks = finish_masks()
@@ -360,15 +360,16 @@ class ModelRunner:
         if isinstance(self.recorded, RecordedModel):
             likeliest = self.recorded.likeliest()
         logits = Logits(logits_of, self._logits_rows, likeliest)
-        sampler, watermarked = self._device_sampler, self._batch.is_watermarked(draws.slots)
-        if sampler is not None and not masks.failures and not watermarked:
-            wait, sampled = sampler.sample(self._batch, draws, masks, logits)
-            finish = self._finisher(scheduled, sampled, masks, clock)
-            step = PendingStep(finish, wait, self._under_way)
-            self._under_way.add(step)
-            return step
-        tokens = self._host_sampler.sample(self._batch, draws, masks, logits)
-        return PendingStep.done(self._finisher(scheduled, lambda: tokens, masks, clock)())
+        sampler = self._device_sampler
+        if sampler is None or masks.failures or self._batch.is_watermarked(draws.slots):
+            tokens = self._host_sampler.sample(self._batch, draws, masks, logits)
+            finish = self._finisher(scheduled, draws, lambda: tokens, masks, clock)
+            return PendingStep.done(finish())
+        wait, sampled = sampler.sample(self._batch, draws, masks, logits)
+        finish = self._finisher(scheduled, draws, sampled, masks, clock)
+        step = PendingStep(finish, wait, self._under_way)
+        self._under_way.add(step)
+        return step
 
     def _decode(self, plan: StepPlan, rows: DecodeRows, started: int) -> StepResult:
         """The step whose inputs `rows` has laid out. The same result as _execute's."""
@@ -430,13 +431,14 @@ class ModelRunner:
     def _finisher(
         self,
         scheduled: ScheduledRows,
+        draws: Draws,
         sampled: Callable[[], Sampled],
         masks: Masks,
         clock: StepClock,
     ) -> Callable[[], StepResult]:
         """Makes the step's result of its tokens, which the batch expects from now on."""
         assert self._batch is not None
-        batch, slots = self._batch, self._batch.draws(scheduled).slots
+        batch, slots = self._batch, draws.slots
         row_ids, expected = batch.ids[slots], batch.expect(scheduled)
 
         def finish() -> StepResult:
