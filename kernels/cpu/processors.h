@@ -17,6 +17,13 @@ namespace headgate {
 // Where a thread is: the number of its processor and one; 0 while it sleeps.
 using Seat = std::atomic<int32_t>;
 
+// Tells where the calling thread is: the seat's new value.
+inline int32_t take_seat(Seat& seat) {
+  const int32_t here = sched_getcpu() + 1;
+  seat.store(here, std::memory_order_relaxed);
+  return here;
+}
+
 // Which processors are taken: of a thread and those it computes with.
 class Processors {
  public:
@@ -50,8 +57,7 @@ constexpr int64_t kStayNanoseconds = 1000000;
 template <class SeatOf>
 void yield_apart(int own, int count, SeatOf seat_of) {
   sched_yield();
-  const int32_t here = sched_getcpu() + 1;
-  seat_of(own).store(here, std::memory_order_relaxed);
+  const int32_t here = take_seat(seat_of(own));
   bool alone = true;
   for (int i = 0; i < count; ++i)
     alone &= i == own || seat_of(i).load(std::memory_order_relaxed) != here;
@@ -64,7 +70,7 @@ void yield_apart(int own, int count, SeatOf seat_of) {
   seat_of(own).store(0, std::memory_order_relaxed);
   taken.leave();
   moved = now_ns();
-  seat_of(own).store(sched_getcpu() + 1, std::memory_order_relaxed);
+  take_seat(seat_of(own));
 }
 
 }  // namespace headgate

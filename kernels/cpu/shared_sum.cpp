@@ -157,6 +157,7 @@ int32_t wait_for_all(SharedGroup& g, uint32_t count) {
 // Comes to the next meeting.
 void arrive(SharedGroup& g) {
   Line& line = g.line(g.rank);
+  take_seat(line.seat);
   line.count.store(++g.count, std::memory_order_seq_cst);
   if (line.waiters.load(std::memory_order_seq_cst)) wake_all(line.count);
 }

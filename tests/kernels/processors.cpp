@@ -8,7 +8,7 @@ using namespace headgate;
 
 namespace {
 
-Seat seats[3];
+Seat seats[2];
 
 // How often the thread is elsewhere after it yielded, of 50 times, with another one as far from it as said.
 int moves(int distance) {
