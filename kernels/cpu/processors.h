@@ -1,8 +1,8 @@
 // Threads that compute together, on processors of their own.
 //
-// A thread that something short holds up may be put on the processor of another one. Then each waits for the
-// other, tile by tile, while the processor that it left is idle: Linux sees that only milliseconds later, after
-// many a job. So threads tell each other where they are, and who finds another at its side goes away.
+// Linux may put two of them on one processor, beside an idle one, and leave them there for milliseconds. Each
+// waits for the other then, tile by tile, for many a job (docs/performance.md has a trace of it). So threads
+// tell each other where they are, and who finds another at its side goes away.
 #pragma once
 
 #include <sched.h>
