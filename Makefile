@@ -21,6 +21,7 @@
 #                                   VLLM_PYTHON, TRANSFORMERS_PYTHON and TRANSFORMERS_MODEL
 #   make bench-host                 what gateway and router cost per token, without a model
 #   make bench-steps [BENCH_ARGS="--kinds bf16,int8,int4 --num-shard 2"]   a CPU step, call by call (docs/performance.md)
+#   make bench-bounds [BENCH_ARGS="--of docs/benchmarks.jsonl"]   what the benchmark's workloads take at least on a machine
 #   make test-fresh                 the image's steps and the README's commands on a bare Debian (root)
 #   make clean                      removes the environments and everything generated
 
@@ -29,7 +30,7 @@ GPU_PYTHON ?= $(or $(wildcard $(VENV)/bin/python),python3)
 export VENV TORCH_INDEX PYTHON
 
 .PHONY: help serve test test-api test-kernels test-neon test-avx512 kernels-report test-gpu bench-gpu tune-gpu setup setup-dev proto lint format wheel \
-	bench bench-peers bench-host bench-steps bench-quality test-fresh clean
+	bench bench-peers bench-host bench-steps bench-bounds bench-quality test-fresh clean
 .DEFAULT_GOAL := help
 
 help:
@@ -124,6 +125,9 @@ bench-host: setup
 
 bench-steps: setup
 	@$(VENV)/bin/python -m headgate.bench.step_profile $(BENCH_ARGS)
+
+bench-bounds: setup
+	@$(VENV)/bin/python -m headgate.bench.bounds $(BENCH_ARGS)
 
 test-fresh:
 	deploy/test_fresh.sh

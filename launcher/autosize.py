@@ -21,6 +21,8 @@ MIB = 1 << 20
 CPU_KV_BYTES = GIB  # of all shards together
 GPU_STEP_TOKENS = 4096  # TGI's default
 STEP_SECONDS = 0.150  # a CPU step should take no longer: it bounds latency between tokens
+# Prompts get what rows leave of a step, so one of fewer tokens may take up to twice as long.
+ROOMY_STEP_TOKENS = 192
 # Sustained by one core over whole steps, by --quantize or else --matmul-precision; and how many
 # times as much where vectors are wide.
 CORE_FLOPS = {
@@ -305,9 +307,10 @@ def _activation_bytes(model: ModelFacts, shape: Shape, item: int) -> int:
 def _step_tokens(model: ModelFacts, device: str, cpu_flops: float) -> int:
     if device == "cuda":
         return GPU_STEP_TOKENS
-    tokens = cpu_flops * STEP_SECONDS / (2 * model.computed_per_token)
+    tokens = int(cpu_flops * STEP_SECONDS / (2 * model.computed_per_token))
+    tokens = max(tokens, min(2 * tokens, ROOMY_STEP_TOKENS))
     low, high = CPU_STEP_TOKENS
-    return max(low, min(high, int(tokens) // 16 * 16))
+    return max(low, min(high, tokens // 16 * 16))
 
 
 def _draft_tokens(config: LauncherConfig, device: str) -> int:

@@ -63,7 +63,7 @@ LIMITS = (
         Kind.INTEGER,
         "Most tokens that one step computes; on a CPU never more than 1024.",
         minimum=1,
-        default_text="a step of about 150 ms on a CPU (128 to 1024), 4096 on a GPU",
+        default_text="a step of 150 ms on a CPU (300 for up to 192 tokens), 4096 on a GPU",
     ),
     Flag(
         "max-batch-total-tokens",

@@ -30,7 +30,7 @@ from headgate.bench.report import render
 from headgate.bench.results import Run, Session
 from headgate.bench.roofline import measure
 from headgate.bench.server import ServerFailed, free_port, running
-from headgate.bench.workload import WORKLOADS, make_requests, make_warm_up
+from headgate.bench.workload import Case, make_requests, make_warm_up, parse_plan
 from headgate.launcher.cli import parse_serve
 from headgate.launcher.hardware import find_hardware
 from headgate.launcher.model_facts import read_model_facts
@@ -130,16 +130,11 @@ def _parse() -> argparse.Namespace:
     arguments.kinds = arguments.kinds.split(",")
     if unknown := set(arguments.kinds) - set(KINDS):
         parser.error(f"--kinds: {', '.join(sorted(unknown))}; there are {', '.join(KINDS)}")
-    arguments.plan = [_case(text, parser) for text in arguments.plan.split(",")]
+    try:
+        arguments.plan = parse_plan(arguments.plan)
+    except ValueError as error:
+        parser.error(str(error))
     return arguments
-
-
-def _case(text: str, parser: argparse.ArgumentParser) -> tuple[str, int, int]:
-    """(workload, concurrency, requests)"""
-    words = text.split(":")
-    if len(words) != 3 or words[0] not in WORKLOADS or not all(w.isdigit() for w in words[1:]):
-        parser.error(f"--plan: {text} is not workload:concurrency:requests")
-    return words[0], int(words[1]), int(words[2])
 
 
 def _model_flags(arguments: argparse.Namespace) -> list[str]:
@@ -163,7 +158,7 @@ def _contestants(arguments: argparse.Namespace, files: ModelFiles) -> list[Conte
 
 def _measure(
     contestant: Contestant,
-    plan: list[tuple[str, int, int]],
+    plan: list[Case],
     number: int,
     tokenizer: tokenizers.Tokenizer,
     cores: int,

@@ -18,7 +18,7 @@ PLAIN = "Headgate, no drafts"  # the same without speculation
 # Kinds of weights, and the kind of the peers that each is compared with: OpenVINO rounds inputs to
 # bfloat16 as bf16-medium does, the others multiply as they like.
 KINDS = {"bf16": "bf16", "bf16-medium": "bf16", "int8": "int8", "int4": "int4"}
-_FLAGS = {
+KIND_FLAGS = {
     "bf16": [],
     "bf16-medium": ["--matmul-precision", "medium"],
     "int8": ["--quantize", "int8"],
@@ -50,7 +50,7 @@ def headgate(kind: str, model_id: str, flags: list[str], name: str = HEADGATE) -
         words = [sys.executable, "-m", "headgate.launcher", "serve", "--port", str(port)]
         if model_id:
             words += ["--model-id", model_id]
-        return words + _FLAGS[kind] + flags
+        return words + KIND_FLAGS[kind] + flags
 
     return Contestant(name, kind, command, health="/health/ready")
 

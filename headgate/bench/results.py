@@ -11,6 +11,7 @@ from statistics import median
 from typing import Any
 
 from headgate.bench.contestants import Contestant
+from headgate.bench.workload import Case
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +63,7 @@ class Session:
         head, *runs = (json.loads(line) for line in path.read_text().splitlines())
         return cls(**head, runs=[Run(**run) for run in runs])
 
-    def has(self, server: Contestant, number: int, plan: Iterable[tuple[str, int, int]]) -> bool:
+    def has(self, server: Contestant, number: int, plan: Iterable[Case]) -> bool:
         """Whether the round of a server is there with all of the plan, without errors."""
         found = {
             (*run.case, run.requests)

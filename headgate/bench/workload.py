@@ -12,6 +12,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import tokenizers
 
@@ -36,6 +37,26 @@ class BenchRequest:
     prompt: str
     prompt_tokens: int
     output_tokens: int
+
+
+class Case(NamedTuple):
+    """One entry of a plan."""
+
+    workload: str
+    concurrency: int
+    requests: int
+
+
+def parse_plan(text: str) -> list[Case]:
+    """Of workload:concurrency:requests, ... Raises ValueError."""
+    return [_parse_case(entry) for entry in text.split(",")]
+
+
+def _parse_case(text: str) -> Case:
+    words = text.split(":")
+    if len(words) != 3 or words[0] not in WORKLOADS or not all(w.isdigit() for w in words[1:]):
+        raise ValueError(f"--plan: {text} is not workload:concurrency:requests")
+    return Case(words[0], int(words[1]), int(words[2]))
 
 
 def make_requests(

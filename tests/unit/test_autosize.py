@@ -78,7 +78,7 @@ def test_the_embedded_model_on_two_cores() -> None:
     assert sizes("--quantize int4 --kv-cache-dtype float32").kv_cache_dtype == "float32"
     assert sizes("--kv-cache-dtype bfloat16").kv_cache_dtype == "bfloat16"
     assert "float16" in refusal("--kv-cache-dtype fp8_e5m2")
-    assert found.max_batch_prefill_tokens == 128
+    assert found.max_batch_prefill_tokens == 192
     assert found.max_batch_size == 128
     assert GIB - MIB < found.kv_bytes < GIB + MIB
     assert found.kv_tokens == found.num_blocks * 16
@@ -95,10 +95,18 @@ def test_cores_are_divided_among_shards(cores: int, line: str, threads: int) -> 
     assert bool(found.warnings) == (threads * found.num_shard > cores)
 
 
-@pytest.mark.parametrize(("cores", "tokens"), [(1, 128), (4, 192), (8, 384), (64, 1024)])
+@pytest.mark.parametrize(("cores", "tokens"), [(1, 128), (3, 192), (4, 192), (8, 384), (64, 1024)])
 def test_a_cpu_step_takes_about_150_ms(cores: int, tokens: int) -> None:
     found = sizes(hardware=replace(MACHINE, cores=cores))
     assert found.max_batch_prefill_tokens == pytest.approx(tokens, abs=32)
+
+
+def test_a_cpu_step_of_few_tokens_takes_up_to_twice_as_long() -> None:
+    once = 72e9 * 2 * 0.150 / (2 * SMALL.computed_per_token)
+    assert once < 128
+    assert once < sizes().max_batch_prefill_tokens <= 2 * once
+    large = replace(SMALL, parameters=10 * SMALL.parameters)
+    assert sizes(model=large).max_batch_prefill_tokens == 128  # where 2 x 10 tokens take as long
 
 
 def test_a_cpu_step_has_more_tokens_where_vectors_are_wide() -> None:
@@ -127,9 +135,9 @@ def test_a_processor_that_says_nothing_has_no_wide_vectors() -> None:
 
 
 def test_a_cpu_step_has_more_tokens_where_products_are_faster() -> None:
-    three = replace(MACHINE, cores=3)
+    four = replace(MACHINE, cores=4)
     flags = ("", "--matmul-precision medium", "--quantize int4", "--quantize int8")
-    tokens = [sizes(flag, hardware=three).max_batch_prefill_tokens for flag in flags]
+    tokens = [sizes(flag, hardware=four).max_batch_prefill_tokens for flag in flags]
     assert len(set(tokens)) == 4 and tokens == sorted(tokens)
     assert tokens[3] == pytest.approx(tokens[0] * 240 / 72, abs=48)
 
