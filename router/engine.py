@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import inf
 
 from headgate.proto import router_pb2
 from headgate.proto.messages import StepPlan, StepResult
@@ -44,6 +45,10 @@ logger = logging.getLogger(__name__)
 MAX_IN_FLIGHT = 2  # plans, where a step takes longer than AHEAD_SECONDS
 AHEAD_SECONDS = 0.008  # of further steps that only go on with what runs: a newcomer waits for them
 MAX_AHEAD = 4  # such steps
+# For a row that has been alone for some time: hardly anybody comes, and each message wakes
+# processes out of whose caches a step's weights have driven them.
+ALONE_AFTER = 0.25  # seconds
+ALONE_AHEAD_SECONDS = 0.030
 # Who asks just after a step has begun may still come into the next: that is planned when this share
 # of the time that lately the shortest step took has passed, where that is worth a timer.
 PATIENCE = 0.4
@@ -91,6 +96,7 @@ class Engine:
         self._last_result = 0.0
         self._step_seconds = AHEAD_SECONDS  # that a step takes, see _take
         self._shortest_step = 0.0  # seconds, of those lately
+        self._last_company = -inf  # when a plan last had more than one row
         self._lost_group = False
 
     # --------------------------------------------------------------- requests
@@ -317,7 +323,7 @@ class Engine:
 
     def _patience(self, in_flight: Sequence[_Step]) -> float:
         """Seconds until the next step should be planned; 0: now, or not before a result."""
-        if len(in_flight) != 1 or self._shortest_step < PATIENT_SECONDS:
+        if len(in_flight) != 1 or self._shortest_step < PATIENT_SECONDS or self._is_alone:
             return 0.0
         began = max(in_flight[0].sent, self._last_result)
         return max(began + self._shortest_step * PATIENCE - time.monotonic(), 0.0)
@@ -327,7 +333,13 @@ class Engine:
         assert self._scheduler is not None
         if not plans or self._scheduler.planned_prompt or self._scheduler.has_waiting:
             return 0
-        return min(MAX_AHEAD, int(AHEAD_SECONDS / max(self._step_seconds, 1e-6)))
+        seconds = ALONE_AHEAD_SECONDS if self._is_alone else AHEAD_SECONDS
+        return min(MAX_AHEAD, int(seconds / max(self._step_seconds, 1e-6)))
+
+    @property
+    def _is_alone(self) -> bool:
+        """Whether one row at most has run for some time."""
+        return time.monotonic() - self._last_company >= ALONE_AFTER
 
     def _plan(self, epoch: int, sequence: int) -> tuple[StepPlan | None, _Step | None]:
         assert self._scheduler is not None
@@ -336,6 +348,8 @@ class Engine:
         if plan is None:
             return None, None
         now = time.monotonic()
+        if len(plan.rows) > 1:
+            self._last_company = now
         method = "prefill" if self._scheduler.planned_prompt else "decode"
         joined = len(plan.new_rows) + len(plan.forks)
         self._metrics.step_planned(method, joined, len(plan.rows) > joined, now - started)

@@ -129,12 +129,32 @@ async def test_short_steps_are_planned_a_few_at_a_time(
 ) -> None:
     async with running_router(tmp_path, behaviour=Behaviour(step_seconds=0.01)) as router:
         messages = router.launcher.group.servers[0].messages
-        for seconds, at_a_time in ((10.0, engine.MAX_AHEAD + 1), (engine.AHEAD_SECONDS, 1)):
-            monkeypatch.setattr(engine, "AHEAD_SECONDS", seconds)
+        for name in ("AHEAD_SECONDS", "ALONE_AHEAD_SECONDS"):
+            monkeypatch.setattr(engine.Engine, "_is_alone", name.startswith("ALONE"))
+            for seconds, at_a_time in ((10.0, engine.MAX_AHEAD + 1), (0.008, 1)):
+                monkeypatch.setattr(engine, name, seconds)
+                del messages[:]
+                asked = request([1, 2, 3], max_new_tokens=60)
+                assert ids_of(await router.stub.Generate(asked)) == answer_of(router, asked)[0]
+                assert sorted(messages)[len(messages) // 2] == at_a_time, messages
+        router.assert_idle()
+
+
+async def test_a_row_that_had_no_company_lately_is_planned_further_ahead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "ALONE_AFTER", 60.0)
+    monkeypatch.setattr(engine, "ALONE_AHEAD_SECONDS", 10.0)
+    async with running_router(tmp_path, behaviour=Behaviour(step_seconds=0.01)) as router:
+        messages = router.launcher.group.servers[0].messages
+        usual: list[int] = []
+        for number in range(2):
             del messages[:]
-            request_ = request([1, 2, 3], max_new_tokens=60)
-            assert ids_of(await router.stub.Generate(request_)) == answer_of(router, request_)[0]
-            assert sorted(messages)[len(messages) // 2] == at_a_time, messages
+            await router.stub.Generate(request([1, 2, 3, number], max_new_tokens=40))
+            usual.append(sorted(messages)[len(messages) // 2])
+            two = [request([number, other], max_new_tokens=20) for other in range(2)]
+            await asyncio.gather(*(router.stub.Generate(message) for message in two))
+        assert usual == [engine.MAX_AHEAD + 1, 1]
         router.assert_idle()
 
 
