@@ -46,7 +46,7 @@ MAX_IN_FLIGHT = 2  # plans, where a step takes longer than AHEAD_SECONDS
 AHEAD_SECONDS = 0.008  # of further steps that only go on with what runs: a newcomer waits for them
 MAX_AHEAD = 4  # such steps
 # For a row that has been alone for some time: hardly anybody comes, and each message wakes
-# processes out of whose caches a step's weights have driven them.
+# processes whose memory a step's weights have driven out of the caches.
 ALONE_AFTER = 0.25  # seconds
 ALONE_AHEAD_SECONDS = 0.030
 # Who asks just after a step has begun may still come into the next: that is planned when this share

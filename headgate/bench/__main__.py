@@ -30,7 +30,7 @@ from headgate.bench.report import render
 from headgate.bench.results import Run, Session
 from headgate.bench.roofline import measure
 from headgate.bench.server import ServerFailed, free_port, running
-from headgate.bench.workload import Case, make_requests, make_warm_up, parse_plan
+from headgate.bench.workload import SEED, Case, make_requests, make_warm_up, parse_plan
 from headgate.launcher.cli import parse_serve
 from headgate.launcher.hardware import find_hardware
 from headgate.launcher.model_facts import read_model_facts
@@ -39,7 +39,6 @@ from headgate.launcher.prepare_model import prepare
 
 FULL_PLAN = "default:1:32,default:8:64,default:32:64,default:128:128,shared-prefix:8:64"
 SHORT_PLAN = "default:1:8,default:8:32,default:32:64,shared-prefix:8:32"
-SEED = 1
 WARM_UP_REQUESTS = 4
 
 

@@ -24,7 +24,7 @@ from headgate.bench.contestants import HEADGATE, KIND_FLAGS, KINDS
 from headgate.bench.ideal_server import IdealRun, IdealServer, Rates, StepDemand
 from headgate.bench.results import Session
 from headgate.bench.roofline import measure
-from headgate.bench.workload import Case, make_requests, parse_plan
+from headgate.bench.workload import SEED, Case, make_requests, parse_plan
 from headgate.launcher.autosize import Sizes, kv_bytes_per_token, work_out_sizes
 from headgate.launcher.cli import parse_serve
 from headgate.launcher.hardware import find_hardware
@@ -34,7 +34,6 @@ from headgate.launcher.prepare_model import prepare
 from headgate.router.scheduler_config import SchedulerConfig
 
 PLAN = "default:1:32,default:8:64,default:32:64,shared-prefix:8:64"
-SEED = 1
 # Bytes of a layer's weight, scales included; the vocabulary's are bytes (a shortlist's copy).
 _WEIGHT_BYTES = {"bf16": 2.0, "bf16-medium": 2.0, "int8": 1.0, "int4": 0.5 + 2 / 32}
 
@@ -165,7 +164,12 @@ def _measured(session: Session, kind: str, case: Case) -> Iterator[str]:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m headgate.bench.bounds", description=__doc__)
-    parser.add_argument("--of", type=Path, help="a benchmark's .jsonl (default: measure rates now)")
+    parser.add_argument(
+        "--of",
+        type=Path,
+        metavar="FILE",
+        help="a benchmark's .jsonl; steps' sizes are this machine's (default: rates are measured)",
+    )
     parser.add_argument("--plan", default=PLAN, help="as of headgate.bench (default: %(default)s)")
     parser.add_argument("--kinds", default="bf16,bf16-medium,int8", help="(default: %(default)s)")
     parser.add_argument("--model-id", default="", help="as of headgate serve")
@@ -192,6 +196,8 @@ def _parse() -> argparse.Namespace:
     arguments.kinds = arguments.kinds.split(",")
     if unknown := set(arguments.kinds) - set(KINDS):
         parser.error(f"--kinds: {', '.join(sorted(unknown))}; there are {', '.join(KINDS)}")
+    if arguments.of and not arguments.of.is_file():
+        parser.error(f"--of: there is no file {arguments.of}")
     try:
         arguments.plan = parse_plan(arguments.plan)
     except ValueError as error:

@@ -20,6 +20,7 @@ DEFAULT = "default"
 SHARED_PREFIX = "shared-prefix"
 WORKLOADS = (DEFAULT, SHARED_PREFIX)
 PREFIX_TOKENS = 600
+SEED = 1  # of the lengths, in every run
 SHORTEST_WARM_UP = 16  # tokens of a warm-up's answer, at most
 # The warm-up's words and lengths are no run's.
 _WARM_UP_SEED, _WARM_UP_WORDS = 777, 12345
