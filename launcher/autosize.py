@@ -291,9 +291,8 @@ def _weight_bytes(model: ModelFacts, shape: Shape, item: int) -> int:
     # The table that ids are looked up in stays as it is. The vocabulary's projection, a copy of it
     # where they are tied, is int8 also beside int4 layers.
     table = model.embedding_parameters
-    layers = max(0, model.parameters - table * (1 if model.tied_embeddings else 2))
     head = _QUANTISED_BYTES["int8" if shape.quantize == "int4" else shape.quantize]
-    quantised = layers * _QUANTISED_BYTES[shape.quantize] + table * head
+    quantised = model.layer_parameters * _QUANTISED_BYTES[shape.quantize] + table * head
     return table * _ITEM_BYTES[shape.dtype] + int(quantised)
 
 

@@ -67,6 +67,12 @@ class ModelFacts:
         """Weights of the table that token ids are looked up in."""
         return self.vocab_size * self.hidden_size
 
+    @property
+    def layer_parameters(self) -> int:
+        """Weights of the layers: neither that table's nor those of the vocabulary's projection."""
+        others = self.embedding_parameters * (1 if self.tied_embeddings else 2)
+        return max(0, self.parameters - others)
+
 
 def read_model_facts(directory: Path, *, weights: str = "", own_module: bool = False) -> ModelFacts:
     """Reads config.json and the weight files' headers.

@@ -23,6 +23,7 @@ import tokenizers
 
 from headgate import __version__
 from headgate.bench import client
+from headgate.bench.case_flags import add_case_flags, prepare_model, take_case_flags
 from headgate.bench.contestants import KINDS, PLAIN, Contestant, add_peer_flags, headgate, peers
 from headgate.bench.plot import throughput_chart
 from headgate.bench.processes import cpu_used, usage
@@ -30,12 +31,10 @@ from headgate.bench.report import render
 from headgate.bench.results import Run, Session
 from headgate.bench.roofline import measure
 from headgate.bench.server import ServerFailed, free_port, running
-from headgate.bench.workload import SEED, Case, make_requests, make_warm_up, parse_plan
-from headgate.launcher.cli import parse_serve
+from headgate.bench.workload import SEED, Case, make_requests, make_warm_up
 from headgate.launcher.hardware import find_hardware
 from headgate.launcher.model_facts import read_model_facts
-from headgate.launcher.model_files import ModelFiles, find_source
-from headgate.launcher.prepare_model import prepare
+from headgate.launcher.model_files import ModelFiles
 
 FULL_PLAN = "default:1:32,default:8:64,default:32:64,default:128:128,shared-prefix:8:64"
 SHORT_PLAN = "default:1:8,default:8:32,default:32:64,shared-prefix:8:32"
@@ -44,8 +43,7 @@ WARM_UP_REQUESTS = 4
 
 def main() -> int:
     arguments = _parse()
-    files = prepare(find_source(parse_serve(_model_flags(arguments), dict(os.environ))))
-    tokenizer = tokenizers.Tokenizer.from_file(str(Path(files.path) / "tokenizer.json"))
+    files, tokenizer = prepare_model(arguments.model_id)
     session = _session(arguments, _machine(), _model(files))
     contestants = _contestants(arguments, files)
     ends = time.monotonic() + 60 * arguments.minutes
@@ -96,17 +94,8 @@ def _session(
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m headgate.bench", description=__doc__)
     parser.add_argument("--runs", type=int, default=3, help="rounds (default: 3)")
-    parser.add_argument(
-        "--plan",
-        default=FULL_PLAN,
-        help=f"workload:concurrency:requests, ... (default: {FULL_PLAN})",
-    )
+    add_case_flags(parser, FULL_PLAN, ",".join(KINDS))
     parser.add_argument("--short", action="store_true", help=f"one round of {SHORT_PLAN}")
-    parser.add_argument(
-        "--kinds", default=",".join(KINDS), help="of weights (default: %(default)s)"
-    )
-    parser.add_argument("--model-id", default="", help="as of headgate serve")
-    parser.add_argument("--flags", default="", help="more flags of headgate serve, in one string")
     parser.add_argument(
         "--plain", action="store_true", help="also measure Headgate without speculation"
     )
@@ -126,25 +115,15 @@ def _parse() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.short:
         arguments.runs, arguments.plan = 1, SHORT_PLAN
-    arguments.kinds = arguments.kinds.split(",")
-    if unknown := set(arguments.kinds) - set(KINDS):
-        parser.error(f"--kinds: {', '.join(sorted(unknown))}; there are {', '.join(KINDS)}")
-    try:
-        arguments.plan = parse_plan(arguments.plan)
-    except ValueError as error:
-        parser.error(str(error))
+    take_case_flags(parser, arguments)
     return arguments
-
-
-def _model_flags(arguments: argparse.Namespace) -> list[str]:
-    return ["--model-id", arguments.model_id] if arguments.model_id else []
 
 
 def _contestants(arguments: argparse.Namespace, files: ModelFiles) -> list[Contestant]:
     """Headgate and its peers of the same kind next to each other, each once."""
     found: list[Contestant] = []
     for kind in arguments.kinds:
-        flags = arguments.flags.split()
+        flags = arguments.flags
         found.append(headgate(kind, arguments.model_id, flags))
         if arguments.plain:
             flags = [*flags, "--speculate", "0"]
@@ -241,8 +220,7 @@ def _cpu_name() -> str:
 
 def _model(files: ModelFiles) -> dict[str, Any]:
     facts = read_model_facts(Path(files.path))
-    vocabulary = facts.vocab_size * facts.hidden_size
-    layers = facts.parameters - vocabulary * (1 if facts.tied_embeddings else 2)
+    vocabulary, layers = facts.embedding_parameters, facts.layer_parameters
     # What the last layer does after its attention, which few tokens of a prompt need.
     last = facts.hidden_size * (facts.num_heads * facts.head_dim + 3 * facts.intermediate_size)
     return {

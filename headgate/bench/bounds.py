@@ -18,19 +18,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-import tokenizers
-
+from headgate.bench.case_flags import add_case_flags, prepare_model, take_case_flags
 from headgate.bench.contestants import HEADGATE, KIND_FLAGS, KINDS
 from headgate.bench.ideal_server import IdealRun, IdealServer, Rates, StepDemand
 from headgate.bench.results import Session
 from headgate.bench.roofline import measure
-from headgate.bench.workload import SEED, Case, make_requests, parse_plan
+from headgate.bench.workload import SEED, Case, make_requests
 from headgate.launcher.autosize import Sizes, kv_bytes_per_token, work_out_sizes
 from headgate.launcher.cli import parse_serve
 from headgate.launcher.hardware import find_hardware
 from headgate.launcher.model_facts import ModelFacts, read_model_facts
-from headgate.launcher.model_files import find_source
-from headgate.launcher.prepare_model import prepare
 from headgate.router.scheduler_config import SchedulerConfig
 
 PLAN = "default:1:32,default:8:64,default:32:64,shared-prefix:8:64"
@@ -52,11 +49,7 @@ def main() -> int:
     arguments = _parse()
     session = Session.load(arguments.of) if arguments.of else None
     best = _best_of(session) if session else _best_now()
-    flags = arguments.flags.split()
-    if arguments.model_id:
-        flags += ["--model-id", arguments.model_id]
-    files = prepare(find_source(parse_serve(flags, dict(os.environ))))
-    tokenizer = tokenizers.Tokenizer.from_file(str(Path(files.path) / "tokenizer.json"))
+    files, tokenizer = prepare_model(arguments.model_id)
     model = read_model_facts(Path(files.path))
     print(
         f"float32 {best.fma / 1e9:.0f} GFLOP/s, bfloat16 pairs {best.pairs / 1e9:.0f}, "
@@ -68,7 +61,7 @@ def main() -> int:
         if kind in ("int8", "int4") and not best.vnni:
             print(f"{kind}: this machine has no int8 dot product to be bound by", file=sys.stderr)
             continue
-        config = parse_serve([*flags, *KIND_FLAGS[kind]], dict(os.environ))
+        config = parse_serve([*KIND_FLAGS[kind], *arguments.flags], dict(os.environ))
         sizes = work_out_sizes(model, config, find_hardware())
         rates = _rates(kind, best, arguments)
         demand = _demand(kind, model, sizes)
@@ -116,13 +109,13 @@ def _rates(kind: str, best: Best, arguments: argparse.Namespace) -> Rates:
 
 
 def _demand(kind: str, model: ModelFacts, sizes: Sizes) -> StepDemand:
-    head = model.embedding_parameters
+    head, layers = model.embedding_parameters, model.layer_parameters
     return StepDemand(
         num_layers=model.num_layers,
-        layer_flops=2 * model.computed_per_token,
+        layer_flops=2 * layers,
         head_flops=2 * head,
         attention_flops=4 * model.num_layers * model.num_heads * model.head_dim,
-        weight_bytes=model.computed_per_token * _WEIGHT_BYTES[kind] + head,
+        weight_bytes=layers * _WEIGHT_BYTES[kind] + head,
         kv_bytes=kv_bytes_per_token(model, 1, sizes.kv_cache_dtype)[1],
     )
 
@@ -170,10 +163,7 @@ def _parse() -> argparse.Namespace:
         metavar="FILE",
         help="a benchmark's .jsonl; steps' sizes are this machine's (default: rates are measured)",
     )
-    parser.add_argument("--plan", default=PLAN, help="as of headgate.bench (default: %(default)s)")
-    parser.add_argument("--kinds", default="bf16,bf16-medium,int8", help="(default: %(default)s)")
-    parser.add_argument("--model-id", default="", help="as of headgate serve")
-    parser.add_argument("--flags", default="", help="more flags of headgate serve, in one string")
+    add_case_flags(parser, PLAN, ",".join(KINDS))
     for name, what in (
         ("products", "of layers, as a share of their best rate"),
         ("head", "the vocabulary's product, as a share of int8's best rate"),
@@ -193,15 +183,9 @@ def _parse() -> argparse.Namespace:
         help="from a step's end to a client and back; steps do not wait for it (default: 0)",
     )
     arguments = parser.parse_args()
-    arguments.kinds = arguments.kinds.split(",")
-    if unknown := set(arguments.kinds) - set(KINDS):
-        parser.error(f"--kinds: {', '.join(sorted(unknown))}; there are {', '.join(KINDS)}")
     if arguments.of and not arguments.of.is_file():
         parser.error(f"--of: there is no file {arguments.of}")
-    try:
-        arguments.plan = parse_plan(arguments.plan)
-    except ValueError as error:
-        parser.error(str(error))
+    take_case_flags(parser, arguments)
     return arguments
 
 

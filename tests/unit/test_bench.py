@@ -182,8 +182,8 @@ def test_a_session_goes_on_where_it_ended(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(bench, "_measure", measure)
     monkeypatch.setattr(bench, "_contestants", lambda *_: servers)
     monkeypatch.setattr(bench, "_model", lambda _: model)
-    monkeypatch.setattr(bench, "prepare", lambda _: ModelFiles(str(tmp_path), "m"))
-    monkeypatch.setattr(bench.tokenizers.Tokenizer, "from_file", lambda _: TOKENIZER)
+    files = ModelFiles(str(tmp_path), "m")
+    monkeypatch.setattr(bench, "prepare_model", lambda _: (files, TOKENIZER))
     words = ["bench", "--runs", "2", "--plan", "default:1:8", "--output", str(tmp_path / "out")]
 
     def call(*more: str) -> list[tuple[str, int]]:
