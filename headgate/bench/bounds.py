@@ -2,9 +2,9 @@
 
 The same requests, scheduler and sizes of steps as a server has, on a clock that only arithmetic and
 reading move on (ideal_server.py), at shares of the best rates that were measured beside a benchmark
-(`--of docs/benchmarks.jsonl`: and what its servers did) or are measured now. All at their best, and
-every guess right, no order of the same arithmetic can be faster; with the shares that parts reach
-by themselves it is what a server could do if nothing stood between them.
+(`--of docs/benchmarks.jsonl`: and what its servers did) or are measured now. All are at their best
+and every guess is right, unless said otherwise: with the shares that parts reach by themselves it
+is what a server could do if nothing stood between them.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import argparse
 import math
 import os
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from statistics import median
 
@@ -22,7 +22,7 @@ from headgate.bench.case_flags import add_case_flags, prepare_model, take_case_f
 from headgate.bench.contestants import HEADGATE, KIND_FLAGS, KINDS
 from headgate.bench.ideal_server import IdealRun, IdealServer, Rates, StepDemand
 from headgate.bench.results import Session
-from headgate.bench.roofline import measure
+from headgate.bench.roofline import Roofline, measure
 from headgate.bench.workload import SEED, Case, make_requests
 from headgate.launcher.autosize import Sizes, kv_bytes_per_token, work_out_sizes
 from headgate.launcher.cli import parse_serve
@@ -35,30 +35,20 @@ PLAN = "default:1:32,default:8:64,default:32:64,shared-prefix:8:64"
 _WEIGHT_BYTES = {"bf16": 2.0, "bf16-medium": 2.0, "int8": 1.0, "int4": 0.5 + 2 / 32}
 
 
-@dataclass(frozen=True, slots=True)
-class Best:
-    """The machine's best rates: operations and bytes a second; 0: it has no such instruction."""
-
-    fma: float
-    pairs: float
-    vnni: float
-    memory: float
-
-
 def main() -> int:
     arguments = _parse()
     session = Session.load(arguments.of) if arguments.of else None
-    best = _best_of(session) if session else _best_now()
+    best = _best_of(session) if session else measure(find_hardware().cores)
     files, tokenizer = prepare_model(arguments.model_id)
     model = read_model_facts(Path(files.path))
     print(
-        f"float32 {best.fma / 1e9:.0f} GFLOP/s, bfloat16 pairs {best.pairs / 1e9:.0f}, "
-        f"int8 {best.vnni / 1e9:.0f} GOP/s, memory {best.memory / 1e9:.1f} GB/s\n\n"
+        f"float32 {best.fma_gflops:.0f} GFLOP/s, bfloat16 pairs {best.bf16_gflops:.0f}, "
+        f"int8 {best.vnni_gops:.0f} GOP/s, memory {best.memory_gb_s:.1f} GB/s\n\n"
         "| weights | workload | at a time | tokens/s | first token ms | measured |\n"
         "|---|---|---|---|---|---|"
     )
     for kind in arguments.kinds:
-        if kind in ("int8", "int4") and not best.vnni:
+        if kind in ("int8", "int4") and not best.vnni_gops:
             print(f"{kind}: this machine has no int8 dot product to be bound by", file=sys.stderr)
             continue
         config = parse_serve([*KIND_FLAGS[kind], *arguments.flags], dict(os.environ))
@@ -69,42 +59,30 @@ def main() -> int:
             requests = make_requests(case.workload, case.requests, SEED, 1, tokenizer)
             prompts = [(tokenizer.encode(one.prompt).ids, one.output_tokens) for one in requests]
             server = IdealServer(_scheduler_config(sizes), demand, rates, arguments.right)
-            run = server.run(prompts, case.concurrency)
+            run = server.run(prompts, case.concurrency, arguments.round_trip / 1e3)
             print(_line(kind, case, run, session), flush=True)
     return 0
 
 
-def _best_of(session: Session) -> Best:
+def _best_of(session: Session) -> Roofline:
     """Medians of what was measured beside a benchmark's runs."""
     found = [roofline for run in session.runs for roofline in run.rooflines]
-    fma, pairs, vnni, memory = (
-        median(roofline[name] for roofline in found)
-        for name in ("fma_gflops", "bf16_gflops", "vnni_gops", "memory_gb_s")
-    )
-    return Best(fma * 1e9, pairs * 1e9, vnni * 1e9, memory * 1e9)
+    names = (field.name for field in fields(Roofline) if field.name != "threads")
+    rates = {name: median(roofline[name] for roofline in found) for name in names}
+    return Roofline(threads=session.machine["cores"], **rates)
 
 
-def _best_now() -> Best:
-    found = measure(find_hardware().cores)
-    return Best(
-        found.fma_gflops * 1e9,
-        found.bf16_gflops * 1e9,
-        found.vnni_gops * 1e9,
-        found.memory_gb_s * 1e9,
-    )
-
-
-def _rates(kind: str, best: Best, arguments: argparse.Namespace) -> Rates:
-    """Where an instruction is missing, what would take its time takes none: still a bound."""
-    pairs = best.pairs or best.fma
-    products = {"bf16": best.fma, "bf16-medium": pairs}.get(kind, best.vnni)
+def _rates(kind: str, best: Roofline, arguments: argparse.Namespace) -> Rates:
+    """Where int8's instruction is missing, the vocabulary takes no time: still a bound."""
+    pairs = best.bf16_gflops or best.fma_gflops
+    products = {"bf16": best.fma_gflops, "bf16-medium": pairs}.get(kind, best.vnni_gops)
+    attention = best.fma_gflops if kind == "bf16" else pairs
     return Rates(
-        products=products * arguments.products,
-        head=(best.vnni or math.inf) * arguments.head,
-        attention=(best.fma if kind == "bf16" else pairs) * arguments.attention,
-        memory=best.memory * arguments.memory,
+        products=products * 1e9 * arguments.products,
+        head=(best.vnni_gops or math.inf) * 1e9 * arguments.head,
+        attention=attention * 1e9 * arguments.attention,
+        memory=best.memory_gb_s * 1e9 * arguments.memory,
         others=arguments.others,
-        round_trip=arguments.round_trip / 1e3,
     )
 
 
@@ -169,15 +147,24 @@ def _parse() -> argparse.Namespace:
         ("head", "the vocabulary's product, as a share of int8's best rate"),
         ("attention", "its multiply-adds, as a share of their best rate"),
         ("memory", "reading, as a share of the best rate"),
-        ("right", "guessed tokens that are right, as a share of those guessed"),
     ):
-        parser.add_argument(f"--{name}", type=float, default=1.0, help=f"{what} (default: 1)")
+        share = _number(lambda x: 0 < x <= 1, "above 0 and at most 1")
+        parser.add_argument(f"--{name}", type=share, default=1.0, help=f"{what} (default: 1)")
     parser.add_argument(
-        "--others", type=float, default=0.0, help="share of all cores that others take (default: 0)"
+        "--right",
+        type=_number(lambda x: 0 <= x <= 1, "from 0 to 1"),
+        default=1.0,
+        help="guessed tokens that are right, as a share of those guessed (default: 1)",
+    )
+    parser.add_argument(
+        "--others",
+        type=_number(lambda x: 0 <= x < 1, "from 0 to below 1"),
+        default=0.0,
+        help="share of all cores that others take (default: 0)",
     )
     parser.add_argument(
         "--round-trip",
-        type=float,
+        type=_number(lambda x: 0 <= x < math.inf, "0 or more"),
         default=0.0,
         metavar="MS",
         help="from a step's end to a client and back; steps do not wait for it (default: 0)",
@@ -187,6 +174,20 @@ def _parse() -> argparse.Namespace:
         parser.error(f"--of: there is no file {arguments.of}")
     take_case_flags(parser, arguments)
     return arguments
+
+
+def _number(holds: Callable[[float], bool], limits: str) -> Callable[[str], float]:
+    """Reads a number for which that holds."""
+
+    def read(text: str) -> float:
+        try:
+            if holds(value := float(text)):
+                return value
+        except ValueError:
+            pass
+        raise argparse.ArgumentTypeError(f"{text} is not a number {limits}")
+
+    return read
 
 
 if __name__ == "__main__":

@@ -40,7 +40,6 @@ class Rates:
     attention: float
     memory: float  # bytes read
     others: float = 0.0  # share of all cores' time that other programs take
-    round_trip: float = 0.0  # seconds from a step's end to a client and back
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +75,14 @@ class IdealServer:
         self._clock = 0.0
         self._owed = 0.0  # guesses that are to be right, less than one
 
-    def run(self, prompts: Sequence[tuple[Sequence[int], int]], concurrency: int) -> IdealRun:
-        """`prompts`: (token ids, tokens to answer with), in the order in which they are asked."""
+    def run(
+        self,
+        prompts: Sequence[tuple[Sequence[int], int]],
+        concurrency: int,
+        round_trip: float = 0.0,
+    ) -> IdealRun:
+        """`prompts`: (token ids, tokens to answer with), in the order in which they are asked.
+        `round_trip`: seconds from a step's end to a client and back, which no step waits for."""
         unasked = deque(
             Request(number, prompt, RowSampling(max_new_tokens=answer))
             for number, (prompt, answer) in enumerate(prompts, 1)
@@ -88,7 +93,7 @@ class IdealServer:
         while True:
             for _ in range(min(num_asking, len(unasked))):
                 on_its_way.append(unasked.popleft())
-                on_its_way[-1].arrival = self._clock + self._rates.round_trip * (steps > 0)
+                on_its_way[-1].arrival = self._clock + round_trip * (steps > 0)
             if not self._scheduler.has_work():
                 if not on_its_way:
                     break
@@ -102,7 +107,7 @@ class IdealServer:
             for row_id in dict.fromkeys(result.rows):
                 row = self._rows[row_id]
                 if row.answered == result.rows.count(row_id):
-                    firsts.append(self._clock - row.request.arrival + self._rates.round_trip)
+                    firsts.append(self._clock - row.request.arrival + round_trip)
             num_asking = sum(end is not RowEnd.NONE for end in result.ends)
         tokens = sum(answer for _, answer in prompts)
         return IdealRun(tokens / self._clock, percentile(firsts, 0.5) * 1e3, steps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from headgate.bench import bounds
 from headgate.bench.ideal_server import IdealRun, IdealServer, Rates, StepDemand
 from headgate.bench.results import Run, Session
+from headgate.bench.roofline import Roofline
 from headgate.bench.workload import Case, parse_plan
 from headgate.router.scheduler_config import SchedulerConfig
 
@@ -29,11 +31,12 @@ def served(
     concurrency: int = 1,
     rates: Rates = RATES,
     right: float = 1.0,
+    round_trip: float = 0.0,
     **limits: int,
 ) -> IdealRun:
     settings = {"max_batch_prefill_tokens": 64, "draft_tokens": 0, **limits}
     config = SchedulerConfig(num_blocks=100, block_size=16, **settings)
-    return IdealServer(config, DEMAND, rates, right).run(prompts, concurrency)
+    return IdealServer(config, DEMAND, rates, right).run(prompts, concurrency, round_trip)
 
 
 def test_a_prompt_and_a_token_take_their_arithmetic() -> None:
@@ -81,15 +84,14 @@ def test_each_client_asks_again_when_its_answer_has_ended() -> None:
 
 
 def test_steps_do_not_wait_for_a_client_to_ask_again() -> None:
-    far = Rates(products=1e6, head=1e6, attention=1e6, memory=1e6, round_trip=0.01)
-    alone = served([(PROMPT, 2), (PROMPT, 2)], rates=far)
+    alone = served([(PROMPT, 2), (PROMPT, 2)], round_trip=0.01)
     near = served([(PROMPT, 2), (PROMPT, 2)])
     # What the second has of the first's prompt in the cache is the same in both.
     assert 4 / alone.output_tokens_per_s == pytest.approx(4 / near.output_tokens_per_s + 0.01)
     assert alone.ttft_p50 == pytest.approx(near.ttft_p50 + 10)
     # The other client's steps go on, and the newcomer waits for the one under way.
     prompts = [([1] * 30, 3), ([2] * 30, 9), ([3] * 30, 1)]
-    assert served(prompts, 2, rates=far).steps > served(prompts, 2).steps
+    assert served(prompts, 2, round_trip=0.01).steps > served(prompts, 2).steps
 
 
 def test_plans_are_read() -> None:
@@ -105,13 +107,13 @@ def test_plans_are_read() -> None:
 def test_the_command_sets_bounds_beside_what_was_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    roofline = {"fma_gflops": 100.0, "bf16_gflops": 200.0, "vnni_gops": 400.0, "memory_gb_s": 20.0}
+    roofline = asdict(Roofline(2, 100.0, 400.0, 20.0, bf16_gflops=200.0))
     result = {"output_tokens_per_s": 12.0, "ttft_p50": 345.0, "errors": 0}
     runs = [
         Run("Headgate", "int8", "default", 2, 4, 0, 1.0, {}, {}, result, [roofline]),
         Run("OpenVINO GenAI", "int8", "default", 2, 4, 0, 1.0, {}, {}, result, [roofline]),
     ]
-    Session({}, {}, runs).save(tmp_path / "measured.jsonl")
+    Session({"cores": 2}, {}, runs).save(tmp_path / "measured.jsonl")
     words = ["bounds", "--of", str(tmp_path / "measured.jsonl"), "--plan", "default:2:4"]
     monkeypatch.setattr("sys.argv", [*words, "--kinds", "int8,bf16"])
     assert bounds.main() == 0
@@ -132,12 +134,36 @@ def test_the_command_sets_bounds_beside_what_was_measured(
 def test_a_machine_without_the_instruction_bounds_no_int8(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    roofline = {"fma_gflops": 100.0, "bf16_gflops": 0.0, "vnni_gops": 0.0, "memory_gb_s": 20.0}
+    roofline = asdict(Roofline(2, 100.0, 0.0, 20.0))
     run = Run("Headgate", "int8", "default", 2, 4, 0, 1.0, {}, {}, {}, [roofline])
-    Session({}, {}, [run]).save(tmp_path / "measured.jsonl")
+    Session({"cores": 2}, {}, [run]).save(tmp_path / "measured.jsonl")
     words = ["bounds", "--of", str(tmp_path / "measured.jsonl"), "--plan", "default:1:1"]
     monkeypatch.setattr("sys.argv", [*words, "--kinds", "int8,bf16-medium"])
     assert bounds.main() == 0
     printed = capsys.readouterr()
     assert "int8: this machine has no int8 dot product" in printed.err
     assert printed.out.splitlines()[-1].startswith("| bf16-medium | default | 1 | ")
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "limits"),
+    [
+        ("--products", "0", "above 0 and at most 1"),
+        ("--memory", "1.5", "above 0 and at most 1"),
+        ("--right", "2", "from 0 to 1"),
+        ("--others", "1", "from 0 to below 1"),
+        ("--round-trip", "-4", "0 or more"),
+        ("--head", "much", "above 0 and at most 1"),
+    ],
+)
+def test_numbers_out_of_their_limits_are_refused(
+    flag: str,
+    value: str,
+    limits: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("sys.argv", ["bounds", f"{flag}={value}"])
+    with pytest.raises(SystemExit):
+        bounds.main()
+    assert f"argument {flag}: {value} is not a number {limits}" in capsys.readouterr().err
