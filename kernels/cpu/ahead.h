@@ -41,20 +41,33 @@ HG_INLINE void ask_for(Ahead& ahead) {
   ahead.address += ahead.stride;
 }
 
-// What each of `count` row tiles asks for, which all take `size` bytes of weights in steps of `step` bytes.
+// Asks for what stands before the steps of a block, where a tile is alone. In the shares of several the steps
+// have it.
+template <int SIZE, Fetch ONCE>
+HG_INLINE void ask_for_header(Ahead& ahead) {
+  if (!ahead.once) return;
+#pragma GCC unroll 8
+  for (int byte = 0; byte < SIZE; byte += 64) __builtin_prefetch(ahead.address + byte, 0, ONCE);
+  ahead.address += SIZE;
+}
+
+// What each of `count` row tiles asks for, which all take `size` bytes of weights: blocks of a header and so many
+// steps.
 struct Share {
   int64_t size;
   int32_t stride;
   bool is_all;
 };
-HG_INLINE Share share_of(int64_t size, int64_t step, int64_t count) {
-  return {size / count, int32_t((step + count - 1) / count), count == 1};
+HG_INLINE Share share_of(int64_t size, int64_t header, int64_t step, int64_t steps, int64_t count) {
+  if (count == 1) return {size, int32_t(step), true};
+  const int64_t stride = step + (header + steps - 1) / steps;
+  return {size / count, int32_t((stride + count - 1) / count), false};
 }
 
 // For row tile `tile`: its share of the weights at `soon`. A tile that is alone takes all from memory, and
-// asks for what is so many bytes `on` from `weights`.
-HG_INLINE Ahead ahead_of(const char* weights, int64_t on, const char* soon, Share share, int64_t tile) {
-  if (share.is_all) return {weights + on, share.stride, true};
+// asks for what is so many bytes `lead` from `weights`; with as many left it turns to `soon`.
+HG_INLINE Ahead ahead_of(const char* weights, int64_t lead, const char* soon, Share share, int64_t tile) {
+  if (share.is_all) return {lead < share.size ? weights + lead : soon, share.stride, true};
   return {soon + tile * share.size, share.stride, false};
 }
 

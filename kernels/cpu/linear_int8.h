@@ -24,11 +24,12 @@ constexpr int kVectorsOf = R > 2 ? 2 : kPanel / VL < 4 ? kPanel / VL : 4;
 template <int Q, int R>
 constexpr bool kOneVector = VL == 16 && Q == kInt4 && R > 4;
 
-constexpr int kQuantisedPrefetch = 2048;  // how far ahead a weight is asked for
-
-// (Measured on Zen 4: one row of int4 weights takes less by way of the second-level cache, several take more.)
+// How many blocks ahead a weight is asked for where one row tile of R rows takes them all.
 template <int Q, int R>
-constexpr Fetch kFetchOnce = VL == 16 && (Q == kInt8 || R == 1) ? kSecondLevel : kPassingBy;
+constexpr int kBlocksAhead = Q == kInt4 ? 4 : R == 1 ? 2 : 3;
+
+// (Measured on Zen 4: rows take less by way of the second-level cache.)
+constexpr Fetch kFetchOnce = VL == 16 ? kSecondLevel : kPassingBy;
 
 // Loads of weights for one vector of columns in a block.
 template <int Q>
@@ -57,7 +58,7 @@ template <int Q, int STEPS, int R, int V>
 HG_INLINE void add_products(const int8_t* x, const char* w, Ahead& ahead, vi (&sums)[R][V]) {
   typedef Dot4<Q> Dot;
   for (int step = 0; step < STEPS; ++step, w += kPanel * 4) {
-    ask_for<kPanel * 4, kPanel / (V * VL), kFetchOnce<Q, R>>(ahead);
+    ask_for<kPanel * 4, kPanel / (V * VL), kFetchOnce>(ahead);
     vi loaded[V];
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) loaded[v] = load_int(w + v * VL * 4);
@@ -113,6 +114,7 @@ HG_INLINE void sum_block(const char* x, const char* block, int first, Ahead& ahe
     for (int v = 0; v < V; ++v)
       scales[v] = load_int4_scales(block + (first + v * VL) * 2, block + (kPanel + first + v * VL) * 2);
     vi before[R][V];
+    ask_for_header<block_header(Q), kFetchOnce>(ahead);
     begin_at(kCentred ? numbers + R : nullptr, before);
     add_products<Q, kSteps>(values, weights, ahead, before);
 #pragma GCC unroll 16
@@ -136,7 +138,7 @@ HG_INLINE vf scale_of(const char* panel, int column) {
 
 // R rows, V vectors of columns from `first` of the panel on, where y points.
 template <int Q, int R, int V>
-void multiply_quantised(const char* x, const char* panel, Ahead ahead, int first, int64_t blocks,
+void multiply_quantised(const char* x, const char* panel, Ahead ahead, const char* soon, int first, int64_t blocks,
                         float* y, int64_t y_stride, int64_t columns, const float* bias) {
   ask_for_outputs<R, V>(y, y_stride);
   const char* block = panel + panel_header(Q);
@@ -147,6 +149,7 @@ void multiply_quantised(const char* x, const char* panel, Ahead ahead, int first
     for (int v = 0; v < V; ++v) totals[r][v] = set1(0.0f);
   for (int64_t b = 0; b < blocks; ++b, block += block_bytes(Q), x += R * row_group_bytes(kFormatOf<Q>)) {
     vi sums[R][V];
+    if (ahead.once && b == blocks - kBlocksAhead<Q, R>) ahead.address = soon;
     sum_block<Q>(x, block, first, ahead, sums);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
@@ -166,27 +169,27 @@ void multiply_quantised(const char* x, const char* panel, Ahead ahead, int first
 
 // All columns of one panel for R rows, V vectors of them at a time.
 template <int Q, int R, int V>
-HG_INLINE void multiply_in_passes(const char* x, const char* panel, Ahead ahead, int64_t blocks, float* y,
+HG_INLINE void multiply_in_passes(const char* x, const char* panel, Ahead ahead, const char* soon, int64_t blocks, float* y,
                                   int64_t y_stride, int64_t columns, const float* bias) {
   for (int first = 0; first < kPanel && first < columns; first += V * VL) {
     const Ahead part =
         ahead_of_pass(ahead, first / (V * VL), kPanel / (V * VL), blocks * kStepsOf<Q>);
-    multiply_quantised<Q, R, V>(x, panel, part, first, blocks, y + first, y_stride,
+    multiply_quantised<Q, R, V>(x, panel, part, soon, first, blocks, y + first, y_stride,
                                 columns - first, bias ? bias + first : nullptr);
   }
 }
 
 template <int Q, int R>
-void multiply_quantised_panel(const char* x, const char* panel, Ahead ahead, int64_t blocks, float* y,
+void multiply_quantised_panel(const char* x, const char* panel, Ahead ahead, const char* soon, int64_t blocks, float* y,
                               int64_t y_stride, int64_t columns, const float* bias) {
   if constexpr (kOneVector<Q, R>)
     if (!ahead.once)
-      return multiply_in_passes<Q, R, 1>(x, panel, ahead, blocks, y, y_stride, columns, bias);
-  multiply_in_passes<Q, R, kVectorsOf<R>>(x, panel, ahead, blocks, y, y_stride, columns, bias);
+      return multiply_in_passes<Q, R, 1>(x, panel, ahead, soon, blocks, y, y_stride, columns, bias);
+  multiply_in_passes<Q, R, kVectorsOf<R>>(x, panel, ahead, soon, blocks, y, y_stride, columns, bias);
 }
 
-using QuantisedPanel = void (*)(const char*, const char*, Ahead, int64_t, float*, int64_t, int64_t,
-                                const float*);
+using QuantisedPanel = void (*)(const char*, const char*, Ahead, const char*, int64_t, float*, int64_t,
+                                int64_t, const float*);
 
 template <int Q>
 QuantisedPanel quantised_panel(int64_t rows) {
@@ -209,8 +212,9 @@ void multiply_panels(const QuantisedLinearJob& job, int64_t first, int64_t last,
   const int64_t blocks = block_count(job.inner, Q), size = panel_bytes(job.inner, Q);
   const int64_t panels = (job.columns + kPanel - 1) / kPanel;
   const int64_t count = tiles.last - tiles.first;
-  const int64_t on = job.rows == 1 ? kQuantisedPrefetch : 2 * kQuantisedPrefetch;
-  const Share share = share_of(size, (block_bytes(Q) + kStepsOf<Q> - 1) / kStepsOf<Q>, count);
+  const int64_t on = job.rows == 1 ? kBlocksAhead<Q, 1> : kBlocksAhead<Q, 2>;
+  const int64_t lead = panel_header(Q) + on * block_bytes(Q);
+  const Share share = share_of(size, block_header(Q), kPanel * 4, kStepsOf<Q>, count);
   const RowWalk from_first(job.rows, job.row_tiles, tiles.first);
   for (int64_t panel = first; panel < last; ++panel) {
     const char* weight = job.weight + panel * size;
@@ -220,9 +224,9 @@ void multiply_panels(const QuantisedLinearJob& job, int64_t first, int64_t last,
     RowWalk rows = from_first;
     for (int64_t tile = 0; tile < count; ++tile) {
       const RowRange range = rows.next();
-      const Ahead ahead = ahead_of(weight, on, soon, share, tile);
+      const Ahead ahead = ahead_of(weight, lead, soon, share, tile);
       quantised_panel<Q>(range.last - range.first)(
-          job.x + range.first * blocks * row_group_bytes(kFormatOf<Q>), weight, ahead, blocks,
+          job.x + range.first * blocks * row_group_bytes(kFormatOf<Q>), weight, ahead, soon, blocks,
           job.y + range.first * job.y_stride + column, job.y_stride, columns,
           job.bias ? job.bias + column : nullptr);
     }

@@ -16,19 +16,22 @@ using namespace headgate;
 // The tallest row tile; inputs are packed as linear's are.
 constexpr int kWeightOnlyRows = VL == 16 ? 12 : 6;
 constexpr int kWeightOnlyVectors = 2;
-constexpr int kWeightOnlyPrefetch = 2048;
+constexpr int kAskedAtOnce = 2;  // rows of a panel: a cache line
+constexpr int kWeightOnlyLead = 2;  // blocks ahead that a weight is asked for where one row tile takes them all
 
 // R rows, V vectors of columns; x[inner][R], y points at the first column.
 template <int R, int V>
-void multiply_widened(const float* x, const char* block, Ahead ahead, int first, int64_t inner,
-                      float* y, int64_t y_stride, int64_t columns, const float* bias) {
+void multiply_widened(const float* x, const char* block, Ahead ahead, const char* soon, int first,
+                      int64_t inner, float* y, int64_t y_stride, int64_t columns, const float* bias) {
   constexpr int kHeader = block_header(kInt8WeightOnly);
   vf totals[R][V];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) totals[r][v] = set1(0.0f);
-  for (; inner > 0; inner -= kWeightOnlyGroup, block += block_bytes(kInt8WeightOnly)) {
+  for (int64_t left = block_count(inner, kInt8WeightOnly); left > 0; --left) {
+    if (ahead.once && left == kWeightOnlyLead) ahead.address = soon;
+    ask_for_header<kHeader, kPassingBy>(ahead);
     vf sums[R][V];
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
@@ -37,7 +40,7 @@ void multiply_widened(const float* x, const char* block, Ahead ahead, int first,
     const int8_t* w = (const int8_t*)block + kHeader + first;
     const int size = inner < kWeightOnlyGroup ? (int)inner : kWeightOnlyGroup;
     for (int k = 0; k < size; ++k, w += kPanel, x += R) {
-      if (k % 2 == 0) ask_for<128, 1>(ahead);
+      if (k % kAskedAtOnce == 0) ask_for<kPanel * kAskedAtOnce, 1>(ahead);
       vf values[V];
 #pragma GCC unroll 8
       for (int v = 0; v < V; ++v) values[v] = load_i8(w + v * VL);
@@ -54,22 +57,25 @@ void multiply_widened(const float* x, const char* block, Ahead ahead, int first,
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) totals[r][v] = fma(sums[r][v], scale, totals[r][v]);
     }
+    block += block_bytes(kInt8WeightOnly);
+    inner -= kWeightOnlyGroup;
   }
   store_outputs<R, V>(totals, y, y_stride, columns, bias);
 }
 
 // All columns of one panel for R rows.
 template <int R>
-void multiply_widened_panel(const float* x, const char* panel, Ahead ahead, int64_t inner, float* y,
-                            int64_t y_stride, int64_t columns, const float* bias) {
+void multiply_widened_panel(const float* x, const char* panel, Ahead ahead, const char* soon,
+                            int64_t inner, float* y, int64_t y_stride, int64_t columns,
+                            const float* bias) {
   constexpr int V = kWeightOnlyVectors;
   for (int first = 0; first < kPanel && first < columns; first += V * VL)
-    multiply_widened<R, V>(x, panel, ahead, first, inner, y + first, y_stride, columns - first,
+    multiply_widened<R, V>(x, panel, ahead, soon, first, inner, y + first, y_stride, columns - first,
                            bias ? bias + first : nullptr);
 }
 
-using WidenedPanel = void (*)(const float*, const char*, Ahead, int64_t, float*, int64_t, int64_t,
-                              const float*);
+using WidenedPanel = void (*)(const float*, const char*, Ahead, const char*, int64_t, float*, int64_t,
+                              int64_t, const float*);
 
 WidenedPanel widened_panel(int64_t rows) {
   static const WidenedPanel table[] = {
@@ -89,7 +95,9 @@ void multiply_widened_panels(const QuantisedLinearJob& job, int64_t first, int64
                              int64_t later, RowRange tiles) {
   const int64_t size = panel_bytes(job.inner, job.kind);
   const int64_t panels = (job.columns + kPanel - 1) / kPanel, count = tiles.last - tiles.first;
-  const Share share = share_of(size, block_bytes(kInt8WeightOnly) / (kWeightOnlyGroup / 2), count);
+  const Share share =
+      share_of(size, block_header(kInt8WeightOnly), kPanel * kAskedAtOnce, kWeightOnlyGroup / kAskedAtOnce, count);
+  const int64_t lead = kWeightOnlyLead * block_bytes(kInt8WeightOnly);
   const RowWalk from_first(job.rows, job.row_tiles, tiles.first);
   for (int64_t panel = first; panel < last; ++panel) {
     const char* weight = job.weight + panel * size;
@@ -99,9 +107,10 @@ void multiply_widened_panels(const QuantisedLinearJob& job, int64_t first, int64
     RowWalk rows = from_first;
     for (int64_t tile = 0; tile < count; ++tile) {
       const RowRange range = rows.next();
-      const Ahead ahead = ahead_of(weight, kWeightOnlyPrefetch, soon, share, tile);
+      const Ahead ahead = ahead_of(weight, lead, soon, share, tile);
       widened_panel(range.last - range.first)(
-          (const float*)job.x + range.first * job.inner, weight, ahead, job.inner, job.y + range.first * job.y_stride + column, job.y_stride, columns,
+          (const float*)job.x + range.first * job.inner, weight, ahead, soon, job.inner,
+          job.y + range.first * job.y_stride + column, job.y_stride, columns,
           job.bias ? job.bias + column : nullptr);
     }
   }
