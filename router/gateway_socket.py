@@ -8,8 +8,8 @@ import logging
 from collections.abc import AsyncIterator
 
 from headgate.proto import router_pb2
+from headgate.proto.framing import frame, read_message
 from headgate.router.auth import is_authorized
-from headgate.router.framing import frame, read_message
 from headgate.router.multiplex import Streams
 
 logger = logging.getLogger(__name__)

@@ -10,10 +10,10 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from headgate.proto import router_pb2_grpc
+from headgate.proto.framing import MAX_MESSAGE_BYTES, stream_path
 from headgate.router.auth import ApiKeyInterceptor
 from headgate.router.config import RouterConfig
 from headgate.router.engine import Engine
-from headgate.router.framing import MAX_MESSAGE_BYTES, stream_path
 from headgate.router.gateway_socket import GatewaySocket
 from headgate.router.intake import Intake
 from headgate.router.metrics import Metrics

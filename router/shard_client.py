@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import time
 from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeVar
 
 import grpc
@@ -20,8 +20,7 @@ import grpc
 from headgate.proto import shard_pb2, shard_pb2_grpc
 from headgate.proto.messages import StepPlan, StepResult, decode_result, encode_plan
 from headgate.router.shard_group import GroupBroken
-
-logger = logging.getLogger(__name__)
+from headgate.router.step_stream import GrpcSteps, SocketSteps, StepStream, StreamEnded, describe
 
 T = TypeVar("T")
 
@@ -59,8 +58,8 @@ class ShardClient:
         self.rank = rank
         self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
         self._stub = shard_pb2_grpc.ShardStub(self._channel)
-        self._steps: grpc.aio.StreamStreamCall | None = None
-        self._reader: asyncio.Task[None] | None = None
+        self._steps: StepStream | None = None
+        self._steps_path = ""  # of the shard's socket for steps, where it has one
 
     async def wait_for(self, epoch: int, world_size: int) -> shard_pb2.InfoResponse:
         """Asks until the shard answers as this rank of this epoch; who calls sets the limit."""
@@ -68,6 +67,7 @@ class ShardClient:
             with contextlib.suppress(grpc.aio.AioRpcError):
                 info = await self._stub.Info(shard_pb2.InfoRequest(), timeout=CALL_TIMEOUT)
                 if (info.epoch, info.rank, info.world_size) == (epoch, self.rank, world_size):
+                    self._steps_path = info.steps_path
                     return info
             await asyncio.sleep(DIAL_PAUSE)
 
@@ -92,54 +92,44 @@ class ShardClient:
         """Raises grpc.aio.AioRpcError."""
         return await self._stub.Heartbeat(shard_pb2.HeartbeatRequest(), timeout=timeout)
 
-    def open_steps(
+    async def open_steps(
         self,
         on_result: Callable[[int, shard_pb2.StepResult], None],
         on_broken: Callable[[GroupBroken], None],
     ) -> None:
-        self._steps = self._stub.Steps()
-        self._reader = asyncio.get_running_loop().create_task(self._read(on_result, on_broken))
+        """Raises GroupBroken."""
+        take = partial(on_result, self.rank)
+
+        def end(cause: str) -> None:
+            on_broken(GroupBroken(self.rank, cause))
+
+        if not self._steps_path:
+            self._steps = GrpcSteps(self._stub.Steps(), take, end)
+            return
+        try:
+            self._steps = await SocketSteps.open(self._steps_path, take, end)
+        except OSError as error:
+            raise GroupBroken(self.rank, f"its socket cannot be reached: {error}") from error
 
     async def send(self, message: shard_pb2.StepPlans) -> None:
         """Raises GroupBroken."""
         assert self._steps is not None
         try:
-            await self._steps.write(message)
-        except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
-            raise GroupBroken(self.rank, f"its stream broke: {_cause(error)}") from error
+            await self._steps.send(message)
+        except StreamEnded as error:
+            raise GroupBroken(self.rank, str(error)) from error
 
     async def close(self) -> None:
-        if self._reader is not None:
-            self._reader.cancel()
         if self._steps is not None:
-            self._steps.cancel()
+            self._steps.close()
         await self._channel.close()
-
-    async def _read(
-        self,
-        on_result: Callable[[int, shard_pb2.StepResult], None],
-        on_broken: Callable[[GroupBroken], None],
-    ) -> None:
-        assert self._steps is not None
-        try:
-            async for result in self._steps:
-                on_result(self.rank, result)
-            cause = "it ended its stream"
-        except grpc.aio.AioRpcError as error:
-            cause = f"its stream broke: {_cause(error)}"
-        except asyncio.CancelledError:
-            raise
-        except Exception as error:
-            logger.exception("a step's result could not be taken")
-            cause = f"its result cannot be read: {error}"
-        on_broken(GroupBroken(self.rank, cause))
 
     @contextlib.contextmanager
     def _broken_by_rpc(self, what: str) -> Iterator[None]:
         try:
             yield
         except grpc.aio.AioRpcError as error:
-            raise GroupBroken(self.rank, f"{what} failed: {_cause(error)}") from error
+            raise GroupBroken(self.rank, f"{what} failed: {describe(error)}") from error
 
 
 class ShardedClient:
@@ -178,8 +168,7 @@ class ShardedClient:
             rank = blocks.index(0)
             raise GroupBroken(rank, "there is no memory for a single KV block")
         await _all(client.allocate(num_blocks) for client in clients)
-        for client in clients:
-            client.open_steps(self._take_answer, self._take_broken)
+        await _all(client.open_steps(self._take_answer, self._take_broken) for client in clients)
         return GroupFacts(infos[0].vocab_size, tuple(infos[0].eos_token_ids), num_blocks)
 
     async def prepare_grammar(self, grammar: str) -> None:
@@ -328,9 +317,3 @@ async def _all(awaitables: Iterable[Awaitable[T]]) -> list[T]:
     finally:
         for task in tasks:
             task.cancel()
-
-
-def _cause(error: BaseException) -> str:
-    if isinstance(error, grpc.aio.AioRpcError):
-        return error.details() or error.code().name
-    return str(error) or type(error).__name__

@@ -22,6 +22,7 @@ from headgate import garbage
 from headgate.config_file import ConfigError, load_config
 from headgate.kernels import ops
 from headgate.log import set_up_logging
+from headgate.proto.framing import stream_path
 from headgate.shard.config import ShardConfig, ShardIdentity
 from headgate.shard.device import num_gpus, take_gpu
 from headgate.shard.distributed import init_group
@@ -34,6 +35,7 @@ from headgate.shard.models.registry import load_model
 from headgate.shard.null_runner import NullRunner
 from headgate.shard.runner import Runner
 from headgate.shard.server import ShardService, start_server
+from headgate.shard.step_socket import StepSocket
 from headgate.shard.step_trace import StepTrace
 
 logger = logging.getLogger("headgate.shard")
@@ -48,7 +50,7 @@ class ShardProcess:
     """The process's life, and its ends."""
 
     def __init__(self) -> None:
-        self._socket_path = ""
+        self._socket_paths: tuple[str, ...] = ()
         self._trace: StepTrace | None = None
         self._stopping = threading.Event()
         self._failing = threading.Lock()
@@ -65,10 +67,16 @@ class ShardProcess:
         if os.getppid() != parent:
             logger.error("the launcher is gone")
             self.exit(1)
-        self._socket_path = address.removeprefix("unix:") if address.startswith("unix:") else ""
         self._trace = StepTrace.from_environment(os.environ, identity.rank)
         garbage.settle()
-        server = start_server(ShardService(runner, thread, self._trace), address)
+        steps_path = ""
+        if address.startswith("unix:"):
+            steps_path = stream_path(address)
+            self._socket_paths = (address.removeprefix("unix:"), steps_path)
+        service = ShardService(runner, thread, self._trace, steps_path)
+        if steps_path:
+            StepSocket(service, steps_path)
+        server = start_server(service, address)
         fields = {"address": address, "epoch": identity.epoch}
         logger.info("shard serves", extra={"fields": fields})
         server.wait_for_termination()
@@ -95,9 +103,9 @@ class ShardProcess:
 
     def exit(self, code: int) -> None:
         """Ends the process at once: other threads may hang in a collective or hold a GPU."""
-        if self._socket_path:
+        for path in self._socket_paths:
             with contextlib.suppress(OSError):  # already removed, with its directory
-                os.unlink(self._socket_path)
+                os.unlink(path)
         if self._trace is not None:
             self._trace.close()
         sys.stderr.flush()

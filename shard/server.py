@@ -66,9 +66,17 @@ class _Begun:
 class ShardService(shard_pb2_grpc.ShardServicer):
     """headgate.shard.v1.Shard over one runner."""
 
-    def __init__(self, runner: Runner, thread: ModelThread, trace: StepTrace | None = None) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        thread: ModelThread,
+        trace: StepTrace | None = None,
+        steps_path: str = "",
+    ) -> None:
+        """steps_path: of the socket that takes Steps too (step_socket.py); "": there is none."""
         self._runner = runner
         self._trace = trace
+        self._steps_path = steps_path
         self._thread = thread
         self._lock = threading.Lock()
         self._stream: StepStream | None = None  # the current one
@@ -94,6 +102,7 @@ class ShardService(shard_pb2_grpc.ShardServicer):
             weight_bytes=facts.weight_bytes,
             eos_token_ids=facts.eos_token_ids,
             quantize=config.quantize,
+            steps_path=self._steps_path,
         )
 
     def Warmup(
@@ -136,16 +145,16 @@ class ShardService(shard_pb2_grpc.ShardServicer):
     def Steps(
         self, request_iterator: Iterator[shard_pb2.StepPlans], context: grpc.ServicerContext
     ) -> Iterator[shard_pb2.StepResult]:
-        stream = self._open_stream()
+        stream = self.open_stream()
         if not context.add_callback(stream.close):
             stream.close()  # the client is gone already
         # Plans are read beside the model's thread: the next one is decoded while a step runs.
         threading.Thread(
-            target=self._read_plans, args=(request_iterator, stream), name="plans", daemon=True
+            target=self.read_plans, args=(request_iterator, stream), name="plans", daemon=True
         ).start()
         yield from stream.results()
 
-    def _open_stream(self) -> StepStream:
+    def open_stream(self) -> StepStream:
         """A new current stream; it starts without rows."""
         stream = StepStream()
         with self._lock:
@@ -155,7 +164,8 @@ class ShardService(shard_pb2_grpc.ShardServicer):
             self._thread.post(self._runner.reset)
         return stream
 
-    def _read_plans(self, messages: Iterator[shard_pb2.StepPlans], stream: StepStream) -> None:
+    def read_plans(self, messages: Iterator[shard_pb2.StepPlans], stream: StepStream) -> None:
+        """Returns when there are no more. The stream ends after the steps of those there were."""
         try:
             for message in messages:
                 for each in message.plans:

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import grpc
 
 from headgate.proto import router_pb2, router_pb2_grpc
+from headgate.proto.framing import MAX_MESSAGE_BYTES, frame, read_message, stream_path
 from headgate.proto.token_columns import decode_columns
 from headgate.router.errors import (
     InternalError,
@@ -29,7 +30,6 @@ from headgate.router.errors import (
     from_proto,
     from_rpc_error,
 )
-from headgate.router.framing import MAX_MESSAGE_BYTES, frame, read_message, stream_path
 from headgate.router.gateway.config import GatewayConfig
 from headgate.router.gateway.server_state import ServerState, State
 from headgate.router.gateway.token import Token, token_of

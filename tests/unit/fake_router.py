@@ -12,7 +12,7 @@ import grpc
 
 from headgate.proto import router_pb2 as pb
 from headgate.proto import router_pb2_grpc
-from headgate.router.framing import frame, read_message, stream_path
+from headgate.proto.framing import frame, read_message, stream_path
 
 TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>\n{% endfor %}"

@@ -19,6 +19,7 @@ import grpc
 from tokenizers import Tokenizer as Backend
 
 from headgate.proto import router_pb2_grpc, shard_pb2, shard_pb2_grpc
+from headgate.proto.framing import frame, read_message, stream_path
 from headgate.proto.messages import RowEnd, StepPlan, StepResult, decode_plan, encode_result
 from headgate.router.config import RouterConfig
 from headgate.router.control import ControlClient
@@ -46,6 +47,7 @@ class Behaviour:
     hangs_in_warmup: bool = False
     stalled: bool = False  # heartbeats, but no progress
     fails_grammars: bool = False  # rows with one end FAILED at their first token
+    has_socket: bool = True  # for steps; else they come by gRPC
     gate: asyncio.Event = field(default_factory=asyncio.Event)  # closed: steps wait
 
     def __post_init__(self) -> None:
@@ -59,6 +61,9 @@ class FakeShardServer(shard_pb2_grpc.ShardServicer):
         self._identity = (epoch, rank, world_size)
         self._behaviour = behaviour
         self._server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+        self._socket: asyncio.Server | None = None  # for steps
+        self._connections: set[asyncio.StreamWriter] = set()
+        self._steps_path = ""
         shard_pb2_grpc.add_ShardServicer_to_server(self, self._server)
         self.shard = self._new_shard(behaviour.num_blocks)
         self.warmups: list[shard_pb2.WarmupRequest] = []
@@ -66,11 +71,27 @@ class FakeShardServer(shard_pb2_grpc.ShardServicer):
         self.messages: list[int] = []  # plans in each
 
     async def start(self, address: str) -> None:
+        if self._behaviour.has_socket:
+            self._steps_path = stream_path(address)
+            self._socket = await asyncio.start_unix_server(self._serve, self._steps_path)
         self._server.add_insecure_port(address)
         await self._server.start()
 
     async def kill(self) -> None:
+        if self._socket is not None:
+            self._socket.close()
+        for connection in self._connections:
+            connection.close()
         await self._server.stop(None)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._connections.add(writer)
+        with contextlib.suppress(ConnectionError):
+            async for result in self.Steps(_messages(reader), None):
+                writer.write(frame(result))
+                await writer.drain()
+        self._connections.discard(writer)
+        writer.close()
 
     def _new_shard(self, num_blocks: int) -> FakeShard:
         return FakeShard(
@@ -86,6 +107,7 @@ class FakeShardServer(shard_pb2_grpc.ShardServicer):
             vocab_size=self._behaviour.vocabulary,
             block_size=BLOCK_SIZE,
             eos_token_ids=[EOS],
+            steps_path=self._steps_path,
         )
 
     async def Warmup(self, request: Any, context: Any) -> shard_pb2.WarmupResponse:
@@ -145,6 +167,11 @@ class FakeShardServer(shard_pb2_grpc.ShardServicer):
             self.messages.append(len(message.plans))
             for plan in message.plans:
                 yield plan
+
+
+async def _messages(reader: asyncio.StreamReader) -> AsyncIterator[shard_pb2.StepPlans]:
+    while (message := await read_message(reader, shard_pb2.StepPlans())) is not None:
+        yield message
 
 
 def _failed(plan: StepPlan, result: StepResult) -> StepResult:

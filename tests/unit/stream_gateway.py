@@ -10,8 +10,8 @@ import grpc
 import pytest
 
 from headgate.proto import router_pb2
+from headgate.proto.framing import frame, read_message, stream_path
 from headgate.router import errors
-from headgate.router.framing import frame, read_message, stream_path
 from tests.unit.fake_shard_server import RunningRouter
 from tests.unit.stream_events import all_events
 

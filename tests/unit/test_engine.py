@@ -267,8 +267,10 @@ async def test_a_request_that_kills_groups_is_given_up(tmp_path: Path) -> None:
         router.assert_idle()
 
 
-async def test_a_broken_stream_is_reported_and_waited_out(tmp_path: Path) -> None:
-    async with running_router(tmp_path, behaviour=Behaviour(step_seconds=0.01)) as router:
+@pytest.mark.parametrize("has_socket", [True, False])
+async def test_a_broken_stream_is_reported_and_waited_out(tmp_path: Path, has_socket: bool) -> None:
+    behaviour = Behaviour(step_seconds=0.01, has_socket=has_socket)
+    async with running_router(tmp_path, behaviour=behaviour) as router:
         message = request([1, 2], max_new_tokens=50)
         running = asyncio.ensure_future(_generate(router, message))
         await until(lambda: router.metric("tgi_generated_tokens") > 3)

@@ -17,8 +17,8 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from headgate import Client, SamplingParams
 from headgate.proto import router_pb2, router_pb2_grpc
+from headgate.proto.framing import frame, read_message, stream_path
 from headgate.router import errors
-from headgate.router.framing import frame, read_message, stream_path
 from tests.unit.fake_shard_server import Behaviour, RunningRouter, running_router, until
 from tests.unit.stream_gateway import drained, refused
 from tests.unit.test_engine import answer_of, ids_of, request

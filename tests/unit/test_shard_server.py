@@ -1,4 +1,5 @@
-"""The shard's gRPC service over a fake model, and the shard as a process over a tiny real one."""
+"""The shard's gRPC service and its socket over a fake model; the shard as a process over a tiny
+real one."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import grpc
@@ -23,35 +24,47 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
 
 from headgate.config_file import ConfigError
 from headgate.proto import shard_pb2, shard_pb2_grpc
+from headgate.proto.framing import frame, stream_path, wait_for_message
 from headgate.proto.messages import NewRow, RowSampling, StepPlan, decode_result, encode_plan
 from headgate.shard.config import ShardIdentity
 from headgate.shard.distributed import single_group
 from headgate.shard.model_runner import ModelRunner
 from headgate.shard.model_thread import ModelThread
 from headgate.shard.server import SERVICE_NAME, ShardService, start_server
+from headgate.shard.step_socket import StepSocket
 from tests.unit.fake_model import EOS, VOCAB, FakeModel, greedy, shard_config
 
 PROMPT = [3, 14, 15]
 
 
 class Shard:
-    """A served fake model and a client."""
+    """A served fake model and a client, whose streams are of a kind."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, streams: str) -> None:
         self.model = FakeModel()
         self.errors: list[BaseException] = []
         runner = ModelRunner(self.model, single_group(), shard_config(), ShardIdentity(0, 1, 7))  # type: ignore[arg-type]
         self.address = f"unix:{directory}/shard.sock"
-        service = ShardService(runner, ModelThread(1, self.errors.append))
+        self.steps_path = stream_path(self.address)
+        service = ShardService(
+            runner, ModelThread(1, self.errors.append), steps_path=self.steps_path
+        )
+        self.socket = StepSocket(service, self.steps_path)
         self.server = start_server(service, self.address)
         self.channel = grpc.insecure_channel(self.address)
         self.stub = shard_pb2_grpc.ShardStub(self.channel)
+        self._streams = streams
 
     def allocate(self) -> None:
         self.stub.Allocate(shard_pb2.AllocateRequest(num_blocks=40))
 
     def open(self) -> Stream:
-        return Stream(self.stub)
+        return Stream(self.stub) if self._streams == "gRPC" else SocketStream(self.steps_path)
+
+    def close(self) -> None:
+        self.channel.close()
+        self.socket.close()
+        self.server.stop(None).wait()
 
 
 class Stream:
@@ -59,7 +72,9 @@ class Stream:
 
     def __init__(self, stub: shard_pb2_grpc.ShardStub) -> None:
         self._plans: queue.SimpleQueue[shard_pb2.StepPlans | None] = queue.SimpleQueue()
-        self.call = stub.Steps(iter(self._plans.get, None))
+        call = stub.Steps(iter(self._plans.get, None))
+        self.cancel: Callable[[], object] = call.cancel
+        self.results: Iterator[shard_pb2.StepResult] = call
 
     def send(self, *plans: StepPlan) -> None:
         """In one message."""
@@ -73,8 +88,33 @@ class Stream:
 
     def receive(self) -> tuple[int, list[int], list[int], str]:
         """(sequence, rows, tokens, refusal)"""
-        result = decode_result(next(self.call))
+        result = decode_result(next(self.results))
         return result.sequence, list(result.rows), list(result.token_ids), result.refused
+
+
+class SocketStream(Stream):
+    """The same over the socket."""
+
+    def __init__(self, path: str) -> None:
+        self.connection = socket.socket(socket.AF_UNIX)
+        self.connection.settimeout(30)
+        self.connection.connect(path)
+        self._file = self.connection.makefile("rb")
+        self.results = iter(self._next, None)  # type: ignore[arg-type]
+        self.cancel = self._close
+
+    def send_raw(self, *messages: shard_pb2.StepPlan) -> None:
+        self.connection.sendall(frame(shard_pb2.StepPlans(plans=messages)))
+
+    def finish(self) -> None:
+        self.connection.shutdown(socket.SHUT_WR)
+
+    def _next(self) -> shard_pb2.StepResult | None:
+        return wait_for_message(self._file, shard_pb2.StepResult())
+
+    def _close(self) -> None:
+        self._file.close()
+        self.connection.close()
 
 
 def first_plan(row_id: int = 1, sequence: int = 1) -> StepPlan:
@@ -82,12 +122,13 @@ def first_plan(row_id: int = 1, sequence: int = 1) -> StepPlan:
     return StepPlan(7, sequence, new_rows=[row], rows=[row_id], counts=[3])
 
 
-@pytest.fixture
-def shard(tmp_path: Path, reference_kernels: None) -> Iterator[Shard]:
-    shard = Shard(tmp_path)
+@pytest.fixture(params=["gRPC", "socket"])
+def shard(
+    tmp_path: Path, reference_kernels: None, request: pytest.FixtureRequest
+) -> Iterator[Shard]:
+    shard = Shard(tmp_path, request.param)
     yield shard
-    shard.channel.close()
-    shard.server.stop(None).wait()
+    shard.close()
     assert not shard.errors
 
 
@@ -99,6 +140,7 @@ def test_info_tells_who_the_shard_is(shard: Shard) -> None:
     assert (info.epoch, info.rank, info.world_size) == (7, 0, 1)
     assert (info.vocab_size, info.block_size, list(info.eos_token_ids)) == (VOCAB, 4, [EOS])
     assert info.kv_bytes_per_block == 2 * 4 * 4
+    assert info.steps_path == shard.steps_path
 
 
 def test_warm_up_and_allocate(shard: Shard) -> None:
@@ -125,7 +167,7 @@ def test_plans_in_flight(shard: Shard) -> None:
     assert stream.receive() == (2, [1], tokens[1:2], "")
     assert stream.receive() == (3, [1], tokens[2:3], "")
     stream.finish()
-    assert list(stream.call) == []
+    assert list(stream.results) == []
 
 
 def test_results_of_plans_sent_before_the_end_still_come(shard: Shard) -> None:
@@ -134,7 +176,7 @@ def test_results_of_plans_sent_before_the_end_still_come(shard: Shard) -> None:
     stream.send(first_plan())
     stream.finish()
     assert stream.receive()[:2] == (1, [1])
-    assert list(stream.call) == []
+    assert list(stream.results) == []
 
 
 def test_a_new_stream_drops_the_rows_of_the_old_one(shard: Shard) -> None:
@@ -145,7 +187,7 @@ def test_a_new_stream_drops_the_rows_of_the_old_one(shard: Shard) -> None:
     new = shard.open()
     new.send(first_plan(sequence=1))  # the same row id again: it would be refused as known
     assert new.receive() == (1, [1], greedy(PROMPT, 1), "")
-    assert list(old.call) == []  # ended by the shard
+    assert list(old.results) == []  # ended by the shard
 
 
 def test_a_plan_that_cannot_be_decoded_is_refused(shard: Shard) -> None:
@@ -208,7 +250,7 @@ def test_a_client_that_goes_away_leaves_the_shard_usable(shard: Shard) -> None:
         stream = shard.open()
         stream.send(first_plan())
         stream.receive()
-        stream.call.cancel()
+        stream.cancel()
     stream = shard.open()
     stream.send(first_plan())
     assert stream.receive()[1] == [1]
@@ -225,6 +267,30 @@ def test_an_address_that_cannot_be_bound_is_a_configuration_error(shard: Shard) 
     service = ShardService(None, None)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="cannot listen on"):
         start_server(service, f"unix:/nowhere/{'x' * 200}")
+
+
+def test_what_is_no_message_ends_a_sockets_stream(tmp_path: Path, reference_kernels: None) -> None:
+    shard = Shard(tmp_path, "socket")
+    stream = shard.open()
+    assert isinstance(stream, SocketStream)
+    stream.connection.sendall(b"\xff" * 8)
+    assert list(stream.results) == []
+    shard.allocate()
+    stream = shard.open()  # the next one is served
+    stream.send(first_plan())
+    assert stream.receive()[1] == [1]
+    shard.close()
+    assert not shard.errors
+
+
+def test_a_socket_left_behind_is_taken_over_and_one_out_of_reach_told(tmp_path: Path) -> None:
+    service = ShardService(None, None)  # type: ignore[arg-type]
+    path = str(tmp_path / "shard.stream")
+    for _ in range(2):
+        StepSocket(service, path).close()
+        assert os.path.exists(path)
+    with pytest.raises(ConfigError, match="cannot listen on /nowhere/"):
+        StepSocket(service, "/nowhere/shard.stream")
 
 
 # ------------------------------------------------------------------ the process
@@ -307,7 +373,8 @@ def test_two_processes_serve_and_notice_a_death(tmp_path: Path, tiny_llama: Path
         assert [call.result(60).num_blocks for call in calls] == [16, 16]
         for stub in stubs:
             stub.Allocate(shard_pb2.AllocateRequest(num_blocks=16), timeout=60)
-        streams = [Stream(stub) for stub in stubs]
+        infos = [stub.Info(shard_pb2.InfoRequest(), timeout=60) for stub in stubs]
+        streams = [SocketStream(info.steps_path) for info in infos]
         row = NewRow(1, list(b"hello"), RowSampling(8, ignore_eos=True), block_ids=[2])
         for stream in streams:
             stream.send(StepPlan(1, 1, new_rows=[row], rows=[1], counts=[5]))
@@ -318,6 +385,7 @@ def test_two_processes_serve_and_notice_a_death(tmp_path: Path, tiny_llama: Path
         assert shards[0].wait(10) == 1
         assert "lost shard 1" in shards[0].log()[-1]["message"]
         assert not shards[0].socket.exists()
+        assert not os.path.exists(infos[0].steps_path)
     finally:
         for shard in shards:
             shard.kill()
