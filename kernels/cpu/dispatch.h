@@ -43,14 +43,16 @@ static inline TileGroups group_by_home(int64_t rows, int64_t tiles) {
 }
 
 // How a product is shared out: runs of panels for each group of row tiles. There are as many groups as
-// homes, or more where there are few panels.
+// homes, or more where there are few panels. Of one row each thread has a part of the panels of its own:
+// memory gives more to who reads on than to those who take turns (docs/performance.md, "Blocks side by side").
 struct ProductTiles {
   int64_t panels_per_tile, panel_tiles;
-  int32_t row_groups, sharing;  // threads that take a group's tiles, probably
+  int32_t row_groups, column_groups;  // one of them is 1
+  int32_t sharing;                    // threads that take a group's tiles, probably
 };
 
 static inline ProductTiles share_product(int64_t rows, int64_t columns, int64_t row_tiles) {
-  if (columns == 0) return {1, 0, 1, 1};
+  if (columns == 0) return {1, 0, 1, 1, 1};
   const int64_t panels = divide_up(columns, kPanel), threads = num_threads();
   // A few tiles for each thread even out what the system takes away; more cost claims.
   const int64_t wanted = threads == 1 ? 1 : threads * 8, homes = homes_of(rows);
@@ -60,7 +62,18 @@ static inline ProductTiles share_product(int64_t rows, int64_t columns, int64_t 
   int64_t groups = panel_tiles * homes < wanted / 2 ? divide_up(wanted / 2, panel_tiles) : homes;
   if (groups > row_tiles) groups = row_tiles;
   if (groups > kMaxGroups) groups = kMaxGroups;
-  return {panels_per_tile, panel_tiles, int32_t(groups), int32_t(divide_up(threads, groups))};
+  int64_t column_groups = rows > 1 ? 1 : threads < panel_tiles ? threads : panel_tiles;
+  if (column_groups > kMaxGroups) column_groups = kMaxGroups;
+  return {panels_per_tile, panel_tiles, int32_t(groups), int32_t(column_groups),
+          int32_t(divide_up(threads, groups * column_groups))};
+}
+
+// The tiles of one group of rows by group of columns, with so many others before them in the first.
+static inline TileGroups group_by_column(const ProductTiles& tiles, int64_t before) {
+  TileGroups groups = {tiles.column_groups, {}};
+  for (int32_t g = 0; g < groups.count; ++g)
+    groups.ends[g] = before + tiles.panel_tiles * (g + 1) / groups.count;
+  return groups;
 }
 
 // Runs all tiles, on the calling thread alone where the whole (in nanoseconds, a rough guess) would be

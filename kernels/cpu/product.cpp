@@ -38,7 +38,7 @@ struct Stages {
   TileFunction product;
   const void* job;
   ProductTiles tiles;
-  TileGroups groups;  // of each: pieces of the inputs, then tiles of the product
+  TileGroups groups;  // of each: pieces of the inputs, then tiles of the product; one row's pieces are the first's
   struct alignas(64) LaidOut {
     std::atomic<int64_t> pieces;
   } laid_out[kMaxGroups];
@@ -51,18 +51,21 @@ RowRange pieces_of(const Stages& stages, int32_t group) {
 }
 
 void set_groups(Stages& stages) {
-  stages.groups.count = stages.tiles.row_groups;
-  for (int32_t g = 0; g < stages.groups.count; ++g) {
+  const int32_t count = stages.tiles.row_groups;
+  stages.groups.count = count;
+  for (int32_t g = 0; g < count; ++g) {
     stages.groups.ends[g] = pieces_of(stages, g).last + (g + 1) * stages.tiles.panel_tiles;
     stages.laid_out[g].pieces.store(0, std::memory_order_relaxed);
   }
+  if (count == 1) stages.groups = group_by_column(stages.tiles, pieces_of(stages, 0).last);
 }
 
-// A group's pieces are taken before its tiles, so whoever waits, waits for work that is being done.
+// A group's pieces are taken before its tiles, and the first group's by the calling thread if by no other, so
+// whoever waits, waits for work that is being done or about to be.
 void stage_tile(const void* data, int64_t tile) {
   Stages& stages = *static_cast<Stages*>(const_cast<void*>(data));
   int32_t group = 0;
-  while (tile >= stages.groups.ends[group]) ++group;
+  while (group + 1 < stages.tiles.row_groups && tile >= stages.groups.ends[group]) ++group;
   const RowRange pieces = pieces_of(stages, group);
   const int64_t piece = tile - group * stages.tiles.panel_tiles;
   std::atomic<int64_t>& laid_out = stages.laid_out[group].pieces;
@@ -94,7 +97,7 @@ void run_product(const InputRowsJob* inputs, TileFunction product, const void* j
     if (cost < kWorthSharing) {
       for (int64_t tile = 0; tile < tiles.panel_tiles; ++tile) product(job, tile);
     } else {
-      run_tiles(product, job, tiles.panel_tiles);
+      run_tiles(product, job, group_by_column(tiles, 0));
     }
     return;
   }
