@@ -29,7 +29,7 @@ class StepStream(Protocol):
     """Open when made. Its end is told once, unless `close` was what ended it."""
 
     async def send(self, message: shard_pb2.StepPlans) -> None:
-        """Returns when there is room for more. Raises StreamEnded."""
+        """Waits for room. Raises StreamEnded."""
 
     def close(self) -> None: ...
 
