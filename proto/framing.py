@@ -62,7 +62,7 @@ def wait_for_message(file: BinaryIO, message: M) -> M | None:
             return None
         size = _size(head)
         data = file.read(size)
-    except ConnectionError:
+    except OSError:
         return None
     return _parse(data, message) if len(data) == size else None
 

@@ -138,8 +138,8 @@ HG_INLINE vf scale_of(const char* panel, int column) {
 
 // R rows, V vectors of columns from `first` of the panel on, where y points.
 template <int Q, int R, int V>
-void multiply_quantised(const char* x, const char* panel, Ahead ahead, const char* soon, int first, int64_t blocks,
-                        float* y, int64_t y_stride, int64_t columns, const float* bias) {
+void multiply_quantised(const char* x, const char* panel, Ahead ahead, const char* soon, int first,
+                        int64_t blocks, float* y, int64_t y_stride, int64_t columns, const float* bias) {
   ask_for_outputs<R, V>(y, y_stride);
   const char* block = panel + panel_header(Q);
   vf totals[R][V];
@@ -169,8 +169,8 @@ void multiply_quantised(const char* x, const char* panel, Ahead ahead, const cha
 
 // All columns of one panel for R rows, V vectors of them at a time.
 template <int Q, int R, int V>
-HG_INLINE void multiply_in_passes(const char* x, const char* panel, Ahead ahead, const char* soon, int64_t blocks, float* y,
-                                  int64_t y_stride, int64_t columns, const float* bias) {
+HG_INLINE void multiply_in_passes(const char* x, const char* panel, Ahead ahead, const char* soon,
+                                  int64_t blocks, float* y, int64_t y_stride, int64_t columns, const float* bias) {
   for (int first = 0; first < kPanel && first < columns; first += V * VL) {
     const Ahead part =
         ahead_of_pass(ahead, first / (V * VL), kPanel / (V * VL), blocks * kStepsOf<Q>);
@@ -180,8 +180,8 @@ HG_INLINE void multiply_in_passes(const char* x, const char* panel, Ahead ahead,
 }
 
 template <int Q, int R>
-void multiply_quantised_panel(const char* x, const char* panel, Ahead ahead, const char* soon, int64_t blocks, float* y,
-                              int64_t y_stride, int64_t columns, const float* bias) {
+void multiply_quantised_panel(const char* x, const char* panel, Ahead ahead, const char* soon,
+                              int64_t blocks, float* y, int64_t y_stride, int64_t columns, const float* bias) {
   if constexpr (kOneVector<Q, R>)
     if (!ahead.once)
       return multiply_in_passes<Q, R, 1>(x, panel, ahead, soon, blocks, y, y_stride, columns, bias);

@@ -95,8 +95,8 @@ void multiply_widened_panels(const QuantisedLinearJob& job, int64_t first, int64
                              int64_t later, RowRange tiles) {
   const int64_t size = panel_bytes(job.inner, job.kind);
   const int64_t panels = (job.columns + kPanel - 1) / kPanel, count = tiles.last - tiles.first;
-  const Share share =
-      share_of(size, block_header(kInt8WeightOnly), kPanel * kAskedAtOnce, kWeightOnlyGroup / kAskedAtOnce, count);
+  const Share share = share_of(size, block_header(kInt8WeightOnly), kPanel * kAskedAtOnce,
+                               kWeightOnlyGroup / kAskedAtOnce, count);
   const int64_t lead = kWeightOnlyLead * block_bytes(kInt8WeightOnly);
   const RowWalk from_first(job.rows, job.row_tiles, tiles.first);
   for (int64_t panel = first; panel < last; ++panel) {
