@@ -82,7 +82,7 @@ class DecodeRows:
         self._result_rows = np.zeros(most, np.int64)
         self._ends = np.zeros(most, np.uint8)
         self._eos = batch.eos_token_ids
-        loaded = library.load()
+        loaded = library.load_keeping_gil()
         assert loaded is not None, "there are recorded steps"
         self._library = loaded
         self._inputs = inputs
@@ -159,10 +159,10 @@ class DecodeRows:
         """A token after each that is computed."""
         return self._draws.take(slice(self.num_tokens))
 
-    def settle(self, tokens: IntArray) -> DecodedTokens:
-        """Takes these, one after each token of the step, as InputBatch.settle."""
-        self._tokens[: len(tokens)] = tokens
-        count = self._library.hg_decode_settle(self._address)
+    def settle(self, sampled_at: int) -> DecodedTokens:
+        """Takes the int64 tokens at this address, one after each token of the step, as
+        InputBatch.settle."""
+        count = self._library.hg_decode_settle(self._address, sampled_at)
         ends = [RowEnd.NONE] * count
         if self._table[-1]:
             ends = [ROW_ENDS[end] for end in self._ends[:count].tolist()]

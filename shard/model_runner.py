@@ -379,13 +379,13 @@ class ModelRunner:
         recorded.decode(rows.num_tokens, len(rows), rows.greedy)
         logprobs: list[float] = []
         top: list[TopTokens] = []
-        tokens = recorded.likeliest()
-        if tokens is not None:
-            taken = rows.settle(tokens)
+        found_at = recorded.likeliest_at
+        if found_at is not None:
+            taken = rows.settle(found_at)
         else:
-            logits = Logits(recorded.logits, recorded.most_logits)
+            logits = Logits(recorded.logits, recorded.most_logits, recorded.likeliest())
             found = self._host_sampler.sample(batch, rows.draws, NO_MASKS, logits)
-            taken = rows.settle(found.tokens)
+            taken = rows.settle(found.tokens.ctypes.data)
             logprobs = [found.logprobs[place] for place in taken.places.tolist()]
             top = [found.top[place] for place in taken.places.tolist()] if found.top else []
         self._last_done = done = time.perf_counter_ns()

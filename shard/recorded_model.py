@@ -79,6 +79,7 @@ class RecordedModel:
         if chooses:
             # NumPy's views: between two steps PyTorch's code is out of the caches, and slow.
             self._step_tokens, self._head_tokens = step.outputs[1].numpy(), head.outputs[0].numpy()
+            self._tokens_at = step.outputs[1].data_ptr()
 
     def bind(self, kv_cache: KVCache) -> None:
         """From now on steps use this cache, of the layout it was recorded with."""
@@ -112,6 +113,14 @@ class RecordedModel:
         outputs, count = self._found(first)
         logits = outputs[1:] if self._chooses else outputs
         return logits[0][:count] if logits else None  # rank 0 alone has them
+
+    @property
+    def likeliest_at(self) -> int | None:
+        """The address of `likeliest`, valid until the next step; None where there is none, or not
+        all in one piece."""
+        if not self._plain or not self._chooses or self._num_samples > self.most_logits:
+            return None
+        return self._tokens_at
 
     def likeliest(self) -> IntArray | None:
         """int64[S] on all ranks: the likeliest tokens of the last step's places, if it was plain;

@@ -42,10 +42,9 @@ struct DecodeRows {
   int32_t* step_tables;  // [rows, most_step_blocks]
   int64_t most_step_blocks;
   int64_t* wanted_tokens;  // by token
-  // What a step comes to: a token after each of its tokens, of which those that count move to the
-  // front.
+  // What a step comes to: those of its tokens that count,
   int64_t* tokens;
-  int64_t* places;       // where those were
+  int64_t* places;       // where those were among the sampled ones
   int64_t* result_rows;  // ids of their rows
   uint8_t* ends;         // why they ended their rows, as proto's RowEnd
   int64_t num_ended;
@@ -142,16 +141,16 @@ HG_API int64_t hg_decode_place(const void* rows, int64_t most_drafts) {
   return d.count + drafts;
 }
 
-// Gives the rows of the step that was laid out its `tokens`. How many count: of each row up to the
-// first that is not what was guessed in its place, or that ends it.
-HG_API int64_t hg_decode_settle(void* rows) {
+// Gives the rows of the step that was laid out the `sampled` tokens, one after each of its own. How many
+// count: of each row up to the first that is not what was guessed in its place, or that ends it.
+HG_API int64_t hg_decode_settle(void* rows, const int64_t* sampled) {
   DecodeRows& d = *static_cast<DecodeRows*>(rows);
   int64_t kept = 0;
   d.num_ended = 0;
   for (int64_t row = 0; row < d.count; ++row) {
     const int64_t slot = d.slots[row], after = d.cu_query_lens[row + 1];
     for (int64_t place = d.cu_query_lens[row]; place < after; ++place) {
-      const int64_t token = d.tokens[place], known = d.num_tokens[slot];
+      const int64_t token = sampled[place], known = d.num_tokens[slot];
       const bool guessed =
           place + 1 < after && d.token_ids[slot * d.most_positions + known] == token;
       d.tokens[kept] = token;

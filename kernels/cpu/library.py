@@ -70,10 +70,10 @@ SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "hg_shared_broadcast": (_I, (_P, _P, _L)),
     "hg_replay_most_integers": (_I, ()),
     "hg_replay_most_floats": (_I, ()),
-    "hg_replay_arguments": (None, (_P, _L, _P, _I, _P)),
+    "hg_replay_arguments": (None, (_P, _P, _L, _P, _I, _P)),
     "hg_replay": (_I, (_P, _L, _P, _P, _P, _P)),
     "hg_decode_place": (_L, (_P, _L)),
-    "hg_decode_settle": (_L, (_P,)),
+    "hg_decode_settle": (_L, (_P, _P)),
     "hg_guess": (_L, (_P, _L, _L, _L)),
 }
 
@@ -89,9 +89,7 @@ def load() -> ctypes.CDLL | None:
     except (build.BuildError, OSError) as error:
         _log.warning("the C++ kernels are not used, which makes this CPU slower: %s", error)
         return None
-    for name, (result, arguments) in SIGNATURES.items():
-        function = getattr(library, name)
-        function.restype, function.argtypes = result, arguments
+    _declare(library)
     wanted = os.environ.get("HEADGATE_CPU_ISA", "")
     chosen = library.hg_init(wanted.encode())
     if chosen is None:
@@ -99,3 +97,22 @@ def load() -> ctypes.CDLL | None:
         return None
     _log.info("CPU kernels for %s", chosen.decode())
     return library
+
+
+@functools.cache
+def load_keeping_gil() -> ctypes.PyDLL | None:
+    """The same library, for calls of a few microseconds: a call keeps the interpreter's lock.
+
+    Another thread that took it meanwhile would have the caller wait.
+    """
+    if load() is None:
+        return None
+    library = ctypes.PyDLL(str(build.ensure_built()))
+    _declare(library)
+    return library
+
+
+def _declare(library: ctypes.CDLL) -> None:
+    for name, (result, arguments) in SIGNATURES.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments

@@ -64,11 +64,14 @@ class Program:
         self._arena = torch.empty(self.planned_bytes, dtype=torch.uint8)
         self._num_sizes = len(largest)
         self._sizes: tuple[int, ...] = ()  # that `_values` are for
+        self._size_words = (ctypes.c_int64 * len(largest))()
         self._failed = ctypes.c_int64()
         self._nanoseconds: np.ndarray | None = None
         self._externals: list[tuple[int, int, int]] = []  # (row of the table, which, offset)
         self._table = self._lay_out_arguments(arguments)
-        self._values = np.zeros(len(self._table), np.int64)  # of the arguments
+        self._values = self._table[:, 0].copy()  # of the arguments
+        self._places = np.flatnonzero(self._table[:, 1:].any(axis=1))  # of those that follow sizes
+        self._following = self._table[self._places]
         self._call_table = self._lay_out_calls(arguments)
         self.outputs = [
             self._memory(place, tensors[0].dtype, _solve_shape(recordings, tensors, largest))
@@ -76,6 +79,15 @@ class Program:
         ]
         # Looked up once: a replay of few tokens takes little longer than finding them again.
         self._replay = _library().hg_replay
+        self._work_out = _library_keeping_gil().hg_replay_arguments
+        self._work_out_from = (
+            self._following.ctypes.data,
+            self._places.ctypes.data,
+            len(self._places),
+            self._size_words,
+            self._num_sizes,
+            self._values.ctypes.data,
+        )
         self._before = (
             self._call_table.ctypes.data,
             len(self.calls),
@@ -92,26 +104,17 @@ class Program:
     def bind(self, externals: Sequence[int]) -> None:
         """Says where the externals are from now on, by address."""
         for row, which, offset in self._externals:
-            self._table[row, 0] = externals[which] + offset
-        self._sizes = ()
+            self._table[row, 0] = self._values[row] = externals[which] + offset
 
     def run(self, sizes: tuple[int, ...], beats: int) -> None:
         """Makes all calls; `beats`: the address of an int64 that counts them."""
         if sizes != self._sizes:  # a step that decodes is often like the one before
-            self._work_out_arguments(sizes)
+            self._sizes = sizes
+            self._size_words[:] = list(sizes)
+            self._work_out(*self._work_out_from)
         status = self._replay(*self._before, beats, self._failed_at, self._times_at)
         if status:
             raise self.calls[self._failed.value].failure(status)
-
-    def _work_out_arguments(self, sizes: tuple[int, ...]) -> None:
-        self._sizes = sizes
-        _library().hg_replay_arguments(
-            self._table.ctypes.data,
-            len(self._table),
-            (ctypes.c_int64 * len(sizes))(*sizes),
-            self._num_sizes,
-            self._values.ctypes.data,
-        )
 
     def time_calls(self) -> np.ndarray:
         """From now on each call's nanoseconds are added up, in the array returned: int64[calls]."""
@@ -166,6 +169,12 @@ class Program:
 
 def _library() -> ctypes.CDLL:
     loaded = library.load()
+    assert loaded is not None, "asked for without available()"
+    return loaded
+
+
+def _library_keeping_gil() -> ctypes.PyDLL:
+    loaded = library.load_keeping_gil()
     assert loaded is not None, "asked for without available()"
     return loaded
 

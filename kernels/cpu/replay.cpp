@@ -62,14 +62,14 @@ int64_t invoke(int64_t function, const I* i, const F* f) {
 HG_API int32_t hg_replay_most_integers() { return HG_CAN_REPLAY ? kRegisters + kStack : 0; }
 HG_API int32_t hg_replay_most_floats() { return kFloats; }
 
-// An argument is a constant and, for each of the `num_sizes` sizes, what it grows by with it:
-// 1 + num_sizes words. Its value goes to `values`.
-HG_API void hg_replay_arguments(const int64_t* arguments, int64_t count, const int64_t* sizes,
-                                int32_t num_sizes, int64_t* values) {
+// Of the arguments that follow the `num_sizes` sizes: each has a constant and what it grows by with each size,
+// 1 + num_sizes words. Its value goes to its place among the `values`.
+HG_API void hg_replay_arguments(const int64_t* arguments, const int64_t* places, int64_t count,
+                                const int64_t* sizes, int32_t num_sizes, int64_t* values) {
   for (int64_t i = 0; i < count; ++i) {
     I value = *arguments++;
     for (int32_t s = 0; s < num_sizes; ++s) value += *arguments++ * sizes[s];
-    values[i] = value;
+    values[places[i]] = value;
   }
 }
 

@@ -22,7 +22,6 @@ from headgate.shard.model_runner import ModelRunner
 from headgate.shard.models.base import CausalLM
 from headgate.shard.models.registry import load_model
 from headgate.shard.recorded_model import RecordedModel
-from headgate.shard.sampling.params import IntArray
 from tests.checkpoints import make_checkpoint
 from tests.unit.fake_model import shard_config
 from tests.unit.shard_threads import groups_of_threads
@@ -138,9 +137,9 @@ def test_rows_that_go_on_decoding_get_the_same(
     for expected_fast, batch in zip((3, 12, 0, 12), batches, strict=True):
         fast: list[int] = []
 
-        def settle(rows: DecodeRows, tokens: IntArray, fast: list[int] = fast) -> DecodedTokens:
+        def settle(rows: DecodeRows, sampled_at: int, fast: list[int] = fast) -> DecodedTokens:
             fast.append(len(rows))
-            return settled(rows, tokens)
+            return settled(rows, sampled_at)
 
         with monkeypatch.context() as patched:
             patched.setattr(DecodeRows, "settle", settle)

@@ -278,9 +278,9 @@ def test_answers_are_those_without_guesses(
         runner.record()
     settled, quick = DecodeRows.settle, [0]
 
-    def settle(rows: DecodeRows, *logits: int) -> Any:
+    def settle(rows: DecodeRows, sampled_at: int) -> Any:
         quick[0] += rows.num_tokens > len(rows)
-        return settled(rows, *logits)
+        return settled(rows, sampled_at)
 
     monkeypatch.setattr(DecodeRows, "settle", settle)
     check_same_answers(runner, WISHES)
