@@ -15,6 +15,7 @@ using namespace headgate;
 // Where what is asked for goes, as __builtin_prefetch has it. Zen 4 reads memory faster by way of the
 // second-level cache (docs/performance.md, "What is read once").
 enum Fetch {
+  kUnasked = -1,     // nowhere: the processor sees by itself what comes next
   kPassingBy = 0,    // the first-level cache alone: what the larger ones hold of others stays there
   kSecondLevel = 2,
 };
@@ -29,13 +30,18 @@ struct Ahead {
 };
 static_assert(sizeof(Ahead) == 16, "two registers");
 
+template <Fetch WHERE>
+HG_INLINE void fetch(const char* line) {
+  if constexpr (WHERE != kUnasked) __builtin_prefetch(line, 0, WHERE);
+}
+
 // Asks for what a step of SIZE bytes, the columns of all passes, needs; what is used once goes to ONCE. Each
 // pass of several asks for its share.
 template <int SIZE, int PASSES, Fetch ONCE = kPassingBy>
 HG_INLINE void ask_for(Ahead& ahead) {
 #pragma GCC unroll 8
   for (int byte = 0; byte < SIZE; byte += 64) {
-    if (ahead.once) __builtin_prefetch(ahead.address + byte, 0, ONCE);
+    if (ahead.once) fetch<ONCE>(ahead.address + byte);
     else if (byte * PASSES < SIZE) __builtin_prefetch(ahead.address + byte, 0, kSecondLevel);
   }
   ahead.address += ahead.stride;
@@ -47,7 +53,7 @@ template <int SIZE, Fetch ONCE>
 HG_INLINE void ask_for_header(Ahead& ahead) {
   if (!ahead.once) return;
 #pragma GCC unroll 8
-  for (int byte = 0; byte < SIZE; byte += 64) __builtin_prefetch(ahead.address + byte, 0, ONCE);
+  for (int byte = 0; byte < SIZE; byte += 64) fetch<ONCE>(ahead.address + byte);
   ahead.address += SIZE;
 }
 

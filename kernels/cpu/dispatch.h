@@ -43,7 +43,7 @@ static inline TileGroups group_by_home(int64_t rows, int64_t tiles) {
 }
 
 // How a product is shared out: runs of panels for each group of row tiles. There are as many groups as
-// homes, or more where there are few panels. Of one row each thread has a part of the panels of its own:
+// homes, or more where there are few panels. Of few rows each thread has a part of the panels of its own:
 // memory gives more to who reads on than to those who take turns (docs/performance.md, "Blocks side by side").
 struct ProductTiles {
   int64_t panels_per_tile, panel_tiles;
@@ -62,7 +62,7 @@ static inline ProductTiles share_product(int64_t rows, int64_t columns, int64_t 
   int64_t groups = panel_tiles * homes < wanted / 2 ? divide_up(wanted / 2, panel_tiles) : homes;
   if (groups > row_tiles) groups = row_tiles;
   if (groups > kMaxGroups) groups = kMaxGroups;
-  int64_t column_groups = rows > 1 ? 1 : threads < panel_tiles ? threads : panel_tiles;
+  int64_t column_groups = rows > kOwnColumnsRows ? 1 : threads < panel_tiles ? threads : panel_tiles;
   if (column_groups > kMaxGroups) column_groups = kMaxGroups;
   return {panels_per_tile, panel_tiles, int32_t(groups), int32_t(column_groups),
           int32_t(divide_up(threads, groups * column_groups))};

@@ -28,8 +28,12 @@ constexpr bool kOneVector = VL == 16 && Q == kInt4 && R > 4;
 template <int Q, int R>
 constexpr int kBlocksAhead = Q == kInt4 ? 4 : R == 1 ? 2 : 3;
 
-// (Measured on Zen 4: rows take less by way of the second-level cache.)
-constexpr Fetch kFetchOnce = VL == 16 ? kSecondLevel : kPassingBy;
+// (Measured on Zen 4: rows take less by way of the second-level cache, and few of them where nothing is asked
+// for at all, since each thread reads columns of its own from end to end; but not one row of int8.)
+template <int Q, int R>
+constexpr Fetch kFetchOnce = VL != 16                                        ? kPassingBy
+                             : R <= kOwnColumnsRows && (Q == kInt4 || R > 1) ? kUnasked
+                                                                             : kSecondLevel;
 
 // Loads of weights for one vector of columns in a block.
 template <int Q>
@@ -58,7 +62,7 @@ template <int Q, int STEPS, int R, int V>
 HG_INLINE void add_products(const int8_t* x, const char* w, Ahead& ahead, vi (&sums)[R][V]) {
   typedef Dot4<Q> Dot;
   for (int step = 0; step < STEPS; ++step, w += kPanel * 4) {
-    ask_for<kPanel * 4, kPanel / (V * VL), kFetchOnce>(ahead);
+    ask_for<kPanel * 4, kPanel / (V * VL), kFetchOnce<Q, R>>(ahead);
     vi loaded[V];
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) loaded[v] = load_int(w + v * VL * 4);
@@ -114,7 +118,7 @@ HG_INLINE void sum_block(const char* x, const char* block, int first, Ahead& ahe
     for (int v = 0; v < V; ++v)
       scales[v] = load_int4_scales(block + (first + v * VL) * 2, block + (kPanel + first + v * VL) * 2);
     vi before[R][V];
-    ask_for_header<block_header(Q), kFetchOnce>(ahead);
+    ask_for_header<block_header(Q), kFetchOnce<Q, R>>(ahead);
     begin_at(kCentred ? numbers + R : nullptr, before);
     add_products<Q, kSteps>(values, weights, ahead, before);
 #pragma GCC unroll 16

@@ -38,7 +38,7 @@ struct Stages {
   TileFunction product;
   const void* job;
   ProductTiles tiles;
-  TileGroups groups;  // of each: pieces of the inputs, then tiles of the product. One row has pieces in the first.
+  TileGroups groups;  // of each: pieces of the inputs, then tiles of the product. Few rows have pieces in the first.
   struct alignas(64) LaidOut {
     std::atomic<int64_t> pieces;
   } laid_out[kMaxGroups];

@@ -133,8 +133,9 @@ def test_a_call_that_fails_raises_what_it_raises_outside_a_replay() -> None:
 
     program.calls[1] = program.calls[1]._replace(failure=Lost)
     program._call_table[1, 0] = ctypes.cast(failing, ctypes.c_void_p).value
-    program._call_table[1, 2:] = (1, 0, 1)
-    program._table[program._call_table[1, 1]] = (0, 1)
+    first = program._call_table[1, 1]
+    rows = program._places[program._places >= first][0]  # its one argument that follows the size
+    program._call_table[1, 1:] = (rows, 1, 0, 1)
     run(program, 3)
     with pytest.raises(Lost) as caught:
         run(program, 8)
