@@ -17,6 +17,8 @@ from headgate.shard.server import ShardService, StepStream
 
 logger = logging.getLogger(__name__)
 
+_ACCEPT_AGAIN = 0.1  # seconds after a connection could not be taken
+
 
 class StepSocket:
     """Each connection is a Steps stream: it takes the place of the one before."""
@@ -25,6 +27,7 @@ class StepSocket:
         """Listens. Raises ConfigError where it can't."""
         self._service = service
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._closed = threading.Event()
         try:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)  # left behind by a process that was killed
@@ -36,16 +39,19 @@ class StepSocket:
 
     def close(self) -> None:
         """Takes no more connections."""
+        self._closed.set()
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
         self._listener.close()
 
     def _accept(self) -> None:
-        while True:
+        while not self._closed.is_set():
             try:
                 connection, _ = self._listener.accept()
-            except OSError:  # closed
-                return
+            except OSError as error:  # there may be no file descriptor left
+                if not self._closed.wait(_ACCEPT_AGAIN):
+                    logger.warning("a stream of plans cannot be taken: %s", error)
+                continue
             # Plans are read beside the model's thread: the next one is decoded while a step runs.
             threading.Thread(
                 target=self._serve, args=(connection,), name="plans", daemon=True

@@ -3,6 +3,7 @@ real one."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import queue
@@ -279,6 +280,30 @@ def test_what_is_no_message_ends_a_sockets_stream(tmp_path: Path, reference_kern
     stream = shard.open()  # the next one is served
     stream.send(first_plan())
     assert stream.receive()[1] == [1]
+    shard.close()
+    assert not shard.errors
+
+
+def test_a_connection_that_cannot_be_taken_is_tried_again(
+    tmp_path: Path,
+    reference_kernels: None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    accept, failures = socket.socket.accept, [OSError(errno.EMFILE, "Too many open files")]
+
+    def accept_later(listener: socket.socket) -> tuple[socket.socket, object]:
+        if listener.family == socket.AF_UNIX and failures:
+            raise failures.pop()
+        return accept(listener)
+
+    monkeypatch.setattr(socket.socket, "accept", accept_later)
+    shard = Shard(tmp_path, "socket")
+    shard.allocate()
+    stream = shard.open()
+    stream.send(first_plan())
+    assert stream.receive()[1] == [1]
+    assert not failures and "Too many open files" in caplog.text
     shard.close()
     assert not shard.errors
 
