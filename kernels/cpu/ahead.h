@@ -15,7 +15,7 @@ using namespace headgate;
 // Where what is asked for goes, as __builtin_prefetch has it. Zen 4 reads memory faster by way of the
 // second-level cache (docs/performance.md, "What is read once").
 enum Fetch {
-  kUnasked = -1,     // nowhere: the processor sees by itself what comes next
+  kUnasked = -1,     // nowhere: it is not asked for
   kPassingBy = 0,    // the first-level cache alone: what the larger ones hold of others stays there
   kSecondLevel = 2,
 };
