@@ -1,7 +1,7 @@
 """Memory of the system's zeros in huge pages, where it gives them.
 
 What a step reads once, from memory, is read faster so: with pages of 4 KB a core looks up an
-address for each of them, and its prefetcher stops at their ends (docs/performance.md).
+address for each of them, and its prefetcher stops at their ends (docs/performance-history.md).
 """
 
 from __future__ import annotations

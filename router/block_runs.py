@@ -1,9 +1,9 @@
 """Where the next block is taken from: a request's blocks lie side by side, as far as that goes.
 
-A CPU reads a row's keys faster where they lie in one piece (docs/performance.md, "Blocks side by
-side"). So blocks are cut into runs of neighbours: a request that grows goes on in the run of its
-last block, and begins another one where nobody else grows. Knows how many blocks of each run are in
-which state, not which ones, nor what they hold (block_pool.py).
+A CPU reads a row's keys faster where they lie in one piece (docs/performance-history.md,
+"Blocks side by side"). So blocks are cut into runs of neighbours: a request that grows goes on in
+the run of its last block, and begins another one where nobody else grows. Knows how many blocks of
+each run are in which state, not which ones, nor what they hold (block_pool.py).
 """
 
 from __future__ import annotations

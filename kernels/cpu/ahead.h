@@ -13,7 +13,7 @@ namespace {
 using namespace headgate;
 
 // Where what is asked for goes, as __builtin_prefetch has it. Zen 4 reads memory faster by way of the
-// second-level cache (docs/performance.md, "What is read once").
+// second-level cache (docs/performance-history.md, "What is read once").
 enum Fetch {
   kUnasked = -1,     // nowhere: it is not asked for
   kPassingBy = 0,    // the first-level cache alone: what the larger ones hold of others stays there

@@ -44,7 +44,7 @@ static inline TileGroups group_by_home(int64_t rows, int64_t tiles) {
 
 // How a product is shared out: runs of panels for each group of row tiles. There are as many groups as
 // homes, or more where there are few panels. Of few rows each thread has a part of the panels of its own:
-// memory gives more to who reads on than to those who take turns (docs/performance.md, "Blocks side by side").
+// memory gives more to who reads on than to those who take turns (docs/performance-history.md, "Blocks side by side").
 struct ProductTiles {
   int64_t panels_per_tile, panel_tiles;
   int32_t row_groups, column_groups;  // one of them is 1

@@ -1,7 +1,7 @@
 // Threads that compute together, on processors of their own.
 //
 // Linux may put two of them on one processor, beside an idle one, and leave them there for milliseconds. Each
-// waits for the other then, tile by tile, for many a job (docs/performance.md has a trace of it). So threads
+// waits for the other then, tile by tile, for many a job (docs/performance-history.md has a trace of it). So threads
 // tell each other where they are, and who finds another at its side goes away.
 #pragma once
 
