@@ -1,8 +1,8 @@
 """InputBatch: every row the shard holds, as columns that live from step to step.
 
-`apply` takes a StepPlan's changes, `advance` a step's tokens; nothing else changes it but
-DecodeRows, which does both for rows that go on as before. Where tokens become known later, `expect`
-and `settle` take the place of `advance`, and a plan may be applied in between. It knows neither
+`apply` takes a StepPlan's changes, `advance` a step's tokens; nothing else changes it but StepRows,
+which takes the tokens of most steps. Where tokens become known later, `expect` and `settle` take
+the place of `advance`, and a plan may be applied in between. It knows neither
 tensors on the device nor how tokens are chosen. All ranks hold the same rows.
 """
 
@@ -72,6 +72,7 @@ class InputBatch:
         self.ended = np.zeros(capacity, np.bool_)  # by this shard: dead in later plans
         self.constrained = np.zeros(capacity, np.bool_)  # the row has a grammar
         self.plain = np.zeros(capacity, np.bool_)  # it asks for the likeliest tokens and no more
+        self.simple = np.zeros(capacity, np.bool_)  # for tokens, and ends by EOS or their number
         self.most_tokens = np.zeros(capacity, np.int64)  # known when its length ends it
         self.heeds_eos = np.zeros(capacity, np.bool_)
         self.stop_ids: list[frozenset[int]] = [frozenset()] * capacity
@@ -95,7 +96,12 @@ class InputBatch:
     # ------------------------------------------------------------ a plan's changes
 
     def apply(self, plan: StepPlan) -> ScheduledRows:
-        """Takes the plan's changes in the documented order; returns the rows to compute.
+        """Takes the plan's changes; returns the rows to compute. Raises PlanError."""
+        self.change(plan)
+        return self.schedule(plan)
+
+    def change(self, plan: StepPlan) -> None:
+        """Takes the plan's changes in the documented order.
 
         Raises PlanError for what does not fit. The batch may then be half changed, and only a plan
         with `reset` makes it whole again.
@@ -112,11 +118,9 @@ class InputBatch:
             self._choose(self.slot_of(row_id), token)
         for pair in plan.copies:
             self._check_blocks(pair, "a block copy")
-        self.take_blocks(plan)
-        return self.schedule(plan)
+        self._take_blocks(plan)
 
-    def take_blocks(self, plan: StepPlan) -> None:
-        """Appends the plan's new blocks to their rows' tables. Raises PlanError."""
+    def _take_blocks(self, plan: StepPlan) -> None:
         if len(plan.block_rows) != len(plan.block_ids):
             raise PlanError(f"{len(plan.block_ids)} new blocks for {len(plan.block_rows)} rows")
         for row_id, block in zip(plan.block_rows, plan.block_ids, strict=True):
@@ -174,7 +178,7 @@ class InputBatch:
         self.constrained[slot] = bool(sampling.grammar)
         self.grammars[slot] = RowGrammar(sampling.grammar) if sampling.grammar else None
         self.biases[slot] = TokenBias.of(sampling, self.limits.vocab_size)
-        self.plain[slot] = self._is_plain(slot)
+        self.plain[slot], self.simple[slot] = self._is_plain(slot), self._is_simple(slot)
         self.most_tokens[slot] = len(row.prompt_ids) + sampling.max_new_tokens
         self.heeds_eos[slot] = bool(sampling.grammar) or not sampling.ignore_eos
         self._append_blocks(slot, row.block_ids)
@@ -189,6 +193,14 @@ class InputBatch:
             or any(wishes[name][0] for name in asked)
             or (wishes["min_new_tokens"][0] and len(self._ending_tokens(slot, early=True)))
             or wishes["pooling"][0] != Pooling.NONE
+        )
+
+    def _is_simple(self, slot: int) -> bool:
+        return not (
+            self.constrained[slot]
+            or self.stop_ids[slot]
+            or self.params["prompt_logprobs"][slot]
+            or self.params["pooling"][slot] != Pooling.NONE
         )
 
     def _fork(self, fork: Fork) -> None:
@@ -206,7 +218,7 @@ class InputBatch:
         self.params[child]["sample_index"] = fork.sample_index
         self.stop_ids[child] = self.stop_ids[parent]
         self.biases[child] = self.biases[parent]
-        self.plain[child] = self.plain[parent]
+        self.plain[child], self.simple[child] = self.plain[parent], self.simple[parent]
         self.most_tokens[child] = self.most_tokens[parent]
         self.heeds_eos[child] = self.heeds_eos[parent]
         grammar = self.grammars[parent]

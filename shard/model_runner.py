@@ -29,7 +29,6 @@ from headgate.shard import samplers
 from headgate.shard.batch_limits import BatchLimits
 from headgate.shard.config import ShardConfig, ShardIdentity
 from headgate.shard.cuda_graphs import MAX_HEAD_DIM, GraphedModel, GraphLimits, usual_sizes
-from headgate.shard.decode_rows import DecodeRows
 from headgate.shard.device import CudaDevice, Device
 from headgate.shard.distributed import Group
 from headgate.shard.errors import ModelError
@@ -47,6 +46,7 @@ from headgate.shard.sampling.params import IntArray
 from headgate.shard.scheduled_rows import Draws, ScheduledRows
 from headgate.shard.step_clock import StepClock
 from headgate.shard.step_inputs import StepInputs, build_inputs
+from headgate.shard.step_rows import StepRows
 from headgate.shard.vote import Vote, plan_tag
 from headgate.shard.warmup import warm_up
 
@@ -99,7 +99,7 @@ class ModelRunner:
         self._last_done = 0  # when the last step was settled
         self._kv_cache: KVCache | None = None
         self._batch: InputBatch | None = None
-        self._decode_rows: DecodeRows | None = None  # of the last plan
+        self._step_rows: StepRows | None = None  # where steps are replayed
         self._refusing = ""  # why every plan is refused until one resets
         self._sequence = 0  # of the last plan; 0: any may follow
 
@@ -168,6 +168,8 @@ class ModelRunner:
         if self.recorded is not None:
             self.recorded.bind(self._kv_cache)
         self._batch = self._new_batch(num_blocks)
+        if isinstance(self.recorded, RecordedModel):
+            self._step_rows = StepRows(self._batch, self.recorded.arrays)
         self.reset()
         logger.info(
             "KV cache allocated",
@@ -207,7 +209,7 @@ class ModelRunner:
     def release(self) -> None:
         """Gives the KV cache back."""
         self._drop_steps()
-        self._kv_cache = self._batch = self._decode_rows = None
+        self._kv_cache = self._batch = self._step_rows = None
         if isinstance(self.recorded, GraphedModel):
             self.recorded.release()
 
@@ -253,7 +255,7 @@ class ModelRunner:
         self._settle(plan)
         self.heartbeat.busy = True  # a step settled may have said otherwise
         answer = StepResult(plan.epoch, plan.sequence)
-        prepared: _Prepared | DecodeRows | None = None
+        prepared: _Prepared | StepRows | None = None
         if not problem:
             try:
                 prepared = self._prepare(plan)
@@ -273,8 +275,8 @@ class ModelRunner:
             refused = replace(answer, refused=problem, total_ns=time.perf_counter_ns() - started)
             return PendingStep.done(refused)
         assert prepared is not None  # only None beside a problem
-        if isinstance(prepared, DecodeRows):
-            return PendingStep.done(self._decode(plan, prepared, started))
+        if isinstance(prepared, StepRows):
+            return PendingStep.done(self._replay(plan, prepared, started))
         return self._execute(plan, *prepared, StepClock(answer, started))
 
     def _settle(self, plan: StepPlan) -> None:
@@ -284,25 +286,19 @@ class ModelRunner:
         must = self._batch is None or self._batch.must_settle(plan)
         self._under_way.settle(leave=0 if must else 1)
 
-    def _prepare(self, plan: StepPlan) -> _Prepared | DecodeRows:
-        """The step's rows and inputs; rows that go on as before are laid out where a replay finds
-        them.
+    def _prepare(self, plan: StepPlan) -> _Prepared | StepRows:
+        """The step's rows and inputs; those of most plans are laid out where a replay finds them.
 
         Raises PlanError, and MemoryError or RuntimeError for a lack of memory.
         """
         self._check_order(plan)
-        batch, decode_rows = self._batch, self._decode_rows
+        batch, step_rows = self._batch, self._step_rows
         assert batch is not None  # _check_order
-        if decode_rows is not None and decode_rows.continues(plan):
-            batch.take_blocks(plan)
-            if decode_rows.place(plan):
-                return decode_rows
-            scheduled = batch.schedule(plan)
-        else:
-            scheduled = batch.apply(plan)
-        if isinstance(self.recorded, RecordedModel):
-            inputs = self.recorded.decode_inputs
-            self._decode_rows = DecodeRows.of(batch, plan, scheduled, inputs)
+        batch.change(plan)
+        self._prepare_grammars(plan)
+        if step_rows is not None and step_rows.place(plan):
+            return step_rows
+        scheduled = batch.schedule(plan)
         if not len(scheduled.slots):
             return scheduled, None
         # A recorded model takes its inputs from the host's memory.
@@ -332,7 +328,7 @@ class ModelRunner:
         if inputs is None:
             return PendingStep.done(clock.stopped(self._last_done))
         draws = self._batch.draws(scheduled)
-        finish_masks = self._begin_masks(plan, draws.slots)
+        finish_masks = self._begin_masks(draws.slots)
         if self.recorded is not None:
             hidden = self.recorded.forward(inputs)
         else:
@@ -371,12 +367,13 @@ class ModelRunner:
         self._under_way.add(step)
         return step
 
-    def _decode(self, plan: StepPlan, rows: DecodeRows, started: int) -> StepResult:
+    def _replay(self, plan: StepPlan, rows: StepRows, started: int) -> StepResult:
         """The step whose inputs `rows` has laid out. The same result as _execute's."""
         began = time.perf_counter_ns()
         batch, recorded = self._batch, self.recorded
         assert batch is not None and isinstance(recorded, RecordedModel)
-        recorded.decode(rows.num_tokens, len(rows), rows.greedy)
+        self._copy_blocks(plan)
+        recorded.replay(rows.num_tokens, len(rows), rows.num_draws, plain=rows.plain)
         logprobs: list[float] = []
         top: list[TopTokens] = []
         found_at = recorded.likeliest_at
@@ -402,7 +399,7 @@ class ModelRunner:
             top,
             forward_ns=forward_ns,
             total_ns=total_ns,
-            num_drafts=rows.num_tokens - len(rows),
+            num_drafts=rows.num_drafts,
         )
 
     def _logits(self, before_draws: torch.Tensor, first: int) -> torch.Tensor | None:
@@ -467,14 +464,17 @@ class ModelRunner:
 
         return finish
 
-    def _begin_masks(self, plan: StepPlan, slots: IntArray) -> Callable[[], Masks]:
+    def _prepare_grammars(self, plan: StepPlan) -> None:
+        """Has those of new rows compiled while steps run."""
+        for row in plan.new_rows:
+            if row.sampling.grammar and not self.group.rank:
+                self._grammars.prepare(row.sampling.grammar)
+
+    def _begin_masks(self, slots: IntArray) -> Callable[[], Masks]:
         """Has the masks of the rows that sample computed while the forward pass runs."""
         if self.group.rank:
             return lambda: NO_MASKS
         assert self._batch is not None
-        for row in plan.new_rows:
-            if row.sampling.grammar:
-                self._grammars.prepare(row.sampling.grammar)
         return self._grammars.begin(self._batch.constrained_rows(slots))
 
 

@@ -19,13 +19,13 @@ from headgate.kernels import ops
 from headgate.kernels.cpu.program import Program
 from headgate.kernels.cpu.recording import NotRecordable, Recording
 from headgate.shard import trial_steps
-from headgate.shard.decode_rows import DecodeInputs
 from headgate.shard.distributed import Group
 from headgate.shard.kv_cache import KVCache, KVCacheLayout
 from headgate.shard.layers.embedding import VocabHead
 from headgate.shard.models.base import CausalLM
 from headgate.shard.sampling.params import IntArray
 from headgate.shard.step_inputs import StepInputs
+from headgate.shard.step_rows import StepArrays
 from headgate.shard.trial_steps import TrialSteps
 
 logger = logging.getLogger(__name__)
@@ -96,16 +96,16 @@ class RecordedModel:
         return self._step.outputs[0][:wanted]
 
     @property
-    def decode_inputs(self) -> DecodeInputs:
-        """Where `decode` finds its inputs."""
-        return self._inputs.for_decoding
+    def arrays(self) -> StepArrays:
+        """Where `replay` finds its inputs."""
+        return self._inputs.arrays
 
-    def decode(self, tokens: int, rows: int, plain: bool) -> None:
-        """A step whose inputs are in `decode_inputs` already; each token is one to sample after.
-        plain: as in StepInputs."""
-        self._num_samples, self._plain = tokens, int(plain)
-        sampled = min(tokens, self.most_logits)
-        self._step.run((tokens, rows, tokens, sampled, self._plain), self._beats)
+    def replay(self, tokens: int, rows: int, num_samples: int, *, plain: bool) -> None:
+        """A step whose inputs are in `arrays` already; all its wanted tokens are sampled after.
+        num_samples, plain: as in StepInputs."""
+        self._num_samples, self._plain = num_samples, int(plain)
+        sampled = min(num_samples, self.most_logits)
+        self._step.run((tokens, rows, num_samples, sampled, self._plain), self._beats)
 
     def logits(self, first: int) -> torch.Tensor | None:
         """Of the last step's tokens before draws from place `first` on, StepLimits.logits_rows of
@@ -171,7 +171,7 @@ class _StepBuffers:
         recorded = max(_RECORDED_LOGITS)[0]  # maybe more than will ever be replayed
         self.places = torch.zeros(max(self.most_logits, recorded), dtype=torch.int64)
         # NumPy's copies of a few numbers cost less than torch's.
-        self.for_decoding = DecodeInputs(
+        self.arrays = StepArrays(
             input_ids=self.input_ids.numpy(),
             positions=self.positions.numpy(),
             slot_mapping=self.slot_mapping.numpy(),
@@ -183,7 +183,7 @@ class _StepBuffers:
 
     def fill(self, inputs: StepInputs) -> None:
         """Copies a step's inputs to here."""
-        attention, arrays = inputs.attention, self.for_decoding
+        attention, arrays = inputs.attention, self.arrays
         rows, blocks = attention.block_tables.shape
         arrays.block_tables[:rows, :blocks] = attention.block_tables.numpy()
         for array, source in (

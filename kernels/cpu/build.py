@@ -48,7 +48,7 @@ _SHARED_SOURCES = (
     "thread_pool",
     "shared_sum",
     "replay",
-    "decode_rows",
+    "step_rows",
 )
 # Sources that are compiled once for each instruction set, and with which flags.
 _VARIANTS: Variants = {

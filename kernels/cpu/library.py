@@ -23,7 +23,7 @@ _PRODUCT = (*(_P, _L, _L, _L, _P, _I, _L, _P, _P, _L), *(_P, _F, _P, _L, _P, _I)
 _CACHES = (_P, _P, _P, _P, _I, _I)
 
 # Result and arguments of each function in interface.cpp, then of those in shared_sum.cpp, in
-# replay.cpp and in decode_rows.cpp. Where a function has a result of 32 bits and may be recorded, 0
+# replay.cpp and in step_rows.cpp. Where a function has a result of 32 bits and may be recorded, 0
 # is success.
 SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "hg_init": (ctypes.c_char_p, (ctypes.c_char_p,)),
@@ -72,8 +72,8 @@ SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "hg_replay_most_floats": (_I, ()),
     "hg_replay_arguments": (None, (_P, _P, _L, _P, _I, _P)),
     "hg_replay": (_I, (_P, _L, _P, _P, _P, _P)),
-    "hg_decode_place": (_L, (_P, _L)),
-    "hg_decode_settle": (_L, (_P, _P)),
+    "hg_step_place": (_L, (_P, _L)),
+    "hg_step_settle": (_L, (_P, _P)),
     "hg_guess": (_L, (_P, _L, _L, _L)),
 }
 

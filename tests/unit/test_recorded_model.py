@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import random
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -15,13 +16,13 @@ from headgate.kernels import ops
 from headgate.kernels.cpu import library
 from headgate.proto.messages import NewRow, RowSampling, StepPlan, StepResult
 from headgate.shard.config import ShardIdentity
-from headgate.shard.decode_rows import DecodedTokens, DecodeRows
 from headgate.shard.distributed import Group, SharedMemoryGroup, single_group
 from headgate.shard.layers.embedding import VocabHead
 from headgate.shard.model_runner import ModelRunner
 from headgate.shard.models.base import CausalLM
 from headgate.shard.models.registry import load_model
 from headgate.shard.recorded_model import RecordedModel
+from headgate.shard.step_rows import SettledTokens, StepRows
 from tests.checkpoints import make_checkpoint
 from tests.unit.fake_model import shard_config
 from tests.unit.shard_threads import groups_of_threads
@@ -118,7 +119,7 @@ def decode(runner: ModelRunner, row_sampling: list[RowSampling]) -> list[StepRes
     return results
 
 
-def test_rows_that_go_on_decoding_get_the_same(
+def test_rows_laid_out_by_cpp_get_the_same(
     tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = load(tiny_llama)
@@ -133,22 +134,119 @@ def test_rows_that_go_on_decoding_get_the_same(
         [greedy, replace(greedy, stop_token_ids=(7,))],
         [greedy] * 70,  # more than the rows whose logits come with a step
     ]
-    settled = DecodeRows.settle
-    for expected_fast, batch in zip((3, 12, 0, 12), batches, strict=True):
+    settled = StepRows.settle
+    for expected_fast, batch in zip((14, 14, 0, 14), batches, strict=True):
         fast: list[int] = []
 
-        def settle(rows: DecodeRows, sampled_at: int, fast: list[int] = fast) -> DecodedTokens:
+        def settle(rows: StepRows, sampled_at: int, fast: list[int] = fast) -> SettledTokens:
             fast.append(len(rows))
             return settled(rows, sampled_at)
 
         with monkeypatch.context() as patched:
-            patched.setattr(DecodeRows, "settle", settle)
+            patched.setattr(StepRows, "settle", settle)
             got = decode(runner, batch)
         with monkeypatch.context() as patched:
-            patched.setattr(DecodeRows, "of", lambda *_: None)
+            patched.setattr(StepRows, "place", lambda *_: False)
             expected = decode(runner, batch)
         assert [without_times(result) for result in got] == [*map(without_times, expected)]
-        assert len(fast) >= expected_fast and bool(fast) == bool(expected_fast)
+        assert len(fast) == expected_fast
+
+
+class RandomPlans:
+    """Rows that come, compute their prompts in pieces, decode with guesses, and go again."""
+
+    WISHES: tuple[dict[str, Any], ...] = (
+        *[{}] * 12,
+        {"temperature": 0.8, "seed": 3},
+        {"logprobs": True},
+        {"stop_token_ids": (7, 9, 11)},
+        {"prompt_logprobs": True},
+    )
+    BLOCKS = 20  # of a row
+
+    def __init__(self, seed: int) -> None:
+        self._random = random.Random(seed)
+        self._waiting: dict[int, int] = {}  # tokens of the prompt yet to be computed, by row
+        self._decoding: list[int] = []
+        self._next = 0
+
+    def plan(self, sequence: int) -> StepPlan:
+        chance = self._random
+        new = [self._new_row() for _ in range(chance.choice((0, 0, 1, 2)))]
+        rows = [*self._decoding, *self._waiting]
+        removed = [row for row in self._decoding if chance.random() < 0.1]
+        rows = [row for row in rows if row not in removed]
+        counts = [
+            chance.randint(1, self._waiting[row]) if row in self._waiting else 1 for row in rows
+        ]
+        self._decoding = [row for row in rows if row not in self._waiting]
+        for row, count in zip(rows, counts, strict=True):
+            if row in self._waiting:
+                self._waiting[row] -= count
+                if not self._waiting[row]:
+                    del self._waiting[row]
+                    self._decoding.append(row)
+        drafts = [4] * len(rows) if chance.random() < 0.7 else []
+        return StepPlan(
+            1, sequence, rows, counts, drafts, chance.randint(0, 9), new_rows=new, removed=removed
+        )
+
+    def _new_row(self) -> NewRow:
+        row, self._next = self._next, self._next + 1
+        prompt = PROMPT * self._random.randint(1, 3)
+        self._waiting[row] = len(prompt)
+        sampling = RowSampling(
+            self._random.randint(1, 25),
+            ignore_eos=self._random.random() < 0.7,
+            **self._random.choice(self.WISHES),
+        )
+        blocks = range(row % 30 * self.BLOCKS, (row % 30 + 1) * self.BLOCKS)
+        return NewRow(row, prompt, sampling, block_ids=blocks)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_plans_of_all_kinds_get_the_same_by_cpp(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """And leave the same rows behind them."""
+    model = load(tiny_llama)
+    config = shard_config(max_batch_prefill_tokens=300, max_batch_size=4)  # rows make it grow
+    runner = ModelRunner(model, single_group(), config, ShardIdentity(0, 1, epoch=1))
+    runner.record()
+    chance = RandomPlans(seed)
+    plans = [chance.plan(number) for number in range(1, 60)]
+    placed, taken = StepRows.place, [0, 0]
+
+    def place(rows: StepRows, plan: StepPlan) -> bool:
+        found = placed(rows, plan)
+        taken[found] += 1
+        return found
+
+    def outcomes() -> list[tuple[StepResult, list[list[int]]]]:
+        runner.allocate(30 * RandomPlans.BLOCKS)
+        steps = []
+        for plan in plans:
+            result = runner.step(plan)
+            assert not result.refused
+            batch = runner._batch
+            assert batch is not None
+            held = [batch.slot_of(row) for row in plan.rows]
+            columns = (batch.num_tokens, batch.num_computed, batch.ended)
+            state = [column[held].tolist() for column in columns]
+            known = zip(batch.token_ids[held], batch.num_tokens[held], strict=True)
+            state += [ids[:count].tolist() for ids, count in known]
+            steps.append((without_times(result), state))
+        return steps
+
+    with monkeypatch.context() as patched:
+        patched.setattr(StepRows, "place", place)
+        got = outcomes()
+    assert min(taken) > 5
+    with monkeypatch.context() as patched:
+        patched.setattr(StepRows, "place", lambda *_: False)
+        expected = outcomes()
+    assert got == expected
+    assert any(result.num_drafts for result, _ in got)
 
 
 @pytest.mark.parametrize("precision", ["highest", "medium"])

@@ -16,13 +16,13 @@ from headgate.kernels.cpu import library
 from headgate.proto.messages import NewRow, RowEnd, RowSampling, StepPlan, StepResult
 from headgate.shard.batch_limits import BatchLimits
 from headgate.shard.config import ShardIdentity
-from headgate.shard.decode_rows import DecodeRows
 from headgate.shard.distributed import single_group
 from headgate.shard.drafts import guess
 from headgate.shard.input_batch import InputBatch, PlanError
 from headgate.shard.model_runner import ModelRunner
 from headgate.shard.models.registry import load_model
 from headgate.shard.step_inputs import build_inputs
+from headgate.shard.step_rows import StepRows
 from tests.checkpoints import make_checkpoint
 from tests.unit.fake_device import FakeDevice
 from tests.unit.fake_model import shard_config
@@ -276,13 +276,13 @@ def test_answers_are_those_without_guesses(
     runner = make_runner(babbler)
     if recorded:
         runner.record()
-    settled, quick = DecodeRows.settle, [0]
+    settled, quick = StepRows.settle, [0]
 
-    def settle(rows: DecodeRows, sampled_at: int) -> Any:
-        quick[0] += rows.num_tokens > len(rows)
+    def settle(rows: StepRows, sampled_at: int) -> Any:
+        quick[0] += rows.num_drafts > 0
         return settled(rows, sampled_at)
 
-    monkeypatch.setattr(DecodeRows, "settle", settle)
+    monkeypatch.setattr(StepRows, "settle", settle)
     check_same_answers(runner, WISHES)
     check_same_answers(runner, [{}] * 3)
     check_same_answers(runner, [{}] * 40)  # with more tokens than logits come with a step
