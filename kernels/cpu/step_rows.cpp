@@ -11,10 +11,10 @@ namespace {
 
 // As shard/step_rows.py fills it in: eight bytes a field.
 struct StepRows {
-  int64_t count;            // rows of the plan
-  const int64_t* slots;     // [count]: where the columns hold the rows
-  const int64_t* row_ids;   // [count]
-  const int64_t* counts;    // [count]: known tokens to compute
+  int64_t count;               // rows of the plan
+  const int64_t* slots;        // [count]: where the columns hold the rows
+  const int64_t* row_ids;      // [count]
+  const int64_t* counts;       // [count]: known tokens to compute
   const int64_t* most_drafts;  // [count]: guesses that each may be computed with
   int64_t most_step_tokens;
   // Columns, by slot.
@@ -174,7 +174,7 @@ uint8_t take(const StepRows& r, int64_t slot, int64_t token) {
 }  // namespace
 
 // Lays out a step of the plan's live rows, with `most_drafts` guesses in all at most: how many tokens. Returns 0, and
-// nothing is done that matters, where there are none, one does not fit, or asks for more than tokens.
+// changes no row, where there are none, one does not fit, or asks for more than tokens.
 HG_API int64_t hg_step_place(void* rows, int64_t most_drafts) {
   StepRows& r = *static_cast<StepRows*>(rows);
   const int64_t known = find_live(r);

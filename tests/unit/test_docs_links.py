@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -18,17 +17,16 @@ _FENCED = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 _QUOTED = re.compile(r'(docs/[a-z0-9-]+\.md)(?:,\s+(?:(?://|#)\s*)?"([^"]+)")?')
 
 
-def _tracked(*patterns: str) -> list[Path]:
-    listed = subprocess.run(
-        ["git", "ls-files", *patterns], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    found = [ROOT / name for name in listed.stdout.splitlines()]
-    return [path for path in found if path.is_file()] or sorted(
-        path for pattern in patterns for path in ROOT.glob(pattern)
-    )
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+_FOLDERS = ("headgate", "kernels", "launcher", "router", "shard", "tests")
 
 
-PAGES = _tracked("*.md", "docs/*.md")
+def _sources() -> Iterator[Path]:
+    yield ROOT / "Makefile"
+    for folder in _FOLDERS:
+        for path in (ROOT / folder).rglob("*"):
+            if path.suffix in (".py", ".h", ".cpp"):
+                yield path
 
 
 def _anchor(heading: str) -> str:
@@ -62,7 +60,7 @@ def test_links_of_a_page(page: Path) -> None:
 
 def test_pages_that_comments_name() -> None:
     found = 0
-    for source in _tracked("*.py", "*.h", "*.cpp", "Makefile"):
+    for source in _sources():
         if source == Path(__file__).resolve():
             continue
         for name, heading in _QUOTED.findall(source.read_text()):
