@@ -33,8 +33,10 @@ __all__ = [
 ]
 
 
-# A step with guesses has at most this part of the largest step's tokens, or one to so many rows.
+# A step with guesses has at most this part of the largest step's tokens; or one guess for each row,
+# up to the larger part; or one to so many rows.
 DRAFT_SHARE = 10
+CROWDED_SHARE = 5
 ROWS_PER_DRAFT = 4
 
 
@@ -196,12 +198,14 @@ class Scheduler:
     def _most_guesses(self, num_rows: int) -> int:
         """Tokens that may be guessed for so many rows: none that would make the step a long one.
 
-        Where many rows decode, a token more costs a step nearly what it brings, and newcomers wait.
+        Where many rows decode, a token more costs a step nearly what it brings, and newcomers wait;
+        but what a step takes whatever its tokens is shared by more of them.
         """
         if self._budget.is_cut or not self._config.draft_tokens:
             return 0
-        short = self._config.max_batch_prefill_tokens // DRAFT_SHARE
-        return max(short - num_rows, num_rows // ROWS_PER_DRAFT)
+        largest = self._config.max_batch_prefill_tokens
+        one_each = min(num_rows, largest // CROWDED_SHARE - num_rows)
+        return max(largest // DRAFT_SHARE - num_rows, one_each, num_rows // ROWS_PER_DRAFT)
 
     def _plan_with_guesses(self, row: Request, draft: StepDraft) -> bool:
         """One token for the row and some that the shards may guess, if nobody has to give way.

@@ -8,7 +8,7 @@ import pytest
 
 from headgate.proto.messages import RowEnd, StepPlan, StepResult
 from headgate.router.beam_search import BeamParams
-from headgate.router.scheduler import DRAFT_SHARE, ProtocolError
+from headgate.router.scheduler import DRAFT_SHARE, ROWS_PER_DRAFT, ProtocolError
 from headgate.router.step_budget import STEPS_BEFORE_GROWTH
 from tests.unit.simulation import Simulation
 
@@ -107,11 +107,14 @@ def test_a_step_with_guesses_is_no_large_one() -> None:
     assert plan is not None and drafts(plan) == {0: 4, 1: 4, 2: 4}
     assert plan.most_drafts == 80 // DRAFT_SHARE - 3 == 5
     simulation.deliver()
-    for _ in range(5):  # as many rows as such a step has tokens
-        simulation.add(2, new=9)
-    simulation.step()
-    plan = simulation.plan()
-    assert plan is not None and plan.most_drafts == 8 // 4
+    # As many rows as such a step has tokens: a guess for each, up to a fifth, or for every fourth.
+    for newcomers, most in ((5, 8), (4, 16 - 12), (2, 14 // ROWS_PER_DRAFT)):
+        for _ in range(newcomers):
+            simulation.add(2, new=9)
+        simulation.step()
+        plan = simulation.plan()
+        assert plan is not None and plan.most_drafts == most
+        simulation.deliver()
     simulation.run()
     simulation.check_answers()
 
