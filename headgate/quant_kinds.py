@@ -51,13 +51,17 @@ def rounds_inputs(quantize: str, precision: str) -> bool:
     return KINDS[quantize].inputs > 0 if quantize else precision != "highest"
 
 
-def cpu_kv_dtype(quantize: str, precision: str) -> str:
+# Attention multiplies bytes where this divides the head dim.
+BYTE_DIMS = 32
+
+
+def cpu_kv_dtype(quantize: str, precision: str, head_dim: int) -> str:
     """How a CPU keeps keys and values if left alone.
 
     It answers as float32 arithmetic does, which asks for float32. Where products round their
-    inputs, bfloat16 changes less than that and is the fastest; beside int8-weight-only, whose
-    products don't, float16 changes the least of what reads half as much.
+    inputs, so does attention: to bytes as they do, where heads allow that, or to bfloat16. Beside
+    int8-weight-only, whose products don't, float16 changes the least of what reads half as much.
     """
-    if rounds_inputs(quantize, precision):
-        return "bfloat16"
-    return "float16" if quantize else "float32"
+    if not rounds_inputs(quantize, precision):
+        return "float16" if quantize else "float32"
+    return "int8" if quantize and head_dim % BYTE_DIMS == 0 else "bfloat16"

@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from headgate.kernels import quantised, reference_products
 from headgate.kernels.int8_cache import Int8Cache, PagedCache
 from headgate.kernels.philox import NOISE_MAX, NOISE_MIN, Draw, gumbel_noise_at
-from headgate.kernels.quantised import QuantisedTensor
-from headgate.quant_kinds import KINDS
+from headgate.kernels.quantised import QuantisedTensor, quantise_inputs
+from headgate.quant_kinds import BYTE_DIMS, KINDS
 
 if TYPE_CHECKING:  # kernels import nothing of shard; the step's metadata is read by its fields only
     from headgate.shard.attention_metadata import AttentionMetadata
@@ -33,8 +33,12 @@ if TYPE_CHECKING:  # kernels import nothing of shard; the step's metadata is rea
 _BUCKET_GROWTH = 1.25
 _BUCKET_SLACK = 64
 
-# Attention rounds to bfloat16 where this divides the head dim; as kPairedDims of cpu/kernels.h.
+# Attention rounds to bfloat16 where this divides the head dim; as kPairedDims of cpu/kernels.h,
+# where BYTE_DIMS is kByteDims.
 PAIRED_DIMS = 16
+# Keys whose weights, as bytes, have one scale: those from a multiple of it on.
+_KEY_BLOCK = 64
+_LEAST_WEIGHT = 1e-30  # where the largest is below, all are zeros
 
 
 def embedding(
@@ -212,7 +216,8 @@ class _Kind:
     window: int
     soft_cap: float
     alibi_slopes: torch.Tensor | None
-    rounded: bool
+    rounded: bool  # to bfloat16
+    in_bytes: bool
 
     def bias(self, distance: torch.Tensor, *shape: int) -> torch.Tensor | None:
         """ALiBi's bias: the slopes in `shape` times `distance`, key - query, zero or less."""
@@ -261,11 +266,15 @@ def paged_attention(
     `rounded`: where the caches are bfloat16 and D is a multiple of 16, scaled queries and weights
     are rounded to bfloat16 too, and sums are float32: products of pairs of such numbers are one
     instruction on some CPUs. A weight is rounded as e^(score - largest), of the scores so far where
-    keys are taken in turn; it is divided by the sum of the rounded ones afterwards.
+    keys are taken in turn; it is divided by the sum of the rounded ones afterwards. Where the
+    caches are Int8Caches and D is a multiple of 32, scaled queries become bytes as keys are, and
+    weights times their values' scales whole 255ths of the largest of each 64 positions from a
+    multiple of 64 on: products of four bytes are one instruction on some CPUs.
     """
     narrow = isinstance(k_cache, torch.Tensor) and k_cache.dtype == torch.bfloat16
     in_pairs = rounded and narrow and q.shape[2] % PAIRED_DIMS == 0
-    kind = _Kind(scale, window, soft_cap, alibi_slopes, in_pairs)
+    in_bytes = rounded and isinstance(k_cache, Int8Cache) and q.shape[2] % BYTE_DIMS == 0
+    kind = _Kind(scale, window, soft_cap, alibi_slopes, in_pairs, in_bytes)
     out = q.new_empty(q.shape)
     starts = attention.cu_query_lens.tolist()
     contexts = attention.context_lens.tolist()
@@ -327,7 +336,11 @@ def _attend_chunk(
     if window:
         visible &= key_at > query_at - window
     bias = kind.bias(key_at - query_at, kv_heads, -1, 1, 1)
-    out = _softmax_attention(queries, keys, values, visible, kind, bias)
+    if kind.in_bytes:
+        scales = _scales(v_cache, blocks).flatten(0, 1)[:length].T[:, None, None]
+        out = _attend_in_bytes(queries, keys, values, visible, kind, bias, scales, offset)
+    else:
+        out = _softmax_attention(queries, keys, values, visible, kind, bias)
     return out.permute(2, 0, 1, 3).reshape(size, heads, dim)
 
 
@@ -365,7 +378,12 @@ def _attend_decode(
     # The heads of a group take the place of query positions: one matrix product for all of them.
     queries = q.view(rows, kv_heads, heads // kv_heads, dim)
     bias = kind.bias((key_at - lengths.unsqueeze(1) + 1)[:, None, None], kv_heads, -1, 1)
-    out = _softmax_attention(queries, keys, values, visible, kind, bias)
+    if kind.in_bytes:
+        scales = _scales(v_cache, blocks).flatten(1, 2).transpose(1, 2).unsqueeze(2)
+        scales = scales.masked_fill(~visible, 0)
+        out = _attend_in_bytes(queries, keys, values, visible, kind, bias, scales, 0)
+    else:
+        out = _softmax_attention(queries, keys, values, visible, kind, bias)
     return out.reshape(rows, heads, dim)
 
 
@@ -388,15 +406,59 @@ def _softmax_attention(
         scores = (q * kind.scale).bfloat16().float() @ k.float().transpose(-1, -2)
     else:
         scores = (q @ k.transpose(-1, -2)).float() * kind.scale
-    if kind.soft_cap:
-        scores = kind.soft_cap * torch.tanh(scores / kind.soft_cap)
-    if bias is not None:
-        scores = scores + bias
-    scores = scores.masked_fill(~visible, float("-inf"))
+    scores = _seen(scores, visible, kind, bias)
     if not kind.rounded:
         return scores.softmax(-1).to(v.dtype) @ v
     weights = (scores - scores.amax(-1, keepdim=True)).exp().bfloat16().float()
     return (weights @ v.float() / weights.sum(-1, keepdim=True)).to(v.dtype)
+
+
+def _seen(
+    scores: torch.Tensor, visible: torch.Tensor, kind: _Kind, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """Scores before the softmax."""
+    if kind.soft_cap:
+        scores = kind.soft_cap * torch.tanh(scores / kind.soft_cap)
+    if bias is not None:
+        scores = scores + bias
+    return scores.masked_fill(~visible, float("-inf"))
+
+
+def _attend_in_bytes(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    visible: torch.Tensor,
+    kind: _Kind,
+    bias: torch.Tensor | None,
+    scales: torch.Tensor,
+    first: int,
+) -> torch.Tensor:
+    """As `_softmax_attention`, of bytes; `scales`[A, B or 1, 1, L] of the values, `first`: the
+    first key's position."""
+    values, query_scales = quantise_inputs(q.float() * kind.scale, q.shape[-1])  # one group
+    scores = values.squeeze(-2) * query_scales @ k.float().transpose(-1, -2)
+    scores = _seen(scores, visible, kind, bias)
+    weights = (scores - scores.amax(-1, keepdim=True)).exp()
+    whole = torch.where(scales == 0, 0.0, v.float().transpose(-1, -2) / scales)
+    rounded = _weights_in_bytes(weights * scales, first) @ whole.transpose(-1, -2)
+    return (rounded / weights.sum(-1, keepdim=True)).to(v.dtype)
+
+
+def _weights_in_bytes(weights: torch.Tensor, first: int) -> torch.Tensor:
+    """weights[.., L] of positions from `first` on, as they are read from bytes."""
+    before, size = first % _KEY_BLOCK, weights.shape[-1]
+    padded = F.pad(weights, (before, -(before + size) % _KEY_BLOCK)).unflatten(-1, (-1, _KEY_BLOCK))
+    largest = padded.amax(-1, keepdim=True)
+    inverse = torch.where(largest < _LEAST_WEIGHT, 0.0, 255.0 / largest)
+    whole = (padded * inverse).round() * (largest / 255.0)
+    return whole.flatten(-2)[..., before : before + size]
+
+
+def _scales(cache: PagedCache, blocks: torch.Tensor) -> torch.Tensor:
+    """[.., block_size, K]"""
+    assert isinstance(cache, Int8Cache)
+    return cache.scales[blocks].transpose(-1, -2)
 
 
 OPS: dict[str, Callable[..., Any]] = {

@@ -173,7 +173,7 @@ def choose_shape(model: ModelFacts, config: LauncherConfig, hardware: Hardware) 
         dtype=dtype,
         quantize=config.quantize or "",
         kv_cache_dtype=choose_kv_cache_dtype(
-            config, dtype, hardware.gpus if device == "cuda" else ()
+            config, dtype, hardware.gpus if device == "cuda" else (), model.head_dim
         ),
         step_tokens=step_tokens,
         batch_size=min(config.max_batch_size or config.max_concurrent_requests, step_tokens),
@@ -232,13 +232,15 @@ def _check_precision(config: LauncherConfig, device: str, dtype: str) -> None:
         )
 
 
-def choose_kv_cache_dtype(config: LauncherConfig, dtype: str, gpus: tuple[Gpu, ...]) -> str:
+def choose_kv_cache_dtype(
+    config: LauncherConfig, dtype: str, gpus: tuple[Gpu, ...], head_dim: int
+) -> str:
     """How keys and values are stored. Raises LaunchError where the device can't."""
     given = config.kv_cache_dtype
     if given == "auto":
         if gpus:
             return dtype
-        return cpu_kv_dtype(config.quantize or "", config.matmul_precision)
+        return cpu_kv_dtype(config.quantize or "", config.matmul_precision, head_dim)
     if given in _FP8_CAPABILITY:
         if not gpus and config.kernels in ("auto", "cpu"):
             raise LaunchError(

@@ -116,13 +116,14 @@ MODEL = (
     Flag(
         "kv-cache-dtype",
         Kind.TEXT,
-        "How keys and values are stored. bfloat16 on a CPU, with --quantize int8 or int4 or "
-        "--matmul-precision medium: attention is computed with such numbers too; see "
-        "quantization.md. int8: with a scale for every token and head.",
+        "How keys and values are stored. int8: with a scale for every token and head. int8 or "
+        "bfloat16 on a CPU, with --quantize int8 or int4 or --matmul-precision medium: attention "
+        "is computed with such numbers too; see quantization.md.",
         choices=("auto", "float32", "bfloat16", "float16", "fp8_e4m3fn", "fp8_e5m2", "int8"),
         default="auto",
-        default_text="auto: float32 on a CPU, bfloat16 with --quantize int8 or int4 or "
-        "--matmul-precision medium, float16 with int8-weight-only; the dtype on a GPU",
+        default_text="auto: float32 on a CPU, int8 with --quantize int8 or int4 (bfloat16 where "
+        "heads are not a multiple of 32), bfloat16 with --matmul-precision medium, float16 with "
+        "int8-weight-only; the dtype on a GPU",
     ),
     Flag(
         "rope-scaling",

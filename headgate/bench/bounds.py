@@ -76,7 +76,7 @@ def _rates(kind: str, best: Roofline, arguments: argparse.Namespace) -> Rates:
     """Where int8's instruction is missing, the vocabulary takes no time: still a bound."""
     pairs = best.bf16_gflops or best.fma_gflops
     products = {"bf16": best.fma_gflops, "bf16-medium": pairs}.get(kind, best.vnni_gops)
-    attention = best.fma_gflops if kind == "bf16" else pairs
+    attention = {"bf16": best.fma_gflops, "bf16-medium": pairs}.get(kind, best.vnni_gops)
     return Rates(
         products=products * 1e9 * arguments.products,
         head=(best.vnni_gops or math.inf) * 1e9 * arguments.head,

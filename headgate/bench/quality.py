@@ -100,9 +100,9 @@ def measure(
     ids = tokenizer.encode(TEXT.read_text(encoding="utf-8")).ids[: tokens or None]
     plain = score(_load(path, PLAIN), ids)
     for kind in kinds:
-        served = "float16" if kind == PLAIN else cpu_kv_dtype(*_stored(kind))
-        kept = kv_cache_dtype or served
-        found = score(_load(path, kind), ids, KV_DTYPES[kept])
+        model = _load(path, kind)
+        served = "float16" if kind == PLAIN else cpu_kv_dtype(*_stored(kind), model.head_dim)
+        found = score(model, ids, KV_DTYPES[kv_cache_dtype or served])
         yield Quality(
             kind=kind,
             tokens=len(found.greedy),

@@ -50,7 +50,7 @@ _COPIED = 128  # blocks at a time
 _MOST_TOKENS = 512  # of a step
 _NUM_BLOCKS = 2240  # of the cache: 32 rows of 1000 positions, and a hundred steps
 _BYTES = {0: 4.0, 1: 2.0, 2: 2.0, 3: 2.0}  # of a weight, by its code in kernels.h
-_BFLOAT16 = 1  # its code there
+_BFLOAT16, _SCALED_BYTES = 1, 5  # their codes there
 _ROUNDED = 3  # the code of weights whose inputs are rounded
 _QUANTISED_BYTES = {0: 1.0, 1: 1.0, 2: 0.5625}  # in quantised.h, int4 with its groups' scales
 
@@ -66,8 +66,8 @@ class Stored:
 
 
 def _stored(dtype: str, quantize: str = "", precision: str = "highest") -> Stored:
-    """As a CPU serves it."""
-    return Stored(dtype, quantize, precision, cpu_kv_dtype(quantize, precision))
+    """As a CPU serves it, with heads of most models."""
+    return Stored(dtype, quantize, precision, cpu_kv_dtype(quantize, precision, 64))
 
 
 KINDS = {
@@ -222,9 +222,9 @@ class Profiler:
             positions = case.rows * case.context / self.runner.kv_layout.block_size
             read = positions * self.runner.kv_layout.bytes_per_block / model.num_layers
             dtype, rounded = arguments[7], arguments[18]
-            in_pairs = rounded and dtype == _BFLOAT16
+            rates = {_BFLOAT16: self.roofline.bf16_gflops, _SCALED_BYTES: self.roofline.vnni_gops}
             # Where there is no such instruction a pair is two multiply-adds.
-            rate = (in_pairs and self.roofline.bf16_gflops) or self.roofline.fma_gflops
+            rate = (rounded and rates.get(dtype)) or self.roofline.fma_gflops
             return kind, max(work / rate, read / self.roofline.memory_gb_s) / 1e3
         return kind, 0.0
 

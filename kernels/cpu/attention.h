@@ -19,10 +19,16 @@
 // Where keys and values are bytes with scales, sums are of the bytes: a score is multiplied by its
 // key's scale, a weight by its value's, once it has been added to the sum of weights.
 //
+// In bytes (kBytes, kByteDots): where the cache has such and the model's products round their inputs, queries
+// are made bytes too once they are scaled, by their largest as keys are, and weights, times their values' scales,
+// whole 255ths of the largest that a query has in the block. Then sums are whole numbers, exact in any order: a
+// score becomes a float once, a block's weighted values do before they are added to the state.
+//
 // Two ways lead to the same numbers, on every instruction set with fused multiply-adds. Few query
 // rows (decode): vectors hold the chains of a score, and keys and values are widened as they are
 // read. Many: vectors run over query rows, and keys, a block of which is widened first, are
-// broadcast. Pairs are not widened: keys are read as they are, and two keys' values laid side by side.
+// broadcast. Pairs and bytes are not widened: keys are read as they are, and two or four keys' values laid side by
+// side.
 // In both, all query heads of a group share one reading of its keys and values. Of few, an item may have
 // several key/value heads, which are taken in turn for each block: memory is then read in the order in
 // which a position's heads lie in it, and not once for each head with gaps.
@@ -33,6 +39,22 @@
 namespace {
 
 using namespace headgate;
+
+// V vectors of dimensions of a step's keys, the last one of `tail` lanes where that is not 0.
+template <int T, int V>
+HG_INLINE void load_values_of(const void* const* values, ptrdiff_t at, int tail, vf (&x)[V]) {
+#if defined(__AVX512F__)
+  if constexpr (in_bytes(T) && V == 4) {
+    vi quads[4];
+    quad_rows64(values, at, quads);
+    for (int v = 0; v < V; ++v) x[v] = as_float(quads[v]);
+    return;
+  }
+#endif
+#pragma GCC unroll 4
+  for (int v = 0; v < V; ++v)
+    x[v] = v == V - 1 && tail ? load_values_n<T>(values, at + v * VL, tail) : load_values<T>(values, at + v * VL);
+}
 
 // values[R][V vectors] = values * decay + sum over keys of weight * value, the last vector of `tail`
 // lanes where that is not 0. Of the queries from `query`, and the dimensions from `dim_at`.
@@ -49,8 +71,11 @@ void weigh_tile(Tile& t, int query, int dim_at, int first, int last, int tail) {
   for (int r = 0; r < R; ++r) {
     const vf scale = set1(decay[r]);
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) sums[r][v] = load(values + r * padded_dim + v * VL) * scale;
+    for (int v = 0; v < V; ++v)
+      sums[r][v] = in_bytes(T) ? set1(0.0f) : load(values + r * padded_dim + v * VL) * scale;
   }
+  // Of 64 bytes the columns are put in order at the end.
+  constexpr bool kWhole = in_bytes(T) && VL == 16 && V == 4;
   constexpr int kStep = kKeyStep<T>, query_step = FEW ? kKeyBlock : 1;
   first = first / kStep * kStep;
   const ptrdiff_t step = FEW ? 1 : t.padded_queries;
@@ -58,10 +83,7 @@ void weigh_tile(Tile& t, int query, int dim_at, int first, int last, int tail) {
   for (int k = first; k < last; k += kStep, weights += step) {
     fetch_evenly<fetch_value>(t, asked, R * V * kStep, whole);
     vf x[V];
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v)
-      x[v] = v == V - 1 && tail ? load_values_n<T>(t.vals + k, at + v * VL, tail)
-                                : load_values<T>(t.vals + k, at + v * VL);
+    load_values_of<T, V>(t.vals + k, at, tail, x);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const vf p = set1(weights[r * query_step]);
@@ -71,9 +93,18 @@ void weigh_tile(Tile& t, int query, int dim_at, int first, int last, int tail) {
   }
   t.asked_vals = asked;
 #pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
+  for (int r = 0; r < R; ++r) {
+#if defined(__AVX512F__)
+    if constexpr (kWhole) in_order(sums[r]);
+#endif
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) store(values + r * padded_dim + v * VL, sums[r][v]);
+    for (int v = 0; v < V; ++v) {
+      float* to = values + r * padded_dim + v * VL;
+      if constexpr (in_bytes(T))
+        sums[r][v] = fma(to_float(as_int(sums[r][v])), set1(t.weight_scales[query + r]), load(to) * set1(decay[r]));
+      store(to, sums[r][v]);
+    }
+  }
 }
 
 template <int T, bool FEW, int V>
@@ -143,7 +174,9 @@ Way choose_way(const Tile& t) {
   const bool few = t.few;
 #if defined(__AVX512F__)
   if (product == kRoundedPairs) return few ? few_of<kRoundedPairs>(queries) : many_of<kRoundedPairs>();
+  if (product == kByteDots) return few ? few_of<kByteDots>(queries) : many_of<kByteDots>();
 #endif
+  if (product == kBytes) return few ? few_of<kBytes>(queries) : many_of<kBytes>();
   if (product == kRounded) return few ? few_of<kRounded>(queries) : many_of<kRounded>();
   if (!few) return many_of<kFloat32>();
   if (product == kBFloat16) return few_of<kBFloat16>(queries);
@@ -161,8 +194,10 @@ void score_by_turns(Tile& t, int a, int b, const Way& way) {
 }
 
 void weigh_by_turns(Tile& t, int a, int b, const Way& way) {
-  for (int k = a; k < b; k = k / kTurn * kTurn + kTurn) {
-    const int end = k / kTurn * kTurn + kTurn;
+  // A block's whole sums become floats once.
+  const int turn = in_bytes(t.job->product) ? kKeyBlock : kTurn;
+  for (int k = a; k < b; k = k / turn * turn + turn) {
+    const int end = k / turn * turn + turn;
     for (t.head = 0; t.head < t.item->kv_count; ++t.head) way.weigh(t, k, end < b ? end : b);
     if (end >= b) return;
     for (int i = 0; i < t.padded_queries; ++i) t.decay[i] = 1.0f;  // the values have decayed
@@ -172,7 +207,7 @@ void weigh_by_turns(Tile& t, int a, int b, const Way& way) {
 // Keys [first, last) of the block at `base`, whose places are known; asks for those to come.
 void attend_block(Tile& t, int32_t base, int32_t first, int32_t last, const Way& way) {
   look_ahead(t, first, last);
-  open_block(t, base, first, last, !t.few && !in_pairs(t.job->product));
+  open_block(t, base, first, last, !t.few && !in_pairs(t.job->product) && !in_bytes(t.job->product));
   const int a = first - base, b = last - base;
   if (t.few) {
     score_by_turns(t, a, b, way);
@@ -266,7 +301,7 @@ void prepare_tile(Tile& t, const AttentionJob& job, const AttentionItem& item) {
   t.item = &item;
   t.dim = job.head_dim;
   t.padded_dim = round_up(t.dim, VL);
-  t.lanes = in_pairs(job.product) ? t.dim / 2 : t.dim;
+  t.lanes = in_bytes(job.product) ? t.dim / 4 : in_pairs(job.product) ? t.dim / 2 : t.dim;
   t.head = 0;
   t.few = is_few(item.query_count, t.dim);
   t.queries = item.kv_count * item.query_count;

@@ -58,8 +58,7 @@ AttentionItem query_tile(const AttentionJob& job, int row, int64_t tile, int32_t
 // How many heads an item of such a tile has, the last one fewer where they do not go up.
 int heads_together(const AttentionJob& job, const AttentionItem& tile, int64_t largest) {
   const int64_t bytes = job.head_dim * item_size(job.cache_dtype);
-  // A head's scales are not beside the next one's.
-  if (job.k_scales || !is_few(tile.query_count, job.head_dim)) return 1;
+  if (!is_few(tile.query_count, job.head_dim)) return 1;
   const int64_t most = std::min({kTogetherBytes / bytes, largest / std::max<int64_t>(tile.cost, 1),
                                  int64_t(kQueryTile / tile.query_count)});
   const int64_t items = divide_up(job.kv_heads, std::max<int64_t>(most, 1));

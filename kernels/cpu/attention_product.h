@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention_tile.h"
+#include "byte_dots.h"
 
 namespace {
 
@@ -9,7 +10,7 @@ using namespace headgate;
 
 // Keys whose values are read together, and how many of them share a lane of weights.
 template <int T>
-constexpr int kKeyStep = in_pairs(T) ? 2 : 1;
+constexpr int kKeyStep = in_bytes(T) ? 4 : in_pairs(T) ? 2 : 1;
 
 // Rows of the inner products: halves of pairs that are multiplied apart take registers of their own.
 template <int T>
@@ -21,13 +22,16 @@ HG_INLINE vf load_keys(const void* const* keys, int i, ptrdiff_t at) {
   if constexpr (T == kBFloat16) return load_lanes_bf16((const uint16_t* const*)keys, i, at);
   else if constexpr (T == kFloat16) return load_lanes_f16((const uint16_t* const*)keys, i, at);
   else if constexpr (T == kScaledBytes) return load_lanes_i8((const int8_t* const*)keys, i, at);
+  else if constexpr (in_bytes(T)) return as_float(biased(as_int(load_lanes((const float* const*)keys, i, at))));
   else return load_lanes((const float* const*)keys, i, at);
 }
 
 // VL dimensions, from `at` on, of the values of a step's keys.
 template <int T>
 HG_INLINE vf load_values(const void* const* values, ptrdiff_t at) {
-  if constexpr (in_pairs(T)) {
+  if constexpr (in_bytes(T)) {
+    return as_float(quad_rows(values, at));
+  } else if constexpr (in_pairs(T)) {
     return as_float(pair_rows((const uint16_t*)values[0] + at, (const uint16_t*)values[1] + at));
   } else {
     const void* value = values[0];
@@ -38,7 +42,7 @@ HG_INLINE vf load_values(const void* const* values, ptrdiff_t at) {
   }
 }
 
-// The first n < VL of them; pairs have no such rest.
+// The first n < VL of them; pairs and bytes have no such rest.
 template <int T>
 HG_INLINE vf load_values_n(const void* const* values, ptrdiff_t at, int n) {
   const void* value = values[0];
@@ -49,10 +53,18 @@ HG_INLINE vf load_values_n(const void* const* values, ptrdiff_t at, int n) {
   else return load_values<T>(values, at);
 }
 
-// sum + a * b, lane by lane.
+// The sum of two such sums.
+template <int T>
+HG_INLINE vf add_sum(vf a, vf b) {
+  if constexpr (in_bytes(T)) return as_float(add_int(as_int(a), as_int(b)));
+  else return a + b;
+}
+
+// sum + a * b, lane by lane; of bytes a is unsigned, and b signed.
 template <int T>
 HG_INLINE vf multiply_add(vf a, vf b, vf sum) {
-  if constexpr (in_pairs(T)) return multiply_pairs<T>(sum, as_int(a), as_int(b));
+  if constexpr (in_bytes(T)) return as_float(multiply_bytes<T>(as_int(sum), as_int(a), as_int(b)));
+  else if constexpr (in_pairs(T)) return multiply_pairs<T>(sum, as_int(a), as_int(b));
   else return fma(a, b, sum);
 }
 

@@ -11,16 +11,27 @@ HG_INLINE vf cap_scores(vf s, float cap) {
   return cap > 0 ? set1(cap) * tanh_v(s / set1(cap)) : s;
 }
 
+// Whole sums of products with biased bytes, as floats of what they would be without.
+HG_INLINE vf unbiased(vf sums, vi offsets) { return to_float(add_int(as_int(sums), offsets)); }
+
+// What a block's weights are multiplied with to be bytes, by the largest of them.
+HG_INLINE vf to_bytes(vf largest) {
+  return if_less(largest, set1(kSmallestInput), set1(0.0f), set1(255.0f) / largest);
+}
+
 // ---- few query rows: vectors over keys ----
 
-// VL keys and Q of a head's `queries`; asks for keys to come as one that does this part of a block's work.
+// VL keys and Q of a head's `queries`, the item's from `first` on; asks for keys to come as one that does this
+// part of a block's work.
 template <int Q, int T>
-HG_INLINE void score_group(const Tile& t, const float* q, int queries, int group, float* weights, int whole,
+HG_INLINE void score_group(Tile& t, const float* q, int queries, int first, int group, int whole,
                            Asked& asked) {
   constexpr int kTwos = Q <= (VL == 16 ? 6 : 3) ? 2 : 1;  // of vectors of keys, sums in registers
   const void* const* keys = t.keys + group * VL;
   const int lanes = t.lanes;
   const ptrdiff_t at = t.head * lanes;
+  float* weights = t.weights + first * kKeyBlock;
+  const auto add = [](vf a, vf b) { return add_sum<T>(a, b); };
   vf folded[4][Q];
 #pragma GCC unroll 4
   for (int j = 0; j < 4; j += kTwos) {
@@ -36,20 +47,22 @@ HG_INLINE void score_group(const Tile& t, const float* q, int queries, int group
         const vf k = load_keys<T>(keys, 2 * j + i, at + d);
 #pragma GCC unroll 16
         for (int r = 0; r < Q; ++r)
-          s[i][r] = multiply_add<T>(repeat_lanes(q + d * queries + r * kLanes, i), k, s[i][r]);
+          s[i][r] = multiply_add<T>(k, repeat_lanes(q + d * queries + r * kLanes, i), s[i][r]);
       }
     }
 #pragma GCC unroll 2
     for (int two = 0; two < kTwos; ++two)
 #pragma GCC unroll 16
       for (int r = 0; r < Q; ++r)
-        folded[j + two][r] = fold_halves(s[2 * two][r], s[2 * two + 1][r]);
+        folded[j + two][r] = fold_halves(s[2 * two][r], s[2 * two + 1][r], add);
   }
 #pragma GCC unroll 16
   for (int r = 0; r < Q; ++r) {
-    vf score = fold_last(fold_pairs(folded[0][r], folded[1][r]),
-                         fold_pairs(folded[2][r], folded[3][r]));
-    if constexpr (T == kScaledBytes) score = score * load(t.key_scales + group * VL);
+    vf score = fold_last(fold_pairs(folded[0][r], folded[1][r], add),
+                         fold_pairs(folded[2][r], folded[3][r], add), add);
+    if constexpr (in_bytes(T)) score = unbiased(score, set1i(t.query_offsets[first + r]));
+    if constexpr (T == kScaledBytes || in_bytes(T)) score = score * load(t.key_scales[t.head] + group * VL);
+    if constexpr (in_bytes(T)) score = score * set1(t.query_scales[first + r]);
     store(weights + r * kKeyBlock + group * VL, score);
   }
   const float cap = t.job->soft_cap;
@@ -65,19 +78,18 @@ void score_few(Tile& t, int group_first, int group_last) {
   // As many queries at once as there are registers for their sums.
   constexpr int kFirst = VL == 16 || Q <= 6 ? Q : (Q + 1) / 2, kSecond = Q - kFirst;
   const float* q = t.q + t.head * Q * t.lanes;
-  float* weights = t.weights + t.head * Q * kKeyBlock;
-  const int whole = t.lanes * t.queries;
+  const int first = t.head * Q, whole = t.lanes * t.queries;
   Asked asked = t.asked_keys;
   for (int g = group_first; g < group_last; ++g) {
-    score_group<kFirst, T>(t, q, Q, g, weights, whole, asked);
+    score_group<kFirst, T>(t, q, Q, first, g, whole, asked);
     if constexpr (kSecond > 0)
-      score_group<kSecond, T>(t, q + kFirst * kLanes, Q, g, weights + kFirst * kKeyBlock, whole, asked);
+      score_group<kSecond, T>(t, q + kFirst * kLanes, Q, first + kFirst, g, whole, asked);
   }
   t.asked_keys = asked;
 }
 
 // Leaves weights, times the values' scales where there are any; rounded, in the lower half of where scores
-// were, for pairs.
+// were, for pairs; as bytes in the lowest quarter, for bytes.
 template <int T>
 void soften_few(Tile& t, int32_t base, int group_first, int group_last) {
   const vf hidden = set1(-__builtin_inff());
@@ -103,6 +115,9 @@ void soften_few(Tile& t, int32_t base, int group_first, int group_last) {
     const vf maximum = set1(t.part.maximum[i]), decay = set1(t.decay[i]);
     vf sums[kSums / VL];
     for (int n = 0; n < kSums / VL; ++n) sums[n] = load(t.part_sums + i * kSums + n * VL) * decay;
+    const int head = i / t.item->query_count;
+    const float* val_scales = t.val_scales[head];
+    vf largest = set1(0.0f);
     for (int g = group_first; g < group_last; ++g) {
       const vf x = load(weights + g * VL) - maximum;
       vf p;
@@ -110,14 +125,26 @@ void soften_few(Tile& t, int32_t base, int group_first, int group_last) {
         uint16_t* rounded = (uint16_t*)weights + g * VL;
         store_rounded<T>(rounded, exp_to_round(x));
         p = load_bf16(rounded);
+      } else if constexpr (in_bytes(T)) {
+        p = exp_to_round(x);
+        const vf weight = p * load(val_scales + g * VL);
+        store(weights + g * VL, weight);
+        largest = vmax(largest, weight);
       } else {
         p = exp_v(x);
-        store(weights + g * VL, T == kScaledBytes ? p * load(t.val_scales + g * VL) : p);
+        store(weights + g * VL, T == kScaledBytes ? p * load(val_scales + g * VL) : p);
       }
       vf& sum = sums[g % (kSums / VL)];
       sum = sum + p;
     }
     for (int n = 0; n < kSums / VL; ++n) store(t.part_sums + i * kSums + n * VL, sums[n]);
+    if constexpr (in_bytes(T)) {
+      const float most = max_lanes(largest);
+      t.weight_scales[i] = most * (1.0f / 255.0f) + t.nothing[head];
+      const vf inverse = to_bytes(set1(most));
+      for (int g = group_first; g < group_last; ++g)
+        store_lowest_bytes((uint8_t*)weights + g * VL, round_to_int(load(weights + g * VL) * inverse));
+    }
   }
 }
 
@@ -137,12 +164,12 @@ HG_INLINE void add_lane(const float* const* keys, const float* q, int padded, in
   }
 }
 
-template <int K, int V>
+template <int T, int K, int V>
 HG_INLINE void add_sums(const vf (&first)[K][V], vf (&s)[K][V]) {
 #pragma GCC unroll 8
   for (int k = 0; k < K; ++k)
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) s[k][v] = first[k][v] + s[k][v];
+    for (int v = 0; v < V; ++v) s[k][v] = add_sum<T>(first[k][v], s[k][v]);
 }
 
 // s = products of K keys and V vectors of query rows, over lanes `LANE`, `LANE` + `STEP`, ... of `lanes`:
@@ -167,35 +194,47 @@ HG_INLINE void score_lanes(const float* const* keys, const float* q, int padded,
     }
     if (lane < lanes) add_lane<T>(keys, q, padded, lane, first);
   }
-  add_sums(first, s);
+  add_sums<T>(first, s);
+}
+
+// As score_lanes, of whole numbers, whose sums need no order.
+template <int T, int K, int V>
+HG_INLINE void score_bytes(const float* const* keys, const float* q, int padded, int lanes, vf (&s)[K][V]) {
+#pragma GCC unroll 8
+  for (int k = 0; k < K; ++k)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) s[k][v] = set1(0.0f);
+  for (int lane = 0; lane < lanes; ++lane) add_lane<T>(keys, q, padded, lane, s);
 }
 
 // Scores of K keys, times their scales where there are any, for V vectors of query rows.
 template <int T, int K, int V>
-void score_many_tile(const void* const* keys, const float* scales, const float* q, int padded,
-                     int lanes, float* out, float cap) {
+void score_many_tile(Tile& t, int column, int key) {
+  const int padded = t.padded_queries;
+  const float cap = t.job->soft_cap;
+  const bool scaled = t.job->k_scales;
   const float* row[K];
 #pragma GCC unroll 8
-  for (int k = 0; k < K; ++k) row[k] = (const float*)keys[k];
+  for (int k = 0; k < K; ++k) row[k] = (const float*)t.keys[key + k];
   vf s[K][V];
-  score_lanes<T, 0, 1>(row, q, padded, lanes, s);
+  if constexpr (in_bytes(T)) score_bytes<T>(row, t.q + column, padded, t.lanes, s);
+  else score_lanes<T, 0, 1>(row, t.q + column, padded, t.lanes, s);
+  float* out = t.weights + key * padded + column;
   for (int k = 0; k < K; ++k)
     for (int v = 0; v < V; ++v) {
-      const vf score = scales ? s[k][v] * set1(scales[k]) : s[k][v];
+      vf score = s[k][v];
+      if constexpr (in_bytes(T)) score = unbiased(score, load_int(t.query_offsets + column + v * VL));
+      if (scaled) score = score * set1(t.key_scales[0][key + k]);
+      if constexpr (in_bytes(T)) score = score * load(t.query_scales + column + v * VL);
       store(out + k * padded + v * VL, cap_scores(score, cap));
     }
 }
 
 template <int T, int V>
 void score_many_columns(Tile& t, int column, int first, int last) {
-  const float cap = t.job->soft_cap;
-  const float* q = t.q + column * VL;
-  float* out = t.weights + column * VL;
-  const int padded = t.padded_queries;
   const auto score = [&](auto tile, int k, int count) {
-    fetch_evenly<fetch_key>(t, t.asked_keys, count * V, padded / VL);
-    const float* scales = t.job->k_scales ? t.key_scales + k : nullptr;
-    tile(t.keys + k, scales, q, padded, t.lanes, out + k * padded, cap);
+    fetch_evenly<fetch_key>(t, t.asked_keys, count * V, t.padded_queries / VL);
+    tile(t, column * VL, k);
   };
   // As many keys as there are registers for both chains of each sum.
   constexpr int kKeys = VL == 16 ? (V == 1 ? 8 : 4) : 6 / V;
@@ -216,8 +255,23 @@ void score_many(Tile& t, int first, int last) {
   if (rest == 1) score_many_columns<T, 1>(t, v, first, last);
 }
 
+// Weights of keys [first, last), whole numbers below 256 once they are multiplied: those of four keys in each lane
+// of a row, in the first quarter of the rows. Keys that a quad has beyond these weigh nothing.
+HG_INLINE void weights_to_bytes(float* weights, int padded, vf inverse, int first, int last) {
+  for (int quad = first / 4; 4 * quad < last; ++quad) {
+    vi bytes = set1i(0);
+    for (int k = 3; k >= 0; --k) {
+      bytes = shift_left(bytes, 8);
+      const int key = 4 * quad + k;
+      if (key >= first && key < last)
+        bytes = add_int(bytes, and_int(round_to_int(load(weights + key * padded) * inverse), set1i(255)));
+    }
+    store(weights + quad * padded, as_float(bytes));
+  }
+}
+
 // Keys [first, last) of the block at `base`; `edge`: some query does not see all of them. Leaves what
-// soften_few does, of pairs those of two keys in one row.
+// soften_few does, of pairs those of two keys in one row, of bytes those of four.
 template <int T>
 void soften_many(Tile& t, int32_t base, int first, int last, bool edge) {
   const vf hidden = set1(-__builtin_inff());
@@ -266,10 +320,20 @@ void soften_many(Tile& t, int32_t base, int first, int last, bool edge) {
         add(k, widen_low(pair));
         add(k + 1, widen_high(pair));
       }
+    } else if constexpr (in_bytes(T)) {
+      vf largest = set1(0.0f);
+      for (int k = first; k < last; ++k) {
+        const vf p = exp_to_round(load(weights + k * padded) - top), weight = p * set1(t.val_scales[0][k]);
+        store(weights + k * padded, weight);
+        largest = vmax(largest, weight);
+        add(k, p);
+      }
+      store(t.weight_scales + c, largest * set1(1.0f / 255.0f) + set1(t.nothing[0]));
+      weights_to_bytes(weights, padded, to_bytes(largest), first, last);
     } else {
       for (int k = first; k < last; ++k) {
         const vf p = exp_v(load(weights + k * padded) - top);
-        store(weights + k * padded, scaled ? p * set1(t.val_scales[k]) : p);
+        store(weights + k * padded, scaled ? p * set1(t.val_scales[0][k]) : p);
         add(k, p);
       }
     }

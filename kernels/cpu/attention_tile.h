@@ -67,7 +67,7 @@ struct Tile {
   const AttentionJob* job;
   const AttentionItem* item;
   int dim, padded_dim, queries, padded_queries;
-  int lanes;  // of 32 bits that a query or key is multiplied in: a dimension's or, of pairs, two of them
+  int lanes;  // of 32 bits that a query or key is multiplied in: a dimension's; of pairs, two of them; of bytes four
   int head;  // which of the item's is worked on
   bool few;  // of the two ways that attention.h tells of
   Keys seen;                            // of the item
@@ -82,8 +82,14 @@ struct Tile {
   alignas(64) float merge[2][kQueryTile];
   const void* keys[kKeyBlock];  // many: float32 or pairs; few: as the cache has them
   const void* vals[kKeyBlock];
-  alignas(64) float key_scales[kKeyBlock];  // of this block, zero for positions outside of it
-  alignas(64) float val_scales[kKeyBlock];
+  // Of this block and each of the item's heads, zero for positions outside of it.
+  alignas(64) float key_scales[kQueryTile][kKeyBlock];
+  alignas(64) float val_scales[kQueryTile][kKeyBlock];
+  // Of bytes: of each query, and what its whole sums have too much because keys are biased; of its weights.
+  alignas(64) float query_scales[kQueryTile];
+  alignas(64) int32_t query_offsets[kQueryTile];
+  alignas(64) float weight_scales[kQueryTile];
+  float nothing[kQueryTile];  // 0, or NaN where one of a head's values is, which a maximum of weights may lose
   Places places;            // of this block
   Places ahead_places;      // of what memory is to be asked for meanwhile
   int ahead, ahead_bytes;   // number of those, and what their item reads at each
@@ -138,6 +144,19 @@ void load_query(const Tile& t, const float* q, float* lanes) {
   for (int d = 0; d < t.dim; ++d) lanes[d] = q[d] * scale;
 }
 
+// Bytes are stored signed, and multiplied as unsigned ones with signed ones: keys have 128 too much then.
+HG_INLINE vi biased(vi bytes) { return xor_int(bytes, set1i((int)0x80808080u)); }
+
+void quantise_query(Tile& t, int query, const float* q, float* lanes) {
+  float scaled[kMaxHeadDim];
+  for (int d = 0; d < t.dim; ++d) scaled[d] = q[d] * t.job->scale;
+  int8_t* bytes = (int8_t*)lanes;
+  t.query_scales[query] = quantise_row(scaled, bytes, t.dim);
+  int32_t sum = 0;
+  for (int d = 0; d < t.dim; ++d) sum += bytes[d];
+  t.query_offsets[query] = -128 * sum;
+}
+
 void load_queries(Tile& t) {
   const AttentionJob& job = *t.job;
   const AttentionItem& item = *t.item;
@@ -149,7 +168,9 @@ void load_queries(Tile& t) {
     t.high[i] = token.position;
     t.low[i] = first_seen(job, t.high[i]);
     float* row = rows + i * t.lanes;
-    load_query(t, job.q + token.index * job.q_token_stride + head * job.q_head_stride, row);
+    const float* q = job.q + token.index * job.q_token_stride + head * job.q_head_stride;
+    if (in_bytes(job.product)) quantise_query(t, i, q, row);
+    else load_query(t, q, row);
     if (!t.few) continue;
     float* to = t.q + i / count * count * t.lanes + i % count * kLanes;
     for (int n = 0; n < t.lanes; n += kLanes) memcpy(to + n * count, row + n, kLanes * sizeof(float));
@@ -157,6 +178,8 @@ void load_queries(Tile& t) {
   for (int i = t.queries; i < t.padded_queries; ++i) {  // lanes that pad a vector see nothing
     t.low[i] = 1;
     t.high[i] = 0;
+    t.query_scales[i] = 0.0f;
+    t.query_offsets[i] = 0;
     memset(rows + i * t.lanes, 0, t.lanes * sizeof(float));
   }
   if (!t.few) interleave(rows, t.lanes, t.padded_queries, t.lanes, t.q);
@@ -234,7 +257,9 @@ HG_INLINE void fetch_ahead(const Tile& t, const void* cache, const float* scales
     if (t.few) __builtin_prefetch(p + byte, 0, kFewFetch);
     else __builtin_prefetch(p + byte, 0, kSecondLevel);
   }
-  if (scales && i % 16 == 0) __builtin_prefetch(scales + places.scales[i], 0, kSecondLevel);
+  if (!scales || i % 16) return;
+  for (int head = 0; head < t.item->kv_count; ++head)
+    __builtin_prefetch(scales + places.scales[i] + head * t.job->block_size, 0, kSecondLevel);
 }
 HG_INLINE void fetch_key(const Tile& t, int i) {
   fetch_ahead(t, t.job->k_cache, t.job->k_scales, i);
@@ -263,6 +288,28 @@ const float* widen_to(float* to, const void* from, int dtype, int dim) {
   return to;
 }
 
+float nothing_of(const float* scales) {
+  vf sum = set1(0.0f);
+  for (int i = 0; i < kKeyBlock; i += VL) sum = sum + (load(scales + i) - load(scales + i));
+  return sum_lanes(sum);
+}
+
+const void* bias_to(float* to, const void* from, int dim) {
+  for (int d = 0; d < dim; d += 4 * VL) store(to + d / 4, as_float(biased(load_int((const int8_t*)from + d))));
+  return to;
+}
+
+// The scales of positions [first, last) of the block at `base`, and zeros for its others.
+void load_scales(const AttentionJob& job, const float* scales, const Places& places, int32_t base, int32_t first,
+                 int32_t last, float* to) {
+  memset(to, 0, kKeyBlock * sizeof(float));
+  for (int32_t key = first; key < last;) {
+    const int32_t left = job.block_size - key % job.block_size, count = left < last - key ? left : last - key;
+    memcpy(to + key - base, scales + places.scales[key - base], count * sizeof(float));
+    key += count;
+  }
+}
+
 // Points `keys` and `vals` at positions [first, last) of the block at `base`, `widen`ed to float32
 // where the cache is narrower, but not scaled; the block's other entries point at one of them, so that
 // they can be read (their weights are zero).
@@ -271,11 +318,10 @@ void open_block(Tile& t, int32_t base, int32_t first, int32_t last, bool widen) 
   const int size = item_size(job.cache_dtype);
   const Places& places = t.places;
   if (job.k_scales) {
-    memset(t.key_scales, 0, sizeof t.key_scales);
-    memset(t.val_scales, 0, sizeof t.val_scales);
-    for (int i = first - base; i < last - base; ++i) {
-      t.key_scales[i] = job.k_scales[places.scales[i]];
-      t.val_scales[i] = job.v_scales[places.scales[i]];
+    for (int head = 0; head < t.item->kv_count; ++head) {
+      load_scales(job, job.k_scales + head * job.block_size, places, base, first, last, t.key_scales[head]);
+      load_scales(job, job.v_scales + head * job.block_size, places, base, first, last, t.val_scales[head]);
+      t.nothing[head] = nothing_of(t.val_scales[head]);
     }
   }
   const char* keys = (const char*)job.k_cache;
@@ -290,9 +336,11 @@ void open_block(Tile& t, int32_t base, int32_t first, int32_t last, bool widen) 
   }
   for (int i = 0; i < first - base; ++i) t.keys[i] = t.keys[first - base];
   for (int i = last - base; i < kKeyBlock; ++i) t.keys[i] = t.keys[last - 1 - base];
-  // The other key of a pair.
-  if (first % 2) t.vals[first - 1 - base] = t.vals[first - base];
-  if (last % 2) t.vals[last - base] = t.vals[last - 1 - base];
+  if (in_bytes(job.product) && !t.few)
+    for (int i = first - base; i < last - base; ++i) t.keys[i] = bias_to(t.wide_keys + i * t.lanes, t.keys[i], t.dim);
+  // The other keys of a pair, or of four.
+  for (int i = (first - base) / 4 * 4; i < first - base; ++i) t.vals[i] = t.vals[first - base];
+  for (int i = last - base; i % 4; ++i) t.vals[i] = t.vals[last - 1 - base];
 }
 
 }  // namespace

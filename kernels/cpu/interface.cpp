@@ -43,6 +43,16 @@ bool multiplies_pairs() {
 #endif
 }
 
+// Whether products of four bytes are one instruction here.
+bool multiplies_bytes() {
+#if defined(__x86_64__)
+  static const bool machine = __builtin_cpu_supports("avx512vnni");
+  return kernels->pairs && machine;
+#else
+  return false;
+#endif
+}
+
 const Kernels* const kAll[] = {
 #if defined(__x86_64__)
     &kernels_avx512, &kernels_avx2,
@@ -165,6 +175,8 @@ HG_API int32_t hg_paged_attention(const float* q, int64_t q_token_stride, int64_
   job.cache_dtype = job.product = cache_dtype;
   if (rounded && cache_dtype == kBFloat16 && head_dim % kPairedDims == 0)
     job.product = multiplies_pairs() ? kRoundedPairs : kRounded;
+  if (rounded && cache_dtype == kScaledBytes && head_dim % kByteDims == 0)
+    job.product = multiplies_bytes() ? int32_t(kByteDots) : int32_t(kBytes);
   job.window = window;
   job.scale = scale;
   job.soft_cap = soft_cap;

@@ -25,6 +25,10 @@ enum Rounded : int32_t { kRounded = 3, kRoundedPairs = 4 };
 static constexpr bool in_pairs(int32_t product) {
   return product == kRounded || product == kRoundedPairs;
 }
+// Attention over bytes with scales multiplies bytes where a model's products round their inputs: by an instruction
+// for four of them, or without it.
+enum Bytes : int32_t { kBytes = 6, kByteDots = 7 };
+static constexpr bool in_bytes(int32_t product) { return product == kBytes || product == kByteDots; }
 
 // Packed weights come in panels of so many output columns, whatever the instruction set.
 constexpr int kPanel = 32;
@@ -115,6 +119,7 @@ constexpr int kQueryTile = 64;
 constexpr int kFewQueries = 12;
 constexpr int kLanes = 8;  // chains that a score is the sum of, whatever the instruction set
 constexpr int kPairedDims = 2 * kLanes;  // pairs of dimensions are taken where this divides them
+constexpr int kByteDims = 4 * kLanes;    // and four bytes
 static inline bool is_few(int queries, int dim) {
   return queries <= kFewQueries && dim % kLanes == 0;
 }
@@ -167,7 +172,7 @@ struct AttentionJob {
   float* partials;
   int64_t q_token_stride, q_head_stride, table_stride;
   int32_t rows, heads, kv_heads, head_dim, block_size, cache_dtype;
-  int32_t product;                           // cache_dtype, kRounded, or kRoundedPairs
+  int32_t product;                           // cache_dtype, of Rounded, or of Bytes
   int32_t window;                            // 0: none
   float scale, soft_cap;                     // 0: none
 };
@@ -271,7 +276,7 @@ struct ArgmaxJob {
 struct Kernels {
   const char* name;
   int tile_rows;  // tallest row tile of linear
-  bool pairs;     // whether linear takes kRoundedPairs, on a machine with AVX512_BF16
+  bool pairs;     // whether there is kRoundedPairs, on a machine with AVX512_BF16, and kByteDots, with AVX512_VNNI
   void (*input_rows)(const void* job, int64_t tile);
   void (*linear)(const void* job, int64_t tile);
   void (*attention)(const void* job, int64_t tile);

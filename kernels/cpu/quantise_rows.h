@@ -72,15 +72,6 @@ HG_INLINE vf join_lanes(const vf (&rows)[kQuantisedRows], Join join) {
 
 #endif
 
-// To the nearest whole number, ties to even.
-HG_INLINE vi round_to_int(vf x) {
-#if defined(__AVX2__)
-  return to_int(x);  // rounds by itself
-#else
-  return to_int(round_even(x));
-#endif
-}
-
 // kInputColumns whole numbers from -127 to 127 as bytes.
 HG_INLINE void store_bytes(const vi (&x)[kInputColumns / VL], int8_t* to) {
 #if defined(__AVX512F__)

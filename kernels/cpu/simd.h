@@ -98,18 +98,20 @@ HG_INLINE vf load_lanes_f16(const uint16_t* const* rows, int i, ptrdiff_t at) {
 }
 // What is multiplied with vector i.
 HG_INLINE vf repeat_lanes(const float* p, int) { return _mm512_broadcast_f32x8(_mm256_loadu_ps(p)); }
-// Lanes n and n + 4 of vectors 2j and 2j + 1 added up; then of two such n and n + 2; then of two
+// Lanes n and n + 4 of vectors 2j and 2j + 1 put together by `add`; then of two such n and n + 2; then of two
 // such n and n + 1, which leaves one lane for each of the VL rows, in order.
-HG_INLINE vf fold_halves(vf a, vf b) {
-  return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+template <class Add>
+HG_INLINE vf fold_halves(vf a, vf b, Add add) {
+  return add(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
 }
-HG_INLINE vf fold_pairs(vf a, vf b) {
+template <class Add>
+HG_INLINE vf fold_pairs(vf a, vf b, Add add) {
   const __m512d x = _mm512_castps_pd(a), y = _mm512_castps_pd(b);
-  return _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)),
-                       _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
+  return add(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
 }
-HG_INLINE vf fold_last(vf a, vf b) {
-  return _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x88), _mm512_shuffle_ps(a, b, 0xdd));
+template <class Add>
+HG_INLINE vf fold_last(vf a, vf b, Add add) {
+  return add(_mm512_shuffle_ps(a, b, 0x88), _mm512_shuffle_ps(a, b, 0xdd));
 }
 
 // out[j] = {rows[0][j], rows[1][j], ...} for the four floats at each of VL rows.
@@ -209,16 +211,18 @@ HG_INLINE vf load_lanes_f16(const uint16_t* const* rows, int i, ptrdiff_t at) {
   return load_f16(rows[i / 2 + i % 2 * 4] + at);
 }
 HG_INLINE vf repeat_lanes(const float* p, int) { return load(p); }
-HG_INLINE vf fold_halves(vf a, vf b) {
-  return _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+template <class Add>
+HG_INLINE vf fold_halves(vf a, vf b, Add add) {
+  return add(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
 }
-HG_INLINE vf fold_pairs(vf a, vf b) {
+template <class Add>
+HG_INLINE vf fold_pairs(vf a, vf b, Add add) {
   const __m256d x = _mm256_castps_pd(a), y = _mm256_castps_pd(b);
-  return _mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(x, y)),
-                       _mm256_castpd_ps(_mm256_unpackhi_pd(x, y)));
+  return add(_mm256_castpd_ps(_mm256_unpacklo_pd(x, y)), _mm256_castpd_ps(_mm256_unpackhi_pd(x, y)));
 }
-HG_INLINE vf fold_last(vf a, vf b) {
-  return _mm256_add_ps(_mm256_shuffle_ps(a, b, 0x88), _mm256_shuffle_ps(a, b, 0xdd));
+template <class Add>
+HG_INLINE vf fold_last(vf a, vf b, Add add) {
+  return add(_mm256_shuffle_ps(a, b, 0x88), _mm256_shuffle_ps(a, b, 0xdd));
 }
 
 HG_INLINE void load_columns4(const float* const* rows, ptrdiff_t at, vf out[4]) {
@@ -325,12 +329,15 @@ HG_INLINE vf load_lanes_f16(const uint16_t* const* rows, int i, ptrdiff_t at) {
   return load_f16(rows[i / 2] + at + i % 2 * 4);
 }
 HG_INLINE vf repeat_lanes(const float* p, int i) { return load(p + i % 2 * 4); }
-HG_INLINE vf fold_halves(vf a, vf b) { return a + b; }
-HG_INLINE vf fold_pairs(vf a, vf b) {
-  return vf{a[0] + a[2], a[1] + a[3], b[0] + b[2], b[1] + b[3]};
+template <class Add>
+HG_INLINE vf fold_halves(vf a, vf b, Add add) { return add(a, b); }
+template <class Add>
+HG_INLINE vf fold_pairs(vf a, vf b, Add add) {
+  return add(vf{a[0], a[1], b[0], b[1]}, vf{a[2], a[3], b[2], b[3]});
 }
-HG_INLINE vf fold_last(vf a, vf b) {
-  return vf{a[0] + a[1], a[2] + a[3], b[0] + b[1], b[2] + b[3]};
+template <class Add>
+HG_INLINE vf fold_last(vf a, vf b, Add add) {
+  return add(vf{a[0], a[2], b[0], b[2]}, vf{a[1], a[3], b[1], b[3]});
 }
 
 HG_INLINE void load_columns4(const float* const* rows, ptrdiff_t at, vf out[4]) {
@@ -356,6 +363,15 @@ HG_INLINE float fma_lane(float a, float b, float c) {
   return __builtin_fmaf(a, b, c);
 #else
   return a * b + c;
+#endif
+}
+
+// To the nearest whole number, ties to even.
+HG_INLINE vi round_to_int(vf x) {
+#if defined(__AVX2__)
+  return to_int(x);  // rounds by itself
+#else
+  return to_int(round_even(x));
 #endif
 }
 

@@ -26,6 +26,11 @@ _ASSEMBLY = {
             "sum = emulated::dpwssd(sum, x, y);"
         ),
     },
+    "byte_dots.h": {
+        '__asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));': (
+            "sum = emulated::dpbusd(sum, a, b);"
+        ),
+    },
     "bf16_pairs.h": {
         '__asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));': (
             "sum = emulated::dpbf16(sum, a, b);"

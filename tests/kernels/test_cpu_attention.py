@@ -11,13 +11,23 @@ from headgate.kernels import reference
 from headgate.kernels.cpu import library, operations, set_num_threads
 from headgate.kernels.cpu.packed import DTYPES
 from headgate.kernels.int8_cache import PagedCache
+from headgate.quant_kinds import BYTE_DIMS
 from headgate.shard.attention_metadata import AttentionMetadata
 from tests.kernels.paged_rows import Chunk, Row, make_step
 
 pytestmark = pytest.mark.usefixtures("cpu_kernels")
 
 # Heads, key/value heads, head dim: the embedded model's, MHA, MQA, a group of many, odd dims.
-SHAPES = [(9, 3, 64), (4, 4, 72), (3, 1, 128), (20, 2, 16), (4, 2, 30), (2, 1, 256), (5, 5, 8)]
+SHAPES = [
+    (9, 3, 64),
+    (4, 4, 72),
+    (3, 1, 128),
+    (20, 2, 16),
+    (4, 2, 30),
+    (2, 1, 256),
+    (5, 5, 8),
+    (4, 2, 96),
+]
 
 
 @dataclass(frozen=True)
@@ -45,8 +55,10 @@ class Kind:
     def assert_close(self, out: torch.Tensor, expected: torch.Tensor) -> None:
         """A weight is rounded beside the largest score until then, by the reference beside that of
         all; so the two differ where it is close to the middle of two bfloat16 numbers, and where
-        the largest was met later. That is little beside what rounding itself changes."""
-        if self.rounded and out.shape[-1] % reference.PAIRED_DIMS == 0:
+        the largest was met later. That is little beside what rounding itself changes. So it is
+        with queries and weights that are close to the middle of two bytes."""
+        dims = BYTE_DIMS if self.dtype == torch.int8 else reference.PAIRED_DIMS
+        if self.rounded and out.shape[-1] % dims == 0:
             torch.testing.assert_close(out, expected, rtol=0, atol=8e-3)
             assert (out - expected).abs().mean() < 3e-4
         else:
@@ -55,6 +67,7 @@ class Kind:
 
 FLOAT32 = Kind()
 PAIRS = Kind(dtype=torch.bfloat16, rounded=True)
+BYTES = Kind(dtype=torch.int8, rounded=True)
 KINDS = [
     FLOAT32,
     Kind(37, 0.0, torch.bfloat16),
@@ -63,6 +76,8 @@ KINDS = [
     Kind(70, 4.0, torch.int8),
     PAIRS,
     Kind(37, 4.0, torch.bfloat16, rounded=True),
+    BYTES,
+    Kind(37, 4.0, torch.int8, rounded=True),
 ]
 # With a window nothing is shared.
 SHARED_KINDS = [
@@ -71,6 +86,7 @@ SHARED_KINDS = [
     Kind(0, 4.0, torch.float16),
     Kind(dtype=torch.int8),
     PAIRS,
+    BYTES,
 ]
 
 
@@ -140,7 +156,7 @@ def test_bits_depend_on_nothing_but_the_sequence(shape: tuple[int, int, int], ki
 
 
 @pytest.mark.parametrize(
-    "kind", [FLOAT32, Kind(dtype=torch.float16), Kind(dtype=torch.int8), PAIRS], ids=str
+    "kind", [FLOAT32, Kind(dtype=torch.float16), Kind(dtype=torch.int8), PAIRS, BYTES], ids=str
 )
 def test_bits_do_not_depend_on_the_number_of_threads(kind: Kind) -> None:
     """Rows that are long for their step are cut along their keys, and their parts merged."""
@@ -231,10 +247,10 @@ def test_bits_do_not_depend_on_the_instruction_set(cpu_kernels: str) -> None:
     loaded = library.load()
     if cpu_kernels != "avx512" or loaded is None or loaded.hg_init(b"avx2") is None:
         pytest.skip("two such sets are compared in one go")
-    for dim in (72, 80):
+    for dim in (72, 80, 96):
         row = rows([290], 9, 3, dim)[0]
         chunks = [Chunk(row, 0, 250), Chunk(row, 280, 283), Chunk(row, 289, 290)]
-        for kind in [Kind(dtype=dtype) for dtype in (*DTYPES, torch.int8)] + [PAIRS]:
+        for kind in [*(Kind(dtype=dtype) for dtype in (*DTYPES, torch.int8)), PAIRS, BYTES]:
             results = []
             for name in (b"avx2", b"avx512"):
                 loaded.hg_init(name)
@@ -243,14 +259,15 @@ def test_bits_do_not_depend_on_the_instruction_set(cpu_kernels: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int8, torch.bfloat16])
-def test_only_bfloat16_caches_and_whole_pairs_are_rounded_for(dtype: torch.dtype) -> None:
-    for dim in (24, 32):
+def test_only_narrow_caches_and_whole_lanes_are_rounded_for(dtype: torch.dtype) -> None:
+    least = {torch.bfloat16: reference.PAIRED_DIMS, torch.int8: BYTE_DIMS}
+    for dim in (24, 48, 32):
         chunks = [Chunk(row, 30, 40) for row in rows([40] * 2, 6, 2, dim)]
         given, asked = (
             torch.cat(attend(chunks, Kind(dtype=dtype, rounded=rounded)))
             for rounded in (False, True)
         )
-        assert torch.equal(given, asked) == (dtype != torch.bfloat16 or dim == 24)
+        assert torch.equal(given, asked) == (dtype not in least or dim % least[dtype] > 0)
 
 
 def test_rows_without_tokens_are_left_out() -> None:

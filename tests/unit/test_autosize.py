@@ -70,10 +70,15 @@ def test_the_embedded_model_on_two_cores() -> None:
     assert (found.device, found.num_shard, found.threads_per_shard) == ("cpu", 1, 2)
     assert (found.dtype, found.kv_cache_dtype) == ("bfloat16", "float32")
     assert (found.max_total_tokens, found.max_input_tokens) == (8192, 8191)
-    assert sizes("--quantize int8").kv_cache_dtype == "bfloat16"
-    assert sizes("--quantize int4").kv_cache_dtype == "bfloat16"
+    assert sizes("--quantize int8").kv_cache_dtype == "int8"
+    assert sizes("--quantize int4").kv_cache_dtype == "int8"
+    odd = replace(SMALL, head_dim=80)
+    assert sizes("--quantize int8", model=odd).kv_cache_dtype == "bfloat16"
     assert sizes("--quantize int8-weight-only").kv_cache_dtype == "float16"
-    assert sizes("--quantize int8").kv_tokens // 2 == pytest.approx(found.kv_tokens, abs=16)
+    assert sizes("--quantize int8 --kv-cache-dtype bfloat16").kv_tokens // 2 == pytest.approx(
+        found.kv_tokens, abs=16
+    )
+    assert sizes("--quantize int8").kv_tokens > 3.7 * found.kv_tokens
     assert sizes("--matmul-precision medium").kv_cache_dtype == "bfloat16"
     assert sizes("--quantize int4 --kv-cache-dtype float32").kv_cache_dtype == "float32"
     assert sizes("--kv-cache-dtype bfloat16").kv_cache_dtype == "bfloat16"

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from headgate.kernels import ops, reference
+from headgate.kernels.int8_cache import Int8Cache
 from headgate.shard.attention_metadata import AttentionMetadata
 
 BLOCK = 4
@@ -139,6 +140,46 @@ def test_rounded_attention_over_a_bfloat16_cache() -> None:
         call = (q[..., :dim].contiguous(), k_cache, v_cache, step.attention, 0.3)
         plain = ops.paged_attention(*call)
         assert torch.equal(ops.paged_attention(*call, rounded=True), plain)
+
+
+def test_attention_in_bytes_over_an_int8_cache() -> None:
+    """Queries are bytes with a scale, weights 255ths of the largest; with odd dims nothing is."""
+    q, keys, values, step = paged([(2, 6), (1, 70)], 4, 2, 32)
+    caches = [int8_cache(cache) for cache in step.caches]
+    call = (q, *caches, step.attention, 0.3)
+    out = ops.paged_attention(*call, rounded=True)
+    query = q[2] * 0.3
+    unit = query.abs().amax(1, keepdim=True) / 127
+    rounded = (query / unit).round() * unit
+    k, v = (bytes_of(x[1]).repeat_interleave(2, 1) for x in (keys, values))
+    scores = torch.einsum("hd,khd->hk", rounded, k)
+    weights = (scores - scores.amax(1, keepdim=True)).exp()
+    unit = v.abs().amax(2).T / 127  # of each value
+    parts = []
+    for part in (slice(0, 64), slice(64, 70)):
+        scaled = weights[:, part] * unit[:, part]
+        step_size = scaled.amax(1, keepdim=True) / 255
+        parts.append((scaled / step_size).round() * step_size / unit[:, part])
+    expected = torch.einsum("hk,khd->hd", torch.cat(parts, 1), v) / weights.sum(1, keepdim=True)
+    torch.testing.assert_close(out[2], expected, atol=1e-5, rtol=0)
+    assert not torch.allclose(out, ops.paged_attention(*call), atol=1e-5)
+    odd = [int8_cache(cache[..., :24]) for cache in step.caches]
+    call = (q[..., :24].contiguous(), *odd, step.attention, 0.3)
+    assert torch.equal(ops.paged_attention(*call, rounded=True), ops.paged_attention(*call))
+
+
+def int8_cache(cache: torch.Tensor) -> Int8Cache:
+    blocks, block_size, heads, _ = cache.shape
+    scales = torch.zeros(blocks, heads, block_size)
+    stored = Int8Cache(torch.zeros(cache.shape, dtype=torch.int8), scales)
+    stored.store(cache.flatten(0, 1), torch.arange(blocks * block_size))
+    return stored
+
+
+def bytes_of(x: torch.Tensor) -> torch.Tensor:
+    """As it is read from an Int8Cache."""
+    unit = x.abs().amax(-1, keepdim=True) / 127
+    return (x / unit).round() * unit
 
 
 # ------------------------------------------------------------------ the rest
