@@ -294,8 +294,10 @@ float nothing_of(const float* scales) {
   return sum_lanes(sum);
 }
 
-const void* bias_to(float* to, const void* from, int dim) {
-  for (int d = 0; d < dim; d += 4 * VL) store(to + d / 4, as_float(biased(load_int((const int8_t*)from + d))));
+const void* bias_to(float* to, const float* from, int lanes) {
+  int i = 0;
+  for (; i + VL <= lanes; i += VL) store(to + i, as_float(biased(load_int(from + i))));
+  if (i < lanes) store_n(to + i, as_float(biased(as_int(load_n(from + i, lanes - i)))), lanes - i);
   return to;
 }
 
@@ -337,7 +339,8 @@ void open_block(Tile& t, int32_t base, int32_t first, int32_t last, bool widen) 
   for (int i = 0; i < first - base; ++i) t.keys[i] = t.keys[first - base];
   for (int i = last - base; i < kKeyBlock; ++i) t.keys[i] = t.keys[last - 1 - base];
   if (in_bytes(job.product) && !t.few)
-    for (int i = first - base; i < last - base; ++i) t.keys[i] = bias_to(t.wide_keys + i * t.lanes, t.keys[i], t.dim);
+    for (int i = first - base; i < last - base; ++i)
+      t.keys[i] = bias_to(t.wide_keys + i * t.lanes, (const float*)t.keys[i], t.lanes);
   // The other keys of a pair, or of four.
   for (int i = (first - base) / 4 * 4; i < first - base; ++i) t.vals[i] = t.vals[first - base];
   for (int i = last - base; i % 4; ++i) t.vals[i] = t.vals[last - 1 - base];

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import sys
 from dataclasses import dataclass, replace
 
 import pytest
@@ -10,7 +13,7 @@ import torch
 from headgate.kernels import reference
 from headgate.kernels.cpu import library, operations, set_num_threads
 from headgate.kernels.cpu.packed import DTYPES
-from headgate.kernels.int8_cache import PagedCache
+from headgate.kernels.int8_cache import Int8Cache, PagedCache
 from headgate.quant_kinds import BYTE_DIMS
 from headgate.shard.attention_metadata import AttentionMetadata
 from tests.kernels.paged_rows import Chunk, Row, make_step
@@ -268,6 +271,36 @@ def test_only_narrow_caches_and_whole_lanes_are_rounded_for(dtype: torch.dtype) 
             for rounded in (False, True)
         )
         assert torch.equal(given, asked) == (dtype not in least or dim % least[dtype] > 0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pages are protected by Linux's mprotect")
+@pytest.mark.parametrize("dim", [32, 96, 64])
+def test_nothing_is_read_past_a_caches_end(dim: int) -> None:
+    """The last position's bytes end where memory ends, with many queries and with few."""
+    row = rows([16], 4, 2, dim)[0]
+    q, k_cache, v_cache, step = make_step([Chunk(row, 0, 16), Chunk(row, 15, 16)], 16, torch.int8)
+    assert isinstance(k_cache, Int8Cache) and isinstance(v_cache, Int8Cache)
+    last = len(k_cache.values) - 1
+    for table in step.block_tables:  # both rows are in the last block
+        for cache in (k_cache, v_cache):
+            for part in (cache.values, cache.scales):
+                part[last] = part[table[0]]
+        table[0] = last
+    guarded = [Int8Cache(before_the_end(c.values), c.scales) for c in (k_cache, v_cache)]
+    call = (q, *guarded, step)
+    assert torch.equal(BYTES(operations, *call), BYTES(operations, q, k_cache, v_cache, step))
+
+
+def before_the_end(x: torch.Tensor) -> torch.Tensor:
+    """A copy behind which lies a page that nobody may read."""
+    page = mmap.PAGESIZE
+    whole = -(-x.nbytes // page) * page
+    memory = mmap.mmap(-1, whole + page)
+    held = torch.frombuffer(memory, dtype=x.dtype)
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.mprotect(ctypes.c_void_p(held.data_ptr() + whole), page, 0) == 0  # PROT_NONE
+    copy = held[whole - x.nbytes : whole].view(x.shape)
+    return copy.copy_(x)
 
 
 def test_rows_without_tokens_are_left_out() -> None:
