@@ -143,7 +143,7 @@ void soften_few(Tile& t, int32_t base, int group_first, int group_last) {
       t.weight_scales[i] = most * (1.0f / 255.0f) + t.nothing[head];
       const vf inverse = to_bytes(set1(most));
       for (int g = group_first; g < group_last; ++g)
-        store_lowest_bytes((uint8_t*)weights + g * VL, round_to_int(load(weights + g * VL) * inverse));
+        store_i8((int8_t*)weights + g * VL, round_to_int(load(weights + g * VL) * inverse));
     }
   }
 }

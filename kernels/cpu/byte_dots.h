@@ -22,10 +22,6 @@ HG_INLINE vi odd_words(vi a) { return _mm512_srli_epi16(a, 8); }
 HG_INLINE vi even_signed(vi a) { return _mm512_srai_epi16(_mm512_slli_epi16(a, 8), 8); }
 HG_INLINE vi odd_signed(vi a) { return _mm512_srai_epi16(a, 8); }
 HG_INLINE vi add_words(vi sum, vi a, vi b) { return _mm512_add_epi32(sum, _mm512_madd_epi16(a, b)); }
-// The lowest byte of each lane.
-HG_INLINE void store_lowest_bytes(uint8_t* p, vi a) {
-  _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(a));
-}
 
 // VL columns of four rows of bytes, a column in each lane.
 HG_INLINE vi quad_rows(const void* const* rows, ptrdiff_t at) {
@@ -66,11 +62,6 @@ HG_INLINE vi odd_words(vi a) { return _mm256_srli_epi16(a, 8); }
 HG_INLINE vi even_signed(vi a) { return _mm256_srai_epi16(_mm256_slli_epi16(a, 8), 8); }
 HG_INLINE vi odd_signed(vi a) { return _mm256_srai_epi16(a, 8); }
 HG_INLINE vi add_words(vi sum, vi a, vi b) { return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)); }
-HG_INLINE void store_lowest_bytes(uint8_t* p, vi a) {
-  a = _mm256_and_si256(a, _mm256_set1_epi32(255));
-  const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
-  _mm_storel_epi64((__m128i*)p, _mm_packus_epi16(words, words));
-}
 HG_INLINE vi quad_rows(const void* const* rows, ptrdiff_t at) {
   __m128i r[4];
   for (int i = 0; i < 4; ++i) r[i] = _mm_loadl_epi64((const __m128i*)((const int8_t*)rows[i] + at));
@@ -80,9 +71,6 @@ HG_INLINE vi quad_rows(const void* const* rows, ptrdiff_t at) {
 
 #else
 
-HG_INLINE void store_lowest_bytes(uint8_t* p, vi a) {
-  for (int i = 0; i < VL; ++i) p[i] = (uint8_t)a[i];
-}
 HG_INLINE vi quad_rows(const void* const* rows, ptrdiff_t at) {
   uint8_t columns[VL][4];
   for (int r = 0; r < 4; ++r)
