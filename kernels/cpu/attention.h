@@ -304,6 +304,7 @@ void prepare_tile(Tile& t, const AttentionJob& job, const AttentionItem& item) {
   t.lanes = in_bytes(job.product) ? t.dim / 4 : in_pairs(job.product) ? t.dim / 2 : t.dim;
   t.head = 0;
   t.few = is_few(item.query_count, t.dim);
+  t.passes_by = t.few && VL != 16 && !is_intel();
   t.queries = item.kv_count * item.query_count;
   t.padded_queries = round_up(t.queries, VL);
 }

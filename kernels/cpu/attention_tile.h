@@ -23,7 +23,6 @@ constexpr int kVectors = VL == 16 ? 4 : 2;
 constexpr int kTurn = VL == 16 ? kKeyBlock : 16;
 constexpr int kFewLead = VL == 16 ? kKeyBlock : 16;
 constexpr int kManyLead = kKeyBlock;
-constexpr Fetch kFewFetch = VL == 16 ? kSecondLevel : kPassingBy;
 
 HG_INLINE int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
 
@@ -70,6 +69,7 @@ struct Tile {
   int lanes;  // of 32 bits that a query or key is multiplied in: a dimension's; of pairs, two of them; of bytes four
   int head;  // which of the item's is worked on
   bool few;  // of the two ways that attention.h tells of
+  bool passes_by;  // what it asks memory for: the larger caches
   Keys seen;                            // of the item
   alignas(64) int32_t low[kQueryTile];  // keys each query sees: [low, high]
   alignas(64) int32_t high[kQueryTile];
@@ -249,17 +249,17 @@ void look_ahead(Tile& t, int32_t first, int32_t last) {
 // Asks for one key or value of those to come, of all heads of its item at once. Calls are spread over
 // the work on this block: a burst would fill the core's few slots for misses, and then stall it while
 // memory has nothing to do. What few queries read nobody else will: without AVX-512 it passes by the larger
-// caches.
+// caches, but for Intel's processors.
 HG_INLINE void fetch_ahead(const Tile& t, const void* cache, const float* scales, int i) {
   const Places& places = t.ahead_places;
   const char* p = (const char*)cache + places.numbers[i] * item_size(t.job->cache_dtype);
   for (int byte = 0; byte < t.ahead_bytes; byte += 64) {
-    if (t.few) __builtin_prefetch(p + byte, 0, kFewFetch);
-    else __builtin_prefetch(p + byte, 0, kSecondLevel);
+    if (t.passes_by) fetch_passing_by<64>(p + byte);
+    else fetch_to_second_level<64>(p + byte);
   }
   if (!scales || i % 16) return;
   for (int head = 0; head < t.item->kv_count; ++head)
-    __builtin_prefetch(scales + places.scales[i] + head * t.job->block_size, 0, kSecondLevel);
+    fetch_to_second_level<1>((const char*)(scales + places.scales[i] + head * t.job->block_size));
 }
 HG_INLINE void fetch_key(const Tile& t, int i) {
   fetch_ahead(t, t.job->k_cache, t.job->k_scales, i);

@@ -85,6 +85,15 @@ int64_t token_of_key(int64_t key) { return kTokens - 1 - key % kTokens; }
 
 const Kernels& active_kernels() { return *kernels; }
 
+bool is_intel() {
+#if defined(__x86_64__)
+  static const bool intel = (__builtin_cpu_init(), __builtin_cpu_is("intel"));
+  return intel;
+#else
+  return false;
+#endif
+}
+
 }  // namespace headgate
 
 using namespace headgate;

@@ -291,6 +291,9 @@ struct Kernels {
   void (*write_kv)(const void* job, int64_t tile);
 };
 
+// Whether the processor is Intel's: how memory is read best differs by maker.
+bool is_intel();
+
 extern const Kernels kernels_generic;
 #if defined(__x86_64__)
 extern const Kernels kernels_avx2;

@@ -27,8 +27,9 @@ constexpr int64_t kInnerBlock = VL == 16 ? 1536 : 288;
 constexpr int64_t kLead = 6144;
 
 // (Measured on Zen 4: several rows take less by way of the second-level cache, one takes more.)
-template <int R>
-constexpr Fetch kFetchFor = VL == 16 && R > 1 ? kSecondLevel : kPassingBy;
+HG_INLINE Fetch fetch_floats_alone(int64_t rows) {
+  return fetch_alone(VL == 16 && rows > 1 ? kSecondLevel : kPassingBy);
+}
 
 template <int T>
 constexpr int kElement = T == kFloat32 ? 4 : 2;
@@ -103,11 +104,11 @@ void multiply(const float* x, const char* w, Ahead ahead, const char* soon, int6
     }
   }
   constexpr int kLane = kStep<T> * kElement<T>;
-  const int64_t turn = ahead.once ? (inner / kStep<T> - kLead / (kPanel * kLane)) * kStep<T> : inner;
+  const int64_t turn = ahead.is_alone() ? (inner / kStep<T> - kLead / (kPanel * kLane)) * kStep<T> : inner;
   int64_t k = 0;
   for (; k + kStep<T> <= inner; k += kStep<T>) {
     if (k == turn) ahead.address = soon;
-    ask_for<kPanel * kLane, kPanelVectors / V, kFetchFor<R>>(ahead);
+    ask_for<kPanel * kLane, kPanelVectors / V>(ahead);
     step<T, R, V>(x, w, true, sums);
     x += kInputs<T> * R;
     w += kPanel * kLane;
@@ -171,6 +172,7 @@ void linear_typed(const LinearJob& job, int64_t panel_first, int64_t panel_last,
   const int64_t row = T == kRoundedPairs ? padded / kShared : job.inner;
   const int64_t panels = (job.columns + kPanel - 1) / kPanel, count = tiles.last - tiles.first;
   const RowWalk from_first(job.rows, job.row_tiles, tiles.first);
+  const Fetch alone = fetch_floats_alone(job.rows);
   for (int64_t panel = panel_first; panel < panel_last; ++panel) {
     const char* weight = (const char*)job.weight + panel * panel_bytes;
     const int64_t next = panel_after(panel, panel_last, later, panels);
@@ -189,7 +191,7 @@ void linear_typed(const LinearJob& job, int64_t panel_first, int64_t panel_last,
       for (int64_t tile = 0; tile < count; ++tile) {
         const RowRange range = rows.next();
         const int64_t height = range.last - range.first;
-        const Ahead ahead = ahead_of(weights, kLead, soon, share, tile);
+        const Ahead ahead = ahead_of(weights, kLead, soon, share, tile, alone);
         panel_function<T>(height)(job.x + range.first * row + k / kShared * height, weights, ahead, soon,
                                   inner, job.y + range.first * job.y_stride + column, job.y_stride,
                                   columns, k > 0);

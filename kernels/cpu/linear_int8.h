@@ -30,10 +30,11 @@ constexpr int kBlocksAhead = Q == kInt4 ? 4 : R == 1 ? 2 : 3;
 
 // (Measured on Zen 4: rows take less by way of the second-level cache, and few of them where nothing is asked
 // for at all, since each thread reads columns of its own from end to end; but not one row of int8.)
-template <int Q, int R>
-constexpr Fetch kFetchOnce = VL != 16                                        ? kPassingBy
-                             : R <= kOwnColumnsRows && (Q == kInt4 || R > 1) ? kUnasked
-                                                                             : kSecondLevel;
+template <int Q>
+HG_INLINE Fetch fetch_quantised_alone(int64_t rows) {
+  if (VL != 16) return fetch_alone(kPassingBy);
+  return fetch_alone(rows <= kOwnColumnsRows && (Q == kInt4 || rows > 1) ? kUnasked : kSecondLevel);
+}
 
 // Loads of weights for one vector of columns in a block.
 template <int Q>
@@ -62,7 +63,7 @@ template <int Q, int STEPS, int R, int V>
 HG_INLINE void add_products(const int8_t* x, const char* w, Ahead& ahead, vi (&sums)[R][V]) {
   typedef Dot4<Q> Dot;
   for (int step = 0; step < STEPS; ++step, w += kPanel * 4) {
-    ask_for<kPanel * 4, kPanel / (V * VL), kFetchOnce<Q, R>>(ahead);
+    ask_for<kPanel * 4, kPanel / (V * VL)>(ahead);
     vi loaded[V];
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) loaded[v] = load_int(w + v * VL * 4);
@@ -118,7 +119,7 @@ HG_INLINE void sum_block(const char* x, const char* block, int first, Ahead& ahe
     for (int v = 0; v < V; ++v)
       scales[v] = load_int4_scales(block + (first + v * VL) * 2, block + (kPanel + first + v * VL) * 2);
     vi before[R][V];
-    ask_for_header<block_header(Q), kFetchOnce<Q, R>>(ahead);
+    ask_for_header<block_header(Q)>(ahead);
     begin_at(kCentred ? numbers + R : nullptr, before);
     add_products<Q, kSteps>(values, weights, ahead, before);
 #pragma GCC unroll 16
@@ -153,7 +154,7 @@ void multiply_quantised(const char* x, const char* panel, Ahead ahead, const cha
     for (int v = 0; v < V; ++v) totals[r][v] = set1(0.0f);
   for (int64_t b = 0; b < blocks; ++b, block += block_bytes(Q), x += R * row_group_bytes(kFormatOf<Q>)) {
     vi sums[R][V];
-    if (ahead.once && b == blocks - kBlocksAhead<Q, R>) ahead.address = soon;
+    if (ahead.is_alone() && b == blocks - kBlocksAhead<Q, R>) ahead.address = soon;
     sum_block<Q>(x, block, first, ahead, sums);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
@@ -187,7 +188,7 @@ template <int Q, int R>
 void multiply_quantised_panel(const char* x, const char* panel, Ahead ahead, const char* soon,
                               int64_t blocks, float* y, int64_t y_stride, int64_t columns, const float* bias) {
   if constexpr (kOneVector<Q, R>)
-    if (!ahead.once)
+    if (!ahead.is_alone() && !is_intel())
       return multiply_in_passes<Q, R, 1>(x, panel, ahead, soon, blocks, y, y_stride, columns, bias);
   multiply_in_passes<Q, R, kVectorsOf<R>>(x, panel, ahead, soon, blocks, y, y_stride, columns, bias);
 }
@@ -220,6 +221,7 @@ void multiply_panels(const QuantisedLinearJob& job, int64_t first, int64_t last,
   const int64_t lead = panel_header(Q) + on * block_bytes(Q);
   const Share share = share_of(size, block_header(Q), kPanel * 4, kStepsOf<Q>, count);
   const RowWalk from_first(job.rows, job.row_tiles, tiles.first);
+  const Fetch alone = fetch_quantised_alone<Q>(job.rows);
   for (int64_t panel = first; panel < last; ++panel) {
     const char* weight = job.weight + panel * size;
     const int64_t column = panel * kPanel;
@@ -228,7 +230,7 @@ void multiply_panels(const QuantisedLinearJob& job, int64_t first, int64_t last,
     RowWalk rows = from_first;
     for (int64_t tile = 0; tile < count; ++tile) {
       const RowRange range = rows.next();
-      const Ahead ahead = ahead_of(weight, lead, soon, share, tile);
+      const Ahead ahead = ahead_of(weight, lead, soon, share, tile, alone);
       quantised_panel<Q>(range.last - range.first)(
           job.x + range.first * blocks * row_group_bytes(kFormatOf<Q>), weight, ahead, soon, blocks,
           job.y + range.first * job.y_stride + column, job.y_stride, columns,

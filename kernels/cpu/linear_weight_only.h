@@ -30,8 +30,8 @@ void multiply_widened(const float* x, const char* block, Ahead ahead, const char
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) totals[r][v] = set1(0.0f);
   for (int64_t left = block_count(inner, kInt8WeightOnly); left > 0; --left) {
-    if (ahead.once && left == kWeightOnlyLead) ahead.address = soon;
-    ask_for_header<kHeader, kPassingBy>(ahead);
+    if (ahead.is_alone() && left == kWeightOnlyLead) ahead.address = soon;
+    ask_for_header<kHeader>(ahead);
     vf sums[R][V];
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
@@ -99,6 +99,7 @@ void multiply_widened_panels(const QuantisedLinearJob& job, int64_t first, int64
                                kWeightOnlyGroup / kAskedAtOnce, count);
   const int64_t lead = kWeightOnlyLead * block_bytes(kInt8WeightOnly);
   const RowWalk from_first(job.rows, job.row_tiles, tiles.first);
+  const Fetch alone = fetch_alone(kPassingBy);
   for (int64_t panel = first; panel < last; ++panel) {
     const char* weight = job.weight + panel * size;
     const char* soon = job.weight + panel_after(panel, last, later, panels) * size;
@@ -107,7 +108,7 @@ void multiply_widened_panels(const QuantisedLinearJob& job, int64_t first, int64
     RowWalk rows = from_first;
     for (int64_t tile = 0; tile < count; ++tile) {
       const RowRange range = rows.next();
-      const Ahead ahead = ahead_of(weight, lead, soon, share, tile);
+      const Ahead ahead = ahead_of(weight, lead, soon, share, tile, alone);
       widened_panel(range.last - range.first)(
           (const float*)job.x + range.first * job.inner, weight, ahead, soon, job.inner,
           job.y + range.first * job.y_stride + column, job.y_stride, columns,
