@@ -44,8 +44,9 @@ static inline TileGroups group_by_home(int64_t rows, int64_t tiles) {
 }
 
 // How a product is shared out: runs of panels for each group of row tiles. There are as many groups as
-// homes, or more where there are few panels. Of few rows each thread has a part of the panels of its own:
-// memory gives more to who reads on than to those who take turns (docs/performance-history.md, "Blocks side by side").
+// homes, or more where there are few panels. In one home each thread has a part of the panels of its own:
+// memory gives more to who reads on than to those who take turns (docs/performance-history.md, "Blocks side by side"),
+// and what it asks memory for in advance it also comes to.
 struct ProductTiles {
   int64_t panels_per_tile, panel_tiles;
   int32_t row_groups, column_groups;  // one of them is 1
@@ -63,17 +64,17 @@ static inline ProductTiles share_product(int64_t rows, int64_t columns, int64_t 
   int64_t groups = panel_tiles * homes < wanted / 2 ? divide_up(wanted / 2, panel_tiles) : homes;
   if (groups > row_tiles) groups = row_tiles;
   if (groups > kMaxGroups) groups = kMaxGroups;
-  int64_t column_groups = rows > kOwnColumnsRows ? 1 : threads < panel_tiles ? threads : panel_tiles;
+  int64_t column_groups = groups > 1 ? 1 : threads < panel_tiles ? threads : panel_tiles;
   if (column_groups > kMaxGroups) column_groups = kMaxGroups;
   return {panels_per_tile, panel_tiles, int32_t(groups), int32_t(column_groups),
           int32_t(divide_up(threads, groups * column_groups))};
 }
 
-// The tiles of one group of rows by group of columns, with so many others before them in the first.
-static inline TileGroups group_by_column(const ProductTiles& tiles, int64_t before) {
-  TileGroups groups = {tiles.column_groups, {}};
+// The tiles by group of rows, or of columns where there is one of rows.
+static inline TileGroups groups_of(const ProductTiles& tiles) {
+  TileGroups groups = {tiles.row_groups * tiles.column_groups, {}};
   for (int32_t g = 0; g < groups.count; ++g)
-    groups.ends[g] = before + tiles.panel_tiles * (g + 1) / groups.count;
+    groups.ends[g] = tiles.panel_tiles * tiles.row_groups * (g + 1) / groups.count;
   return groups;
 }
 

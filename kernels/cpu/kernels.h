@@ -32,8 +32,6 @@ static constexpr bool in_bytes(int32_t product) { return product == kBytes || pr
 
 // Packed weights come in panels of so many output columns, whatever the instruction set.
 constexpr int kPanel = 32;
-// Up to so many rows each thread has columns of its own in a product, which it reads from end to end.
-constexpr int kOwnColumnsRows = 4;
 // Rows of the input that one inner loop takes at most; packed inputs are padded to nothing: a tile
 // of m rows is stored as [K][m], for kRoundedPairs as [K / 2][m] pairs, each the first one in the
 // upper half, an odd K padded with zeros.

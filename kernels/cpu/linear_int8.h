@@ -30,10 +30,11 @@ constexpr int kBlocksAhead = Q == kInt4 ? 4 : R == 1 ? 2 : 3;
 
 // (Measured on Zen 4: rows take less by way of the second-level cache, and few of them where nothing is asked
 // for at all, since each thread reads columns of its own from end to end; but not one row of int8.)
+constexpr int kUnaskedRows = 4;
 template <int Q>
 HG_INLINE Fetch fetch_quantised_alone(int64_t rows) {
   if (VL != 16) return fetch_alone(kPassingBy);
-  return fetch_alone(rows <= kOwnColumnsRows && (Q == kInt4 || rows > 1) ? kUnasked : kSecondLevel);
+  return fetch_alone(rows <= kUnaskedRows && (Q == kInt4 || rows > 1) ? kUnasked : kSecondLevel);
 }
 
 // Loads of weights for one vector of columns in a block.

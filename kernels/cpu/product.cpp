@@ -1,5 +1,5 @@
-// See product.h. The threads meet once in a product, at its end: a tile of the product waits, where it
-// must, until the inputs are laid out, by threads that claimed their part before it.
+// See product.h. The threads meet once in a product, at its end: who comes to a tile of it lays out what inputs
+// nobody has claimed yet, and waits, where it must, for those that others have.
 #include "product.h"
 
 #include <sched.h>
@@ -38,46 +38,38 @@ struct Stages {
   TileFunction product;
   const void* job;
   ProductTiles tiles;
-  TileGroups groups;  // of each: pieces of the inputs, then tiles of the product. Few rows have pieces in the first.
   struct alignas(64) LaidOut {
-    std::atomic<int64_t> pieces;
+    std::atomic<int64_t> claimed, done;  // pieces of a group's inputs
   } laid_out[kMaxGroups];
 };
 
-// Row tiles of a group come to so many pieces.
-RowRange pieces_of(const Stages& stages, int32_t group) {
-  const RowRange tiles = row_range(stages.inputs.row_tiles, stages.tiles.row_groups, group);
-  return {tiles.first * stages.inputs.parts, tiles.last * stages.inputs.parts};
-}
-
-void set_groups(Stages& stages) {
-  const int32_t count = stages.tiles.row_groups;
-  stages.groups.count = count;
-  for (int32_t g = 0; g < count; ++g) {
-    stages.groups.ends[g] = pieces_of(stages, g).last + (g + 1) * stages.tiles.panel_tiles;
-    stages.laid_out[g].pieces.store(0, std::memory_order_relaxed);
+// Lays out pieces of a group's inputs as long as there are any, then waits for those of other threads, which have
+// claimed theirs and so are at work.
+void lay_out(const Stages& stages, Stages::LaidOut& laid_out, int32_t group) {
+  const InputRowsJob& inputs = stages.inputs;
+  const RowRange tiles = row_range(inputs.row_tiles, stages.tiles.row_groups, group);
+  const int64_t count = (tiles.last - tiles.first) * inputs.parts;
+  if (laid_out.done.load(std::memory_order_acquire) == count) return;
+  for (int64_t piece; (piece = laid_out.claimed.fetch_add(1, std::memory_order_relaxed)) < count;) {
+    active_kernels().input_rows(&inputs, tiles.first * inputs.parts + piece);
+    laid_out.done.fetch_add(1, std::memory_order_release);
   }
-  if (count == 1) stages.groups = group_by_column(stages.tiles, pieces_of(stages, 0).last);
+  for (int tries = 0; laid_out.done.load(std::memory_order_acquire) < count; ++tries)
+    if (tries >= kTries) sched_yield();
 }
 
-// A group's pieces are taken before its tiles, and the first group's by the calling thread if by no other, so
-// whoever waits, waits for work that is being done or about to be.
 void stage_tile(const void* data, int64_t tile) {
   Stages& stages = *static_cast<Stages*>(const_cast<void*>(data));
-  int32_t group = 0;
-  while (group + 1 < stages.tiles.row_groups && tile >= stages.groups.ends[group]) ++group;
-  const RowRange pieces = pieces_of(stages, group);
-  const int64_t piece = tile - group * stages.tiles.panel_tiles;
-  std::atomic<int64_t>& laid_out = stages.laid_out[group].pieces;
-  if (piece < pieces.last) {
-    active_kernels().input_rows(&stages.inputs, piece);
-    laid_out.fetch_add(1, std::memory_order_release);
-    return;
-  }
-  const int64_t awaited = pieces.last - pieces.first;
-  for (int tries = 0; laid_out.load(std::memory_order_acquire) < awaited; ++tries)
-    if (tries >= kTries) sched_yield();
-  stages.product(stages.job, tile - pieces.last);
+  const int32_t group = int32_t(tile / stages.tiles.panel_tiles);
+  lay_out(stages, stages.laid_out[group], group);
+  stages.product(stages.job, tile);
+}
+
+// Runs the tiles, on the calling thread alone where that is done before another has woken up.
+void run(TileFunction function, const void* job, const ProductTiles& tiles, int64_t cost) {
+  const TileGroups groups = groups_of(tiles);
+  if (cost >= kWorthSharing) return run_tiles(function, job, groups);
+  for (int64_t tile = 0; tile < groups.tiles(); ++tile) function(job, tile);
 }
 
 }  // namespace
@@ -93,14 +85,7 @@ char* input_memory(int64_t bytes) {
 
 void run_product(const InputRowsJob* inputs, TileFunction product, const void* job,
                  const ProductTiles& tiles, int64_t cost) {
-  if (!inputs) {  // of one row: there is one group
-    if (cost < kWorthSharing) {
-      for (int64_t tile = 0; tile < tiles.panel_tiles; ++tile) product(job, tile);
-    } else {
-      run_tiles(product, job, group_by_column(tiles, 0));
-    }
-    return;
-  }
+  if (!inputs) return run(product, job, tiles, cost);
   const int64_t before = input_cost(*inputs);
   Stages stages;
   stages.inputs = *inputs;
@@ -108,8 +93,12 @@ void run_product(const InputRowsJob* inputs, TileFunction product, const void* j
   stages.job = job;
   stages.tiles = tiles;
   stages.inputs.parts = share_inputs(*inputs, before);
-  set_groups(stages);
-  run(stage_tile, stages, stages.groups, before + cost);
+  for (int32_t group = 0; group < tiles.row_groups; ++group) {
+    stages.laid_out[group].claimed.store(0, std::memory_order_relaxed);
+    stages.laid_out[group].done.store(0, std::memory_order_relaxed);
+  }
+  if (tiles.panel_tiles == 0) lay_out(stages, stages.laid_out[0], 0);  // for what a norm leaves beside them
+  run(stage_tile, &stages, tiles, before + cost);
 }
 
 }  // namespace headgate
