@@ -21,8 +21,8 @@ enum Fetch : int32_t {
   kSecondLevel,  // into the second-level cache
 };
 
-// How a tile that is alone asks for weights; `otherwise` on processors that are not Intel's. Those have few
-// places for misses of the first-level cache, which what passes by needs until it is there.
+// How a tile that is alone asks for weights; `otherwise` on processors that are not Intel's, on which what passes
+// by the larger caches comes half as fast.
 HG_INLINE Fetch fetch_alone(Fetch otherwise) { return is_intel() ? kSecondLevel : otherwise; }
 
 // The address of what is needed next, how far it moves on at each step, and how it is asked for. It

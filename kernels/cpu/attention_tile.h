@@ -69,7 +69,7 @@ struct Tile {
   int lanes;  // of 32 bits that a query or key is multiplied in: a dimension's; of pairs, two of them; of bytes four
   int head;  // which of the item's is worked on
   bool few;  // of the two ways that attention.h tells of
-  bool passes_by;  // what it asks memory for: the larger caches
+  bool passes_by;  // whether what it asks memory for passes by the larger caches
   Keys seen;                            // of the item
   alignas(64) int32_t low[kQueryTile];  // keys each query sees: [low, high]
   alignas(64) int32_t high[kQueryTile];

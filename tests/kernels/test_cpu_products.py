@@ -96,6 +96,15 @@ def test_rows_that_each_thread_has_its_part_of(name: str, columns: int) -> None:
                 assert all(map(torch.equal, got, expected))
 
 
+@pytest.mark.parametrize("name", ["bfloat16", "int8"])
+def test_a_product_of_no_columns_leaves_the_sum(name: str) -> None:
+    weight, norm = pack(0, 130, name), random(130, seed=1)
+    x, residual = random(40, 130, seed=2), random(40, 130, seed=3)
+    got, total = operations.rms_norm_linear(x, residual, norm, EPS, weight, None)
+    assert got.shape == (40, 0)
+    assert torch.equal(total, x + residual)
+
+
 def test_rows_with_strides_and_more_dimensions() -> None:
     weight, norm = pack(40, 16, "bfloat16"), random(16, seed=1)
     x, residual = random(6, 50, seed=2)[:, 10:26], random(6, 30, seed=3)[:, 3:19]
