@@ -40,20 +40,27 @@ namespace {
 
 using namespace headgate;
 
-// V vectors of dimensions of a step's keys, the last one of `tail` lanes where that is not 0.
-template <int T, int V>
-HG_INLINE void load_values_of(const void* const* values, ptrdiff_t at, int tail, vf (&x)[V]) {
+// Whether values of 64 bytes are put in order once their sums are known.
+template <int T, bool FEW, int V>
+constexpr bool kOrderedLast = FEW && in_bytes(T) && VL == 16 && V == 4;
+
+// V vectors of dimensions of the values of a step's keys, the last one of `tail` lanes where that is not 0. `quads`:
+// many queries' values in bytes.
+template <int T, bool FEW, int V>
+HG_INLINE void load_values_of(const void* const* values, const float* quads, ptrdiff_t at, int tail, vf (&x)[V]) {
 #if defined(__AVX512F__)
-  if constexpr (in_bytes(T) && V == 4) {
-    vi quads[4];
-    quad_rows64(values, at, quads);
-    for (int v = 0; v < V; ++v) x[v] = as_float(quads[v]);
+  if constexpr (kOrderedLast<T, FEW, V>) {
+    vi columns[V];
+    quad_rows64(values, at, columns);
+    for (int v = 0; v < V; ++v) x[v] = as_float(columns[v]);
     return;
   }
 #endif
 #pragma GCC unroll 4
-  for (int v = 0; v < V; ++v)
-    x[v] = v == V - 1 && tail ? load_values_n<T>(values, at + v * VL, tail) : load_values<T>(values, at + v * VL);
+  for (int v = 0; v < V; ++v) {
+    if constexpr (in_bytes(T) && !FEW) x[v] = load(quads + v * VL);
+    else x[v] = v == V - 1 && tail ? load_values_n<T>(values, at + v * VL, tail) : load_values<T>(values, at + v * VL);
+  }
 }
 
 // values[R][V vectors] = values * decay + sum over keys of weight * value, the last vector of `tail`
@@ -66,24 +73,25 @@ void weigh_tile(Tile& t, int query, int dim_at, int first, int last, int tail) {
   float* values = t.part.values + query * padded_dim + dim_at;
   const int whole = t.queries * (padded_dim / VL);  // what the weighing of one value takes
   Asked asked = t.asked_vals;
-  vf sums[R][V];
+  Sum<T> sums[R][V];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
     const vf scale = set1(decay[r]);
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v)
-      sums[r][v] = in_bytes(T) ? set1(0.0f) : load(values + r * padded_dim + v * VL) * scale;
+    for (int v = 0; v < V; ++v) {
+      if constexpr (in_bytes(T)) sums[r][v] = set1i(0);
+      else sums[r][v] = load(values + r * padded_dim + v * VL) * scale;
+    }
   }
-  // Of 64 bytes the columns are put in order at the end.
-  constexpr bool kWhole = in_bytes(T) && VL == 16 && V == 4;
   constexpr int kStep = kKeyStep<T>, query_step = FEW ? kKeyBlock : 1;
   first = first / kStep * kStep;
   const ptrdiff_t step = FEW ? 1 : t.padded_queries;
   const float* weights = t.weights + query * query_step + first / kStep * step;
-  for (int k = first; k < last; k += kStep, weights += step) {
+  const float* quads = t.wide_vals + first / kStep * padded_dim + dim_at;
+  for (int k = first; k < last; k += kStep, weights += step, quads += padded_dim) {
     fetch_evenly<fetch_value>(t, asked, R * V * kStep, whole);
     vf x[V];
-    load_values_of<T, V>(t.vals + k, at, tail, x);
+    load_values_of<T, FEW, V>(t.vals + k, quads, at, tail, x);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const vf p = set1(weights[r * query_step]);
@@ -95,14 +103,14 @@ void weigh_tile(Tile& t, int query, int dim_at, int first, int last, int tail) {
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
 #if defined(__AVX512F__)
-    if constexpr (kWhole) in_order(sums[r]);
+    if constexpr (kOrderedLast<T, FEW, V>) in_order(sums[r]);
 #endif
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
       float* to = values + r * padded_dim + v * VL;
       if constexpr (in_bytes(T))
-        sums[r][v] = fma(to_float(as_int(sums[r][v])), set1(t.weight_scales[query + r]), load(to) * set1(decay[r]));
-      store(to, sums[r][v]);
+        store(to, fma(to_float(sums[r][v]), set1(t.weight_scales[query + r]), load(to) * set1(decay[r])));
+      else store(to, sums[r][v]);
     }
   }
 }
@@ -216,6 +224,7 @@ void attend_block(Tile& t, int32_t base, int32_t first, int32_t last, const Way&
     fetch_rest(t);
     return;
   }
+  if (in_bytes(t.job->product)) lay_quads(t, a, b);
   bool edge = false;
   for (int i = 0; i < t.queries; ++i) edge |= t.low[i] > first || t.high[i] < last - 1;
   way.score(t, a, b);

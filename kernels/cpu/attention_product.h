@@ -1,6 +1,8 @@
 // How keys and values of each kind are read and multiplied. T: the job's `product`.
 #pragma once
 
+#include <type_traits>
+
 #include "attention_tile.h"
 #include "byte_dots.h"
 
@@ -24,6 +26,24 @@ HG_INLINE vf load_keys(const void* const* keys, int i, ptrdiff_t at) {
   else if constexpr (T == kScaledBytes) return load_lanes_i8((const int8_t* const*)keys, i, at);
   else if constexpr (in_bytes(T)) return as_float(biased(as_int(load_lanes((const float* const*)keys, i, at))));
   else return load_lanes((const float* const*)keys, i, at);
+}
+
+// Lays the values of a block's keys [first, last), which are bytes, side by side: those of four keys in each lane, of
+// a quad in each row of `wide_vals`.
+void lay_quads(Tile& t, int first, int last) {
+  for (int key = first / 4 * 4; key < last; key += 4) {
+    float* row = t.wide_vals + key / 4 * t.padded_dim;
+    int d = 0;
+#if defined(__AVX512F__)
+    for (; d + 4 * VL <= t.dim; d += 4 * VL) {
+      vi quads[4];
+      quad_rows64(t.vals + key, d, quads);
+      in_order(quads);
+      for (int v = 0; v < 4; ++v) store(row + d + v * VL, as_float(quads[v]));
+    }
+#endif
+    for (; d < t.dim; d += VL) store(row + d, as_float(quad_rows(t.vals + key, d)));
+  }
 }
 
 // VL dimensions, from `at` on, of the values of a step's keys.
@@ -53,7 +73,18 @@ HG_INLINE vf load_values_n(const void* const* values, ptrdiff_t at, int n) {
   else return load_values<T>(values, at);
 }
 
-// The sum of two such sums.
+// What products are added up in; bytes' are whole numbers.
+template <int T>
+using Sum = std::conditional_t<in_bytes(T), vi, vf>;
+template <int T>
+HG_INLINE Sum<T> no_sum() {
+  if constexpr (in_bytes(T)) return set1i(0);
+  else return set1(0.0f);
+}
+HG_INLINE vf bits_of(vi sum) { return as_float(sum); }
+HG_INLINE vf bits_of(vf sum) { return sum; }
+
+// The sum of two such sums, by their bits.
 template <int T>
 HG_INLINE vf add_sum(vf a, vf b) {
   if constexpr (in_bytes(T)) return as_float(add_int(as_int(a), as_int(b)));
@@ -62,8 +93,8 @@ HG_INLINE vf add_sum(vf a, vf b) {
 
 // sum + a * b, lane by lane; of bytes a is unsigned, and b signed.
 template <int T>
-HG_INLINE vf multiply_add(vf a, vf b, vf sum) {
-  if constexpr (in_bytes(T)) return as_float(multiply_bytes<T>(as_int(sum), as_int(a), as_int(b)));
+HG_INLINE Sum<T> multiply_add(vf a, vf b, Sum<T> sum) {
+  if constexpr (in_bytes(T)) return multiply_bytes<T>(sum, as_int(a), as_int(b));
   else if constexpr (in_pairs(T)) return multiply_pairs<T>(sum, as_int(a), as_int(b));
   else return fma(a, b, sum);
 }

@@ -12,7 +12,7 @@ HG_INLINE vf cap_scores(vf s, float cap) {
 }
 
 // Whole sums of products with biased bytes, as floats of what they would be without.
-HG_INLINE vf unbiased(vf sums, vi offsets) { return to_float(add_int(as_int(sums), offsets)); }
+HG_INLINE vf unbiased(vi sums, vi offsets) { return to_float(add_int(sums, offsets)); }
 
 // What a block's weights are multiplied with to be bytes, by the largest of them.
 HG_INLINE vf to_bytes(vf largest) {
@@ -35,11 +35,11 @@ HG_INLINE void score_group(Tile& t, const float* q, int queries, int first, int 
   vf folded[4][Q];
 #pragma GCC unroll 4
   for (int j = 0; j < 4; j += kTwos) {
-    vf s[2 * kTwos][Q];
+    Sum<T> s[2 * kTwos][Q];
 #pragma GCC unroll 4
     for (int i = 0; i < 2 * kTwos; ++i)
 #pragma GCC unroll 16
-      for (int r = 0; r < Q; ++r) s[i][r] = set1(0.0f);
+      for (int r = 0; r < Q; ++r) s[i][r] = no_sum<T>();
     for (ptrdiff_t d = 0; d < lanes; d += kLanes) {
       fetch_evenly<fetch_key>(t, asked, 2 * kTwos * VL * Q, whole);
 #pragma GCC unroll 4
@@ -54,13 +54,13 @@ HG_INLINE void score_group(Tile& t, const float* q, int queries, int first, int 
     for (int two = 0; two < kTwos; ++two)
 #pragma GCC unroll 16
       for (int r = 0; r < Q; ++r)
-        folded[j + two][r] = fold_halves(s[2 * two][r], s[2 * two + 1][r], add);
+        folded[j + two][r] = fold_halves(bits_of(s[2 * two][r]), bits_of(s[2 * two + 1][r]), add);
   }
 #pragma GCC unroll 16
   for (int r = 0; r < Q; ++r) {
     vf score = fold_last(fold_pairs(folded[0][r], folded[1][r], add),
                          fold_pairs(folded[2][r], folded[3][r], add), add);
-    if constexpr (in_bytes(T)) score = unbiased(score, set1i(t.query_offsets[first + r]));
+    if constexpr (in_bytes(T)) score = unbiased(as_int(score), set1i(t.query_offsets[first + r]));
     if constexpr (T == kScaledBytes || in_bytes(T)) score = score * load(t.key_scales[t.head] + group * VL);
     if constexpr (in_bytes(T)) score = score * set1(t.query_scales[first + r]);
     store(weights + r * kKeyBlock + group * VL, score);
@@ -143,7 +143,7 @@ void soften_few(Tile& t, int32_t base, int group_first, int group_last) {
       t.weight_scales[i] = most * (1.0f / 255.0f) + t.nothing[head];
       const vf inverse = to_bytes(set1(most));
       for (int g = group_first; g < group_last; ++g)
-        store_i8((int8_t*)weights + g * VL, round_to_int(load(weights + g * VL) * inverse));
+        store_i8((int8_t*)weights + g * VL, whole_bytes(load(weights + g * VL), inverse));
     }
   }
 }
@@ -199,12 +199,22 @@ HG_INLINE void score_lanes(const float* const* keys, const float* q, int padded,
 
 // As score_lanes, of whole numbers, whose sums need no order.
 template <int T, int K, int V>
-HG_INLINE void score_bytes(const float* const* keys, const float* q, int padded, int lanes, vf (&s)[K][V]) {
+HG_INLINE void score_bytes(const float* keys, const float* q, int padded, int lanes, vi (&s)[K][V]) {
 #pragma GCC unroll 8
   for (int k = 0; k < K; ++k)
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) s[k][v] = set1(0.0f);
-  for (int lane = 0; lane < lanes; ++lane) add_lane<T>(keys, q, padded, lane, s);
+    for (int v = 0; v < V; ++v) s[k][v] = set1i(0);
+  for (int lane = 0; lane < lanes; ++lane, q += padded) {
+    vf x[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) x[v] = load(q + v * VL);
+#pragma GCC unroll 8
+    for (int k = 0; k < K; ++k) {
+      const vf y = set1(keys[k * kByteKeyStride + lane]);
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) s[k][v] = multiply_add<T>(y, x[v], s[k][v]);
+    }
+  }
 }
 
 // Scores of K keys, times their scales where there are any, for V vectors of query rows.
@@ -213,17 +223,24 @@ void score_many_tile(Tile& t, int column, int key) {
   const int padded = t.padded_queries;
   const float cap = t.job->soft_cap;
   const bool scaled = t.job->k_scales;
-  const float* row[K];
+  const float* q = t.q + column;
+  Sum<T> s[K][V];
+  if constexpr (in_bytes(T)) {
+    score_bytes<T>(t.wide_keys + key * kByteKeyStride, q, padded, t.lanes, s);
+  } else {
+    const float* row[K];
 #pragma GCC unroll 8
-  for (int k = 0; k < K; ++k) row[k] = (const float*)t.keys[key + k];
-  vf s[K][V];
-  if constexpr (in_bytes(T)) score_bytes<T>(row, t.q + column, padded, t.lanes, s);
-  else score_lanes<T, 0, 1>(row, t.q + column, padded, t.lanes, s);
+    for (int k = 0; k < K; ++k) row[k] = (const float*)t.keys[key + k];
+    score_lanes<T, 0, 1>(row, q, padded, t.lanes, s);
+  }
   float* out = t.weights + key * padded + column;
+#pragma GCC unroll 8
   for (int k = 0; k < K; ++k)
+#pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
-      vf score = s[k][v];
-      if constexpr (in_bytes(T)) score = unbiased(score, load_int(t.query_offsets + column + v * VL));
+      vf score;
+      if constexpr (in_bytes(T)) score = unbiased(s[k][v], load_int(t.query_offsets + column + v * VL));
+      else score = s[k][v];
       if (scaled) score = score * set1(t.key_scales[0][key + k]);
       if constexpr (in_bytes(T)) score = score * load(t.query_scales + column + v * VL);
       store(out + k * padded + v * VL, cap_scores(score, cap));
@@ -236,10 +253,11 @@ void score_many_columns(Tile& t, int column, int first, int last) {
     fetch_evenly<fetch_key>(t, t.asked_keys, count * V, t.padded_queries / VL);
     tile(t, column * VL, k);
   };
-  // As many keys as there are registers for both chains of each sum.
-  constexpr int kKeys = VL == 16 ? (V == 1 ? 8 : 4) : 6 / V;
+  // As many keys as there are registers for both chains of each sum; sums of whole numbers have one.
+  constexpr int kKeys = VL == 16 ? (V == 1 || in_bytes(T) ? 8 : 4) : 6 / V;
   int k = first;
-  for (; k + kKeys <= last; k += kKeys) score(score_many_tile<T, kKeys, V>, k, kKeys);
+  // Keys behind the last one can be read, and their scores are not.
+  for (; k < last && k + kKeys <= kKeyBlock; k += kKeys) score(score_many_tile<T, kKeys, V>, k, kKeys);
   for (; k < last; ++k) score(score_many_tile<T, 1, V>, k, 1);
 }
 
@@ -259,14 +277,12 @@ void score_many(Tile& t, int first, int last) {
 // of a row, in the first quarter of the rows. Keys that a quad has beyond these weigh nothing.
 HG_INLINE void weights_to_bytes(float* weights, int padded, vf inverse, int first, int last) {
   for (int quad = first / 4; 4 * quad < last; ++quad) {
-    vi bytes = set1i(0);
-    for (int k = 3; k >= 0; --k) {
-      bytes = shift_left(bytes, 8);
-      const int key = 4 * quad + k;
-      if (key >= first && key < last)
-        bytes = add_int(bytes, and_int(round_to_int(load(weights + key * padded) * inverse), set1i(255)));
-    }
-    store(weights + quad * padded, as_float(bytes));
+    const int key = 4 * quad;
+    const float* from = weights + key * padded;
+    vi bytes[4];
+    for (int k = 0; k < 4; ++k)
+      bytes[k] = key + k >= first && key + k < last ? whole_bytes(load(from + k * padded), inverse) : set1i(0);
+    store(weights + quad * padded, as_float(side_by_side(bytes)));
   }
 }
 

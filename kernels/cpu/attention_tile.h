@@ -23,6 +23,8 @@ constexpr int kVectors = VL == 16 ? 4 : 2;
 constexpr int kTurn = VL == 16 ? kKeyBlock : 16;
 constexpr int kFewLead = VL == 16 ? kKeyBlock : 16;
 constexpr int kManyLead = kKeyBlock;
+// Keys in bytes lie so many lanes apart for many query rows.
+constexpr int kByteKeyStride = kMaxHeadDim / 4;
 
 HG_INLINE int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
 
@@ -80,7 +82,7 @@ struct Tile {
   alignas(64) float weights[kQueryTile * kKeyBlock];  // few: [query][key], many: [key][query]; pairs of keys
   alignas(64) float decay[kQueryTile];             // what the block's new maximum makes of old sums
   alignas(64) float merge[2][kQueryTile];
-  const void* keys[kKeyBlock];  // many: float32 or pairs; few: as the cache has them
+  const void* keys[kKeyBlock];  // few, and pairs, and bytes: as the cache has them; many: float32
   const void* vals[kKeyBlock];
   // Of this block and each of the item's heads, zero for positions outside of it.
   alignas(64) float key_scales[kQueryTile][kKeyBlock];
@@ -294,11 +296,10 @@ float nothing_of(const float* scales) {
   return sum_lanes(sum);
 }
 
-const void* bias_to(float* to, const float* from, int lanes) {
+void bias_to(float* to, const float* from, int lanes) {
   int i = 0;
   for (; i + VL <= lanes; i += VL) store(to + i, as_float(biased(load_int(from + i))));
   if (i < lanes) store_n(to + i, as_float(biased(as_int(load_n(from + i, lanes - i)))), lanes - i);
-  return to;
 }
 
 // The scales of positions [first, last) of the block at `base`, and zeros for its others.
@@ -340,7 +341,7 @@ void open_block(Tile& t, int32_t base, int32_t first, int32_t last, bool widen) 
   for (int i = last - base; i < kKeyBlock; ++i) t.keys[i] = t.keys[last - 1 - base];
   if (in_bytes(job.product) && !t.few)
     for (int i = first - base; i < last - base; ++i)
-      t.keys[i] = bias_to(t.wide_keys + i * t.lanes, (const float*)t.keys[i], t.lanes);
+      bias_to(t.wide_keys + i * kByteKeyStride, (const float*)t.keys[i], t.lanes);
   // The other keys of a pair, or of four.
   for (int i = (first - base) / 4 * 4; i < first - base; ++i) t.vals[i] = t.vals[first - base];
   for (int i = last - base; i % 4; ++i) t.vals[i] = t.vals[last - 1 - base];

@@ -23,6 +23,7 @@ HG_INLINE vi even_signed(vi a) { return _mm512_srai_epi16(_mm512_slli_epi16(a, 8
 HG_INLINE vi odd_signed(vi a) { return _mm512_srai_epi16(a, 8); }
 HG_INLINE vi add_words(vi sum, vi a, vi b) { return _mm512_add_epi32(sum, _mm512_madd_epi16(a, b)); }
 
+
 // VL columns of four rows of bytes, a column in each lane.
 HG_INLINE vi quad_rows(const void* const* rows, ptrdiff_t at) {
   __m128i r[4];
@@ -46,13 +47,13 @@ HG_INLINE void quad_rows64(const void* const* rows, ptrdiff_t at, vi (&out)[4]) 
   out[2] = _mm512_unpacklo_epi16(c, d);
   out[3] = _mm512_unpackhi_epi16(c, d);
 }
-HG_INLINE void in_order(vf (&x)[4]) {
-  const vf a = _mm512_shuffle_f32x4(x[0], x[1], 0x44), b = _mm512_shuffle_f32x4(x[2], x[3], 0x44);
-  const vf c = _mm512_shuffle_f32x4(x[0], x[1], 0xee), d = _mm512_shuffle_f32x4(x[2], x[3], 0xee);
-  x[0] = _mm512_shuffle_f32x4(a, b, 0x88);
-  x[1] = _mm512_shuffle_f32x4(a, b, 0xdd);
-  x[2] = _mm512_shuffle_f32x4(c, d, 0x88);
-  x[3] = _mm512_shuffle_f32x4(c, d, 0xdd);
+HG_INLINE void in_order(vi (&x)[4]) {
+  const vi a = _mm512_shuffle_i32x4(x[0], x[1], 0x44), b = _mm512_shuffle_i32x4(x[2], x[3], 0x44);
+  const vi c = _mm512_shuffle_i32x4(x[0], x[1], 0xee), d = _mm512_shuffle_i32x4(x[2], x[3], 0xee);
+  x[0] = _mm512_shuffle_i32x4(a, b, 0x88);
+  x[1] = _mm512_shuffle_i32x4(a, b, 0xdd);
+  x[2] = _mm512_shuffle_i32x4(c, d, 0x88);
+  x[3] = _mm512_shuffle_i32x4(c, d, 0xdd);
 }
 
 #elif defined(__AVX2__)
@@ -79,6 +80,25 @@ HG_INLINE vi quad_rows(const void* const* rows, ptrdiff_t at) {
 }
 
 #endif
+
+// The whole numbers below 256 that x times the factor is nearest to, each in the lowest byte of its lane. In the other
+// bytes there may be anything.
+HG_INLINE vi whole_bytes(vf x, vf factor) { return as_int(fma(x, factor, set1(kWholeNumbers))); }
+
+// The lowest bytes of four, the first one's lowest.
+HG_INLINE vi side_by_side(const vi (&x)[4]) {
+  vi bytes = x[3];
+#pragma GCC unroll 3
+  for (int i = 2; i >= 0; --i) {
+    const vi moved = shift_left(bytes, 8), lowest = set1i(255);
+#if defined(__AVX512F__)
+    bytes = _mm512_ternarylogic_epi32(x[i], moved, lowest, 0xe4);  // bits of x where `lowest` has them, else of `moved`
+#else
+    bytes = add_int(moved, and_int(x[i], lowest));
+#endif
+  }
+  return bytes;
+}
 
 // sum + the four products of each lane, of unsigned bytes a and signed bytes b. T: kByteDots for the instruction,
 // or kBytes.

@@ -453,12 +453,15 @@ HG_INLINE float max_lanes(vf x) {
 #endif
 }
 
+// 1.5 * 2^23: numbers of its size are whole, and their lowest bits are what was added to it.
+constexpr float kWholeNumbers = 12582912.0f;
+
 // e^x = e^rest 2^n, with |rest| at most half of ln 2: `shifted` has the whole number n in its lowest bits.
 struct Exponent {
   vf rest, shifted;
 };
 HG_INLINE Exponent split_exponent(vf x) {
-  const vf shift = set1(12582912.0f);  // 1.5 * 2^23: numbers of its size are whole
+  const vf shift = set1(kWholeNumbers);
   const vf shifted = fma(x, set1(1.44269504088896341f), shift);
   return {fma(shifted - shift, set1(-0.693147181f), x), shifted};
 }
