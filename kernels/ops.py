@@ -7,7 +7,7 @@ in `headgate.kernels.reference`. A back end is a module with `available() -> boo
 few in OPTIONAL: whoever uses those asks `optional` first, and has another way. A back end that can
 give a row the same bits whatever is in the batch has `BATCH_INVARIANT`, with the operations that
 then take the place of those in OPS. `rms_norm_linear`
-and `gated_linear` are made of other operations here, where the back end does not have them as one.
+and `gated_mlp` are made of other operations here, where the back end does not have them as one.
 """
 
 from __future__ import annotations
@@ -30,13 +30,14 @@ if TYPE_CHECKING:
     from headgate.shard.attention_metadata import AttentionMetadata
 
 Activation = Literal["silu", "gelu", "gelu_tanh"]
+Product = tuple[Any, torch.Tensor | None]  # a packed weight and a bias, as `linear` takes them
 BACKENDS = ("reference", "cpu", "triton")
 OPTIONAL = frozenset(
     {
         "sample_tokens",  # sampling without leaving the device
         "token_logprobs",
         "rms_norm_linear",  # passes over the activations saved
-        "gated_linear",
+        "gated_mlp",
         "make_shortlist",  # the likeliest tokens for less than all logits
         "linear_largest",
         "likeliest_tokens",  # chosen by all ranks together
@@ -194,16 +195,24 @@ def rms_norm_linear(
     return linear(normed, weight, bias), total
 
 
-def gated_linear(
-    x: torch.Tensor, activation: Activation, weight: Any, bias: torch.Tensor | None = None
-) -> torch.Tensor:
-    """`linear` of `silu_and_mul` or `gelu_and_mul` of x[T, 2K]. `weight`: packed."""
-    fused = optional("gated_linear")
+def gated_mlp(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    norm: torch.Tensor,
+    eps: float,
+    gate_up: Product,
+    activation: Activation,
+    down: Product,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(`down` of activation(gate) * up, x + residual), where [gate, up] is `gate_up` of the
+    `rms_norm` of x + residual, as in `rms_norm_linear`."""
+    fused = optional("gated_mlp")
     if fused is not None:
-        return fused(x, activation, weight, bias)
+        return fused(x, residual, norm, eps, gate_up, activation, down)
+    both, total = rms_norm_linear(x, residual, norm, eps, *gate_up)
     if activation == "silu":
-        return linear(silu_and_mul(x), weight, bias)
-    return linear(gelu_and_mul(x, tanh=activation == "gelu_tanh"), weight, bias)
+        return linear(silu_and_mul(both), *down), total
+    return linear(gelu_and_mul(both, tanh=activation == "gelu_tanh"), *down), total
 
 
 def linear_int8(

@@ -202,19 +202,16 @@ class Profiler:
             largest = arguments[9]
             name = "hg_linear_quantised" if largest else "hg_linear"
             arguments[5] = 0 if largest else arguments[5]
+        quantised = name.endswith("_quantised")
         if name in ("hg_linear", "hg_linear_quantised"):
             rows, inner, code, columns = (arguments[i] for i in (1, 2, 5, 6))
-            sizes = _BYTES if name == "hg_linear" else _QUANTISED_BYTES
-            best = 0.0
-            if name == "hg_linear" and code == _ROUNDED:
-                best = self.roofline.bf16_gflops
-            elif name != "hg_linear" and code != 1:
-                best = self.roofline.vnni_gops
-            rate = best or self.roofline.fma_gflops
-            work = 2.0 * rows * columns * inner / rate / 1e3
-            return f"{kind} {columns} x {inner}", max(
-                work, sizes[code] * columns * inner / self.roofline.memory_gb_s / 1e3
-            )
+            floor = self._product_floor(quantised, code, rows, columns, inner)
+            return f"{kind} {columns} x {inner}", floor
+        if name in ("hg_gated_mlp", "hg_gated_mlp_quantised"):
+            rows, inner, code, middle, columns = (arguments[i] for i in (1, 2, 9, 10, 14))
+            floor = self._product_floor(quantised, code, rows, 2 * middle, inner)
+            floor += self._product_floor(quantised, code, rows, columns, middle)
+            return f"{kind} {columns} x {middle} x {inner}", floor
         if name == "hg_paged_attention":
             model = self.model
             pairs = case.rows * sum(case.context - case.count + 1 + at for at in range(case.count))
@@ -227,6 +224,18 @@ class Profiler:
             rate = (rounded and rates.get(dtype)) or self.roofline.fma_gflops
             return kind, max(work / rate, read / self.roofline.memory_gb_s) / 1e3
         return kind, 0.0
+
+    def _product_floor(
+        self, quantised: bool, code: int, rows: int, columns: int, inner: int
+    ) -> float:
+        """Microseconds of a product with weights of such a code, by arithmetic or by memory."""
+        line = self.roofline
+        best = line.vnni_gops if quantised and code != 1 else 0.0
+        if not quantised and code == _ROUNDED:
+            best = line.bf16_gflops
+        sizes = _QUANTISED_BYTES if quantised else _BYTES
+        work = 2.0 * rows * columns * inner / (best or line.fma_gflops)
+        return max(work, sizes[code] * columns * inner / line.memory_gb_s) / 1e3
 
 
 def main() -> None:

@@ -96,7 +96,8 @@ def growth_table(title: str, steps: Iterable[tuple[Case, Step]]) -> Iterator[str
     yield "|" + "---|" * len(columns)
     for case, step in steps:
         within = step.part("")
-        known = [step.part(kind) for kind in ("linear", "paged attention", "shared")]
+        products = step.part("linear") + step.part("gated mlp")
+        known = [products, step.part("paged attention"), step.part("shared")]
         parts = (*known, within - sum(known), step.milliseconds - within, step.floor)
         each = step.milliseconds / (case.rows * case.count)
         shown = " | ".join(f"{part:.2f}" for part in (step.milliseconds, each, *parts))

@@ -24,7 +24,7 @@ HG_INLINE void input_values(const RowSource& source, int64_t row, float scale, i
                             int64_t first, int n, float* out) {
   const float* x = source.x + row * source.x_stride + first;
   if (source.activation >= 0) {
-    gate_values(source.activation, x, x + inner, out, n);
+    gate_values(source.activation, x, x + source.up, out, n);
   } else if (source.norm) {
     const float* summed = source.residual ? source.total + row * inner + first : x;
     norm_values(summed, source.norm + first, scale, out, n);

@@ -10,6 +10,7 @@
 
 #include "attention_plans.h"
 #include "export.h"
+#include "gated.h"
 #include "pack_weight.h"
 #include "product.h"
 #include "quantised.h"
@@ -113,9 +114,19 @@ HG_API const char* hg_init(const char* name) {
 HG_API void hg_set_num_threads(int32_t count) { set_num_threads(count); }
 HG_API int32_t hg_num_threads() { return num_threads(); }
 
+namespace {
+
+// Of packed weights for a product.
+int64_t packed_bytes(int64_t columns, int64_t inner, int32_t product) {
+  const bool in_twos = product == kBFloat16 || product == kRounded;
+  const int64_t padded = in_twos ? (inner + 1) / 2 * 2 : inner;
+  return divide_up(columns, kPanel) * kPanel * padded * (product == kFloat32 ? 4 : 2);
+}
+
+}  // namespace
+
 HG_API int64_t hg_packed_bytes(int64_t columns, int64_t inner, int32_t dtype) {
-  const int64_t padded = dtype == kBFloat16 ? (inner + 1) / 2 * 2 : inner;
-  return divide_up(columns, kPanel) * kPanel * padded * (dtype == kFloat32 ? 4 : 2);
+  return packed_bytes(columns, inner, dtype);
 }
 
 // weight[columns, inner] in `dtype` to the panels that hg_linear reads (see linear.h).
@@ -125,6 +136,25 @@ HG_API void hg_pack_weight(const void* weight, int64_t columns, int64_t inner, i
   run(pack_weight_tile, job, divide_up(columns, kPanel), columns * inner);
 }
 
+namespace {
+
+// How inputs are laid out for a product, and which one is computed then: for kRounded what the machine has.
+struct Chosen {
+  int32_t product, format;
+};
+Chosen choose_product(int32_t product) {
+  if (product != kRounded) return {product, kFloats};
+  if (multiplies_pairs()) return {kRoundedPairs, kPairs};
+  return {kBFloat16, kRoundedFloats};
+}
+
+// Nanoseconds of a product, roughly: the weights are to be read from memory, and the products to be computed.
+int64_t product_cost(int64_t rows, int64_t inner, int64_t columns) {
+  return columns * inner / 16 + rows * columns * inner / 64;
+}
+
+}  // namespace
+
 // product: the weight's DType, or kRounded for bfloat16 weights and inputs to be rounded. What comes
 // before it: see RowSource; `norm` is null where there is no norm, `activation` -1 where there is none.
 HG_API int32_t hg_linear(const float* x, int64_t rows, int64_t inner, int64_t x_stride,
@@ -133,25 +163,47 @@ HG_API int32_t hg_linear(const float* x, int64_t rows, int64_t inner, int64_t x_
                          const float* residual, int64_t residual_stride, float* total,
                          int32_t activation) {
   if (rows == 0) return 0;
-  const RowSource source = {x, x_stride, norm, residual, residual_stride, total, eps, activation};
+  const RowSource source = {x, x_stride, norm, residual, residual_stride, total, eps, activation, inner};
   const int32_t row_tiles = row_tiles_of(rows, kernels->tile_rows);
-  int32_t format = kFloats;
-  if (product == kRounded) {
-    format = multiplies_pairs() ? kPairs : kRoundedFloats;
-    product = format == kPairs ? int32_t(kRoundedPairs) : int32_t(kBFloat16);
-  }
-  const bool ready = is_ready(source, rows, format);
-  InputRowsJob inputs = {source, nullptr, rows, inner, row_tiles, format, 1};
-  if (!ready && !(inputs.out = input_memory(rows * input_row_bytes(inner, format)))) return -1;
+  const Chosen chosen = choose_product(product);
+  const bool ready = is_ready(source, rows, chosen.format);
+  InputRowsJob inputs = {source, nullptr, rows, inner, row_tiles, chosen.format, 1};
+  if (!ready && !(inputs.out = input_memory(rows * input_row_bytes(inner, chosen.format)))) return -1;
   const ProductTiles tiles = share_product(rows, columns, row_tiles);
   const LinearJob job = {ready ? x : reinterpret_cast<const float*>(inputs.out),
-                         weight, bias, y, rows, inner, columns, y_stride, product, row_tiles,
+                         weight, bias, y, rows, inner, columns, y_stride, chosen.product, row_tiles,
                          tiles.row_groups, tiles.sharing, tiles.panel_tiles, tiles.panels_per_tile};
-  // The weights are to be read from memory, and the products to be computed.
-  const int64_t cost = columns * inner / 16 + rows * columns * inner / 64;
-  run_product(ready ? nullptr : &inputs, kernels->linear, &job, tiles, cost);
+  run_product(ready ? nullptr : &inputs, kernels->linear, &job, tiles, product_cost(rows, inner, columns));
   return 0;
 }
+
+// A gated MLP (see gated.h) after the norm of x, or of x + residual: `middle` columns of gate, then as many of up, a
+// multiple of hg_gated_columns. Products as hg_linear's; both have weights of one kind.
+HG_API int32_t hg_gated_mlp(const float* x, int64_t rows, int64_t inner, int64_t x_stride, const float* norm,
+                            float eps, const float* residual, int64_t residual_stride, float* total,
+                            const void* gate_up, int32_t product, int64_t middle, const float* gate_up_bias,
+                            int32_t activation, const void* down, int64_t columns, const float* bias, float* y,
+                            int64_t y_stride) {
+  if (rows == 0) return 0;
+  const int32_t row_tiles = row_tiles_of(rows, kernels->tile_rows);
+  const Chosen chosen = choose_product(product);
+  const RowSource source = {x, x_stride, norm, residual, residual_stride, total, eps, -1, 0};
+  GatedInputs inputs;
+  if (!inputs.take(source, activation, rows, inner, middle, row_tiles, chosen.format)) return -1;
+  const LinearJob first = {reinterpret_cast<const float*>(inputs.first.out), gate_up, gate_up_bias, nullptr, rows,
+                           inner, middle, 0, chosen.product, row_tiles, 0, 0, 0, 0};
+  run_gated(inputs, first, packed_bytes(middle, inner, product), kernels->linear,
+            product_cost(rows, inner, 2 * middle));
+  const ProductTiles tiles = share_product(rows, columns, row_tiles);
+  const LinearJob second = {reinterpret_cast<const float*>(inputs.second.out), down, bias, y, rows, middle, columns,
+                            y_stride, chosen.product, row_tiles, tiles.row_groups, tiles.sharing, tiles.panel_tiles,
+                            tiles.panels_per_tile};
+  run_product(nullptr, kernels->linear, &second, tiles, product_cost(rows, middle, columns));
+  return 0;
+}
+
+// What the number of a gated MLP's columns of gate must be a multiple of.
+HG_API int64_t hg_gated_columns() { return kInputColumns; }
 
 // rounded: where the cache is bfloat16, queries and weights are rounded to it (see attention.h).
 HG_API int32_t hg_paged_attention(const float* q, int64_t q_token_stride, int64_t q_head_stride,

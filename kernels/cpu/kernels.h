@@ -64,6 +64,7 @@ struct RowSource {
   float* total;                              // [M, K] without gaps, where there is a residual
   float eps;
   int32_t activation;                        // or -1
+  int64_t up;                                // of gate's columns to up's: K, where both are whole
 };
 
 // How they are laid out for it: in row tiles of [K][m] floats, as they are or rounded to bfloat16; of

@@ -19,6 +19,9 @@ FLOATS = (_F, _D)  # argument types that travel in floating-point registers
 # Arguments of a product, the last six for what comes before it.
 _PRODUCT = (*(_P, _L, _L, _L, _P, _I, _L, _P, _P, _L), *(_P, _F, _P, _L, _P, _I))
 
+# Arguments of a gated MLP: its inputs and their norm, the first product and the second.
+_GATED_MLP = (*(_P, _L, _L, _L, _P, _F, _P, _L, _P), *(_P, _I, _L, _P, _I), *(_P, _L, _P, _P, _L))
+
 # A layer's keys and values, their scales, their dtype, and positions per block.
 _CACHES = (_P, _P, _P, _P, _I, _I)
 
@@ -32,10 +35,13 @@ SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "hg_packed_bytes": (_L, (_L, _L, _I)),
     "hg_pack_weight": (None, (_P, _L, _L, _I, _P)),
     "hg_linear": (_I, _PRODUCT),
+    "hg_gated_mlp": (_I, _GATED_MLP),
+    "hg_gated_columns": (_L, ()),
     "hg_quantised_block": (_I, (_I,)),
     "hg_quantised_bytes": (_L, (_L, _L, _I)),
     "hg_quantise_weight": (None, (_P, _I, _L, _L, _I, _P)),
     "hg_linear_quantised": (_I, _PRODUCT),
+    "hg_gated_mlp_quantised": (_I, _GATED_MLP),
     "hg_multiplies_bytes": (_I, ()),
     "hg_column_lengths_size": (_L, (_L,)),
     "hg_column_lengths": (None, (_P, _L, _L, _P, _P)),

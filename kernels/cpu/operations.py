@@ -20,7 +20,7 @@ from headgate.kernels.cpu.calls import allocate, call
 from headgate.kernels.cpu.packed import DTYPES
 from headgate.kernels.cpu.products import (
     ACTIVATIONS,
-    gated_linear,
+    gated_mlp,
     linear,
     pack_linear,
     rms_norm_linear,
@@ -366,7 +366,7 @@ OPS: dict[str, Callable[..., Any]] = {
         linear,
         pack_linear,
         rms_norm_linear,
-        gated_linear,
+        gated_mlp,
         make_shortlist,
         linear_largest,
         rms_norm,

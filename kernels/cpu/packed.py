@@ -20,6 +20,7 @@ class PackedWeight:
     __slots__ = ("_memory", "address", "code", "columns", "dtype", "inner", "nbytes")
 
     function = "hg_linear"
+    gated_mlp = "hg_gated_mlp"
 
     def __init__(
         self, weight: torch.Tensor, dtype: torch.dtype, precision: str = "highest"

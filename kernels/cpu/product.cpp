@@ -83,6 +83,11 @@ char* input_memory(int64_t bytes) {
   return inputs.take(bytes);
 }
 
+char* gated_memory(int64_t bytes) {
+  thread_local Scratch inputs;
+  return inputs.take(bytes);
+}
+
 void run_product(const InputRowsJob* inputs, TileFunction product, const void* job,
                  const ProductTiles& tiles, int64_t cost) {
   if (!inputs) return run(product, job, tiles, cost);

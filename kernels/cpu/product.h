@@ -10,6 +10,8 @@ bool is_ready(const RowSource& source, int64_t rows, int32_t format);
 
 // Memory of the calling thread for a product's inputs; it grows and stays. Null where there is none.
 char* input_memory(int64_t bytes);
+// The same for inputs that a product leaves for the next one.
+char* gated_memory(int64_t bytes);
 
 // Lays out the inputs, unless `inputs` is null, and runs the product's tiles; `cost` of the product is
 // in nanoseconds, roughly.

@@ -19,6 +19,7 @@ class QuantisedWeight:
     __slots__ = ("_memory", "address", "code", "columns", "inner", "kind", "nbytes")
 
     function = "hg_linear_quantised"
+    gated_mlp = "hg_gated_mlp_quantised"
 
     def __init__(self, weight: torch.Tensor, kind: str) -> None:
         loaded = library.load()

@@ -7,6 +7,7 @@
 #endif
 
 #include "export.h"
+#include "gated.h"
 #include "product.h"
 #include "quantised.h"
 
@@ -52,6 +53,26 @@ HG_API void hg_quantise_weight(const void* weight, int32_t dtype, int64_t column
   run(quantised_kernels().quantise_weight, job, divide_up(columns, kPanel), columns * inner);
 }
 
+namespace {
+
+// What products with weights of a kind take: the format of their inputs, and the tallest row tile.
+struct Chosen {
+  int32_t format;
+  int tallest;
+};
+Chosen choose_product(int32_t kind) {
+  const QuantisedKernels& kernels = quantised_kernels();
+  if (kind == kInt8WeightOnly) return {kFloats, kernels.widened_rows};
+  return {kind == kInt8 ? kernels.int8_inputs : int32_t(kInt4Inputs), kernels.tile_rows};
+}
+
+// Nanoseconds of a product, roughly: the weights are to be read from memory, and the products to be computed.
+int64_t product_cost(int64_t rows, int64_t inner, int64_t columns, int32_t kind) {
+  return columns * inner / 32 + rows * columns * inner / (kind == kInt8WeightOnly ? 64 : 256);
+}
+
+}  // namespace
+
 // As hg_linear.
 HG_API int32_t hg_linear_quantised(const float* x, int64_t rows, int64_t inner, int64_t x_stride,
                                    const void* weight, int32_t kind, int64_t columns,
@@ -59,22 +80,44 @@ HG_API int32_t hg_linear_quantised(const float* x, int64_t rows, int64_t inner, 
                                    float eps, const float* residual, int64_t residual_stride,
                                    float* total, int32_t activation) {
   if (rows == 0) return 0;
-  const RowSource source = {x, x_stride, norm, residual, residual_stride, total, eps, activation};
-  const QuantisedKernels& kernels = quantised_kernels();
-  const bool widen = kind == kInt8WeightOnly;
-  const int32_t format = widen ? kFloats : kind == kInt8 ? kernels.int8_inputs : kInt4Inputs;
-  const int32_t row_tiles = row_tiles_of(rows, widen ? kernels.widened_rows : kernels.tile_rows);
-  const bool ready = is_ready(source, rows, format);
-  InputRowsJob inputs = {source, nullptr, rows, inner, row_tiles, format, 1};
-  if (!ready && !(inputs.out = input_memory(rows * input_row_bytes(inner, format)))) return -1;
+  const RowSource source = {x, x_stride, norm, residual, residual_stride, total, eps, activation, inner};
+  const Chosen chosen = choose_product(kind);
+  const int32_t row_tiles = row_tiles_of(rows, chosen.tallest);
+  const bool ready = is_ready(source, rows, chosen.format);
+  InputRowsJob inputs = {source, nullptr, rows, inner, row_tiles, chosen.format, 1};
+  if (!ready && !(inputs.out = input_memory(rows * input_row_bytes(inner, chosen.format)))) return -1;
   const ProductTiles tiles = share_product(rows, columns, row_tiles);
   const QuantisedLinearJob job = {ready ? reinterpret_cast<const char*>(x) : inputs.out,
                                   static_cast<const char*>(weight), bias, y, rows, inner,
                                   columns, y_stride, tiles.panel_tiles, tiles.panels_per_tile,
                                   row_tiles, tiles.row_groups, kind, tiles.sharing};
-  // The weights are to be read from memory, and the products to be computed.
-  const int64_t cost = columns * inner / 32 + rows * columns * inner / (widen ? 64 : 256);
-  run_product(ready ? nullptr : &inputs, kernels.linear, &job, tiles, cost);
+  run_product(ready ? nullptr : &inputs, quantised_kernels().linear, &job, tiles,
+              product_cost(rows, inner, columns, kind));
+  return 0;
+}
+
+// As hg_gated_mlp.
+HG_API int32_t hg_gated_mlp_quantised(const float* x, int64_t rows, int64_t inner, int64_t x_stride, const float* norm,
+                                      float eps, const float* residual, int64_t residual_stride, float* total,
+                                      const void* gate_up, int32_t kind, int64_t middle, const float* gate_up_bias,
+                                      int32_t activation, const void* down, int64_t columns, const float* bias,
+                                      float* y, int64_t y_stride) {
+  if (rows == 0) return 0;
+  const Chosen chosen = choose_product(kind);
+  const int32_t row_tiles = row_tiles_of(rows, chosen.tallest);
+  const RowSource source = {x, x_stride, norm, residual, residual_stride, total, eps, kNoActivation, 0};
+  GatedInputs inputs;
+  if (!inputs.take(source, activation, rows, inner, middle, row_tiles, chosen.format)) return -1;
+  const TileFunction product = quantised_kernels().linear;
+  const QuantisedLinearJob first = {inputs.first.out, static_cast<const char*>(gate_up), gate_up_bias, nullptr, rows,
+                                    inner, middle, 0, 0, 0, row_tiles, 0, kind, 0};
+  run_gated(inputs, first, hg_quantised_bytes(middle, inner, kind), product,
+            product_cost(rows, inner, 2 * middle, kind));
+  const ProductTiles tiles = share_product(rows, columns, row_tiles);
+  const QuantisedLinearJob second = {inputs.second.out, static_cast<const char*>(down), bias, y, rows, middle, columns,
+                                     y_stride, tiles.panel_tiles, tiles.panels_per_tile, row_tiles, tiles.row_groups,
+                                     kind, tiles.sharing};
+  run_product(nullptr, product, &second, tiles, product_cost(rows, middle, columns, kind));
   return 0;
 }
 

@@ -91,6 +91,16 @@ class RowLinear:
         """For a norm to read that adds it to a residual: see Group.parts."""
         return self._group.parts(ops.linear(x, self.weight, self.bias))
 
-    def parts_after_gate(self, activation: ops.Activation, x: torch.Tensor) -> torch.Tensor:
-        """As `parts`, of activation(gate) * up with [gate, up] = x."""
-        return self._group.parts(ops.gated_linear(x, activation, self.weight, self.bias))
+    def parts_of_gated(
+        self,
+        activation: ops.Activation,
+        gate_up: ColumnLinear,
+        norm: RMSNorm,
+        x: torch.Tensor,
+        residual: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(as `parts`, of activation(gate) * up with [gate, up] = `gate_up` of the norm of
+        x + residual; that sum), as `after_norm` takes it."""
+        first, second = (gate_up.weight, gate_up.bias), (self.weight, self.bias)
+        out, total = ops.gated_mlp(x, residual, norm.weight, norm.eps, first, activation, second)
+        return self._group.parts(out), total

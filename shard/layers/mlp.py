@@ -39,5 +39,4 @@ class GatedMLP:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """x, residual[T, hidden_size] to (what it makes of the norm of their sum, or parts of it
         for the next norm; their sum)."""
-        x, residual = self._gate_up.after_norm(self._norm, x, residual)
-        return self._down.parts_after_gate(self._activation, x), residual
+        return self._down.parts_of_gated(self._activation, self._gate_up, self._norm, x, residual)

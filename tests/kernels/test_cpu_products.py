@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from typing import get_args
+
 import pytest
 import torch
 
@@ -60,8 +63,50 @@ def test_gate_and_product(name: str, activation: ops.Activation) -> None:
                 gated = operations.silu_and_mul(x)
             else:
                 gated = operations.gelu_and_mul(x, activation == "gelu_tanh")
-            got = operations.gated_linear(x, activation, weight, bias)
+            got = products.gated_linear(x, activation, weight, bias)
             assert torch.equal(got, operations.linear(gated, weight, bias))
+
+
+def separate_mlp(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    norm: torch.Tensor,
+    gate_up: tuple[products.Weight, torch.Tensor | None],
+    activation: ops.Activation,
+    down: tuple[products.Weight, torch.Tensor | None],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    both, total = operations.rms_norm_linear(x, residual, norm, EPS, *gate_up)
+    return products.gated_linear(both, activation, *down), total
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+@pytest.mark.parametrize("middle", [64, 320])
+def test_gated_mlp(name: str, middle: int) -> None:
+    """Both products at once, of rows in one home, in several, and of more than wait at a time."""
+    norm = random(130, seed=1)
+    gate_up = pack(2 * middle, 130, name), random(2 * middle, seed=5)
+    down = pack(100, middle, name), random(100, seed=6)
+    for rows, threads in itertools.product((1, 2, 5, 13, 40, 101, 1300), (1, 2, 5)):
+        x, residual = random(rows, 130, seed=2), random(rows, 130, seed=3)
+        set_num_threads(threads)
+        expected = separate_mlp(x, residual, norm, gate_up, "silu", down)
+        got = operations.gated_mlp(x, residual, norm, EPS, gate_up, "silu", down)
+        assert all(map(torch.equal, got, expected)), (rows, threads)
+
+
+@pytest.mark.parametrize("activation", products.ACTIVATIONS)
+@pytest.mark.parametrize("middle", [3, 96, 128])
+def test_gated_mlp_of_any_size_and_of_different_weights(
+    activation: ops.Activation, middle: int
+) -> None:
+    x, norm = random(40, 50, seed=2)[:, 3:45], random(42, seed=1)
+    for first, second in (("bfloat16", "bfloat16"), ("bfloat16", "int8"), ("int4", "int8")):
+        gate_up, down = (pack(2 * middle, 42, first), None), (pack(20, middle, second), None)
+        expected = separate_mlp(x, None, norm, gate_up, activation, down)
+        got = operations.gated_mlp(x, None, norm, EPS, gate_up, activation, down)
+        assert all(map(torch.equal, got, expected)), (first, second)
+    none = operations.gated_mlp(x[:0], None, norm, EPS, gate_up, activation, down)
+    assert none[0].shape == (0, 20)
 
 
 @pytest.mark.parametrize("name", ["bfloat16", "int8"])
@@ -114,9 +159,9 @@ def test_rows_with_strides_and_more_dimensions() -> None:
     )
     assert all(map(torch.equal, got, (apart[0].view(6, 40), apart[1].view(6, 16))))
     wide = random(6, 50, seed=2)[:, 7:39]
-    gated = operations.gated_linear(wide, "silu", weight, None)
-    assert torch.equal(gated, operations.gated_linear(wide.contiguous(), "silu", weight, None))
-    assert operations.gated_linear(wide[:0], "silu", weight, None).shape == (0, 40)
+    gated = products.gated_linear(wide, "silu", weight, None)
+    assert torch.equal(gated, products.gated_linear(wide.contiguous(), "silu", weight, None))
+    assert products.gated_linear(wide[:0], "silu", weight, None).shape == (0, 40)
 
 
 def test_what_would_be_read_wrongly_is_refused() -> None:
@@ -130,28 +175,31 @@ def test_what_would_be_read_wrongly_is_refused() -> None:
         operations.rms_norm_linear(random(2, 8), random(3, 8), norm, EPS, weight, None)
     with pytest.raises(ValueError, match="norm"):
         operations.rms_norm_linear(random(2, 8), None, random(7), EPS, weight, None)
+    with pytest.raises(ValueError, match="gate and up of 4 columns for weights of 8"):
+        operations.gated_mlp(random(2, 8), None, norm, EPS, (weight, None), "silu", (weight, None))
     with pytest.raises(ValueError, match="float32 rows of 16"):
-        operations.gated_linear(random(2, 8), "silu", weight, None)
+        products.gated_linear(random(2, 8), "silu", weight, None)
 
 
 def test_other_back_ends_put_them_together_from_their_operations() -> None:
     before = ops.active()
-    weight, norm = random(5, 8), random(8, seed=1)
-    x, residual, wide = random(3, 8, seed=2), random(3, 8, seed=3), random(3, 16, seed=4)
+    weight, norm, bias = random(128, 8), random(8, seed=1), random(128, seed=5)
+    down = random(5, 64, seed=4)
+    x, residual = random(3, 8, seed=2), random(3, 8, seed=3)
     packed = operations.pack_linear(weight, torch.float32)
+    packed_down = operations.pack_linear(down, torch.float32)
     try:
         results = []
-        for name, form in (("reference", weight), ("cpu", packed)):
+        for name, form, second in (("reference", weight, down), ("cpu", packed, packed_down)):
             ops.use(name)
-            results.append(
-                [
-                    *ops.rms_norm_linear(x.clone(), residual.clone(), norm, EPS, form),
-                    *ops.rms_norm_linear(x.clone(), None, norm, EPS, form),
-                    ops.gated_linear(wide, "silu", form),
-                    ops.gated_linear(wide, "gelu", form),
-                    ops.gated_linear(wide, "gelu_tanh", form),
-                ]
-            )
+            found = [
+                *ops.rms_norm_linear(x.clone(), residual.clone(), norm, EPS, form),
+                *ops.rms_norm_linear(x.clone(), None, norm, EPS, form),
+            ]
+            for activation in get_args(ops.Activation):
+                both = (x.clone(), residual.clone(), norm, EPS)
+                found += ops.gated_mlp(*both, (form, bias), activation, (second, None))
+            results.append(found)
         torch.testing.assert_close(*results)
     finally:
         ops.use(before)
