@@ -169,11 +169,9 @@ HG_API int32_t hg_linear(const float* x, int64_t rows, int64_t inner, int64_t x_
   const bool ready = is_ready(source, rows, chosen.format);
   InputRowsJob inputs = {source, nullptr, rows, inner, row_tiles, chosen.format, 1};
   if (!ready && !(inputs.out = input_memory(rows * input_row_bytes(inner, chosen.format)))) return -1;
-  const ProductTiles tiles = share_product(rows, columns, row_tiles);
-  const LinearJob job = {ready ? x : reinterpret_cast<const float*>(inputs.out),
-                         weight, bias, y, rows, inner, columns, y_stride, chosen.product, row_tiles,
-                         tiles.row_groups, tiles.sharing, tiles.panel_tiles, tiles.panels_per_tile};
-  run_product(ready ? nullptr : &inputs, kernels->linear, &job, tiles, product_cost(rows, inner, columns));
+  const LinearJob job = {ready ? x : reinterpret_cast<const float*>(inputs.out), weight, bias, y, rows, inner, columns,
+                         y_stride, chosen.product, row_tiles};
+  share_and_run(ready ? nullptr : &inputs, kernels->linear, job, product_cost(rows, inner, columns));
   return 0;
 }
 
@@ -191,14 +189,12 @@ HG_API int32_t hg_gated_mlp(const float* x, int64_t rows, int64_t inner, int64_t
   GatedInputs inputs;
   if (!inputs.take(source, activation, rows, inner, middle, row_tiles, chosen.format)) return -1;
   const LinearJob first = {reinterpret_cast<const float*>(inputs.first.out), gate_up, gate_up_bias, nullptr, rows,
-                           inner, middle, 0, chosen.product, row_tiles, 0, 0, 0, 0};
+                           inner, middle, 0, chosen.product, row_tiles};
   run_gated(inputs, first, packed_bytes(middle, inner, product), kernels->linear,
             product_cost(rows, inner, 2 * middle));
-  const ProductTiles tiles = share_product(rows, columns, row_tiles);
   const LinearJob second = {reinterpret_cast<const float*>(inputs.second.out), down, bias, y, rows, middle, columns,
-                            y_stride, chosen.product, row_tiles, tiles.row_groups, tiles.sharing, tiles.panel_tiles,
-                            tiles.panels_per_tile};
-  run_product(nullptr, kernels->linear, &second, tiles, product_cost(rows, middle, columns));
+                            y_stride, chosen.product, row_tiles};
+  share_and_run(nullptr, kernels->linear, second, product_cost(rows, middle, columns));
   return 0;
 }
 

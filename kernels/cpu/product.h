@@ -18,4 +18,15 @@ char* gated_memory(int64_t bytes);
 void run_product(const InputRowsJob* inputs, TileFunction product, const void* job,
                  const ProductTiles& tiles, int64_t cost);
 
+// The same of a LinearJob or QuantisedLinearJob that does not say yet how it is shared out.
+template <class Job>
+void share_and_run(const InputRowsJob* inputs, TileFunction product, Job job, int64_t cost) {
+  const ProductTiles tiles = share_product(job.rows, job.columns, job.row_tiles);
+  job.row_groups = tiles.row_groups;
+  job.sharing = tiles.sharing;
+  job.panel_tiles = tiles.panel_tiles;
+  job.panels_per_tile = tiles.panels_per_tile;
+  run_product(inputs, product, &job, tiles, cost);
+}
+
 }  // namespace headgate

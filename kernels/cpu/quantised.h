@@ -87,9 +87,9 @@ struct QuantisedLinearJob {
   const float* bias;      // or null
   float* y;
   int64_t rows, inner, columns, y_stride;
-  int64_t panel_tiles, panels_per_tile;  // see LinearJob
-  int32_t row_tiles, row_groups, kind;
-  int32_t sharing;        // threads that take a group's tiles, probably
+  int32_t kind;
+  int32_t row_tiles, row_groups, sharing;  // see LinearJob
+  int64_t panel_tiles, panels_per_tile;
 };
 
 // y[M, N], products of x[M, K] with int8 weights, to the products with the weights themselves where

@@ -86,13 +86,11 @@ HG_API int32_t hg_linear_quantised(const float* x, int64_t rows, int64_t inner, 
   const bool ready = is_ready(source, rows, chosen.format);
   InputRowsJob inputs = {source, nullptr, rows, inner, row_tiles, chosen.format, 1};
   if (!ready && !(inputs.out = input_memory(rows * input_row_bytes(inner, chosen.format)))) return -1;
-  const ProductTiles tiles = share_product(rows, columns, row_tiles);
   const QuantisedLinearJob job = {ready ? reinterpret_cast<const char*>(x) : inputs.out,
-                                  static_cast<const char*>(weight), bias, y, rows, inner,
-                                  columns, y_stride, tiles.panel_tiles, tiles.panels_per_tile,
-                                  row_tiles, tiles.row_groups, kind, tiles.sharing};
-  run_product(ready ? nullptr : &inputs, quantised_kernels().linear, &job, tiles,
-              product_cost(rows, inner, columns, kind));
+                                  static_cast<const char*>(weight), bias, y, rows, inner, columns, y_stride, kind,
+                                  row_tiles};
+  share_and_run(ready ? nullptr : &inputs, quantised_kernels().linear, job,
+                product_cost(rows, inner, columns, kind));
   return 0;
 }
 
@@ -110,14 +108,12 @@ HG_API int32_t hg_gated_mlp_quantised(const float* x, int64_t rows, int64_t inne
   if (!inputs.take(source, activation, rows, inner, middle, row_tiles, chosen.format)) return -1;
   const TileFunction product = quantised_kernels().linear;
   const QuantisedLinearJob first = {inputs.first.out, static_cast<const char*>(gate_up), gate_up_bias, nullptr, rows,
-                                    inner, middle, 0, 0, 0, row_tiles, 0, kind, 0};
+                                    inner, middle, 0, kind, row_tiles};
   run_gated(inputs, first, hg_quantised_bytes(middle, inner, kind), product,
             product_cost(rows, inner, 2 * middle, kind));
-  const ProductTiles tiles = share_product(rows, columns, row_tiles);
   const QuantisedLinearJob second = {inputs.second.out, static_cast<const char*>(down), bias, y, rows, middle, columns,
-                                     y_stride, tiles.panel_tiles, tiles.panels_per_tile, row_tiles, tiles.row_groups,
-                                     kind, tiles.sharing};
-  run_product(nullptr, product, &second, tiles, product_cost(rows, middle, columns, kind));
+                                     y_stride, kind, row_tiles};
+  share_and_run(nullptr, product, second, product_cost(rows, middle, columns, kind));
   return 0;
 }
 
