@@ -23,7 +23,6 @@ HG_INLINE vi even_signed(vi a) { return _mm512_srai_epi16(_mm512_slli_epi16(a, 8
 HG_INLINE vi odd_signed(vi a) { return _mm512_srai_epi16(a, 8); }
 HG_INLINE vi add_words(vi sum, vi a, vi b) { return _mm512_add_epi32(sum, _mm512_madd_epi16(a, b)); }
 
-
 // VL columns of four rows of bytes, a column in each lane.
 HG_INLINE vi quad_rows(const void* const* rows, ptrdiff_t at) {
   __m128i r[4];

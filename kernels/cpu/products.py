@@ -104,7 +104,9 @@ def gated_mlp(
     """As in ops. Raises ValueError."""
     first, second = gate_up[0], down[0]
     if first.columns != 2 * second.inner:
-        raise ValueError(f"gate and up of {first.columns} columns for weights of {second.inner}")
+        raise ValueError(
+            f"gated_mlp takes gate and up of {2 * second.inner} columns, not {first.columns}"
+        )
     if not _is_one_call(first, second):
         both, total = rms_norm_linear(x, residual, norm, eps, *gate_up)
         return gated_linear(both, activation, *down), total

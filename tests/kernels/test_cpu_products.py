@@ -175,7 +175,7 @@ def test_what_would_be_read_wrongly_is_refused() -> None:
         operations.rms_norm_linear(random(2, 8), random(3, 8), norm, EPS, weight, None)
     with pytest.raises(ValueError, match="norm"):
         operations.rms_norm_linear(random(2, 8), None, random(7), EPS, weight, None)
-    with pytest.raises(ValueError, match="gate and up of 4 columns for weights of 8"):
+    with pytest.raises(ValueError, match="gate and up of 16 columns, not 4"):
         operations.gated_mlp(random(2, 8), None, norm, EPS, (weight, None), "silu", (weight, None))
     with pytest.raises(ValueError, match="float32 rows of 16"):
         products.gated_linear(random(2, 8), "silu", weight, None)
